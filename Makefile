@@ -1,0 +1,39 @@
+# make demo | test | docs | clean: each sets up .venv first when it is missing or out of date.
+# SPECPRED_PYTHON chooses the interpreter, SPECPRED_ARGS is handed to `specpred reproduce`.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/up-to-date
+NOTEBOOKS := $(wildcard nbs/*.ipynb)
+
+.PHONY: help demo test docs figures lock clean
+
+help:
+	@echo "make demo     the whole pipeline on mock galaxies, no network needed after installation (about 15 minutes)"
+	@echo "make test     all checks (about 20 minutes)"
+	@echo "make docs     the documentation site, from the last run, in docs/_build/html"
+	@echo "make figures  copy the last demo run's figures into figures/"
+	@echo "make lock     resolve requirements.lock anew from settings.ini"
+	@echo "make clean    remove .venv, the site and everything that runs made in data/"
+
+$(STAMP): requirements.lock settings.ini setup.py
+	@.ci/install $(VENV)
+
+demo: $(STAMP)
+	@$(BIN)/specpred reproduce --profile demo $(SPECPRED_ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python tests/check.py
+
+docs: $(STAMP)
+	@$(BIN)/python docs/build.py
+
+figures: $(STAMP)
+	@cp data/demo/figures/* figures/ && ls -sh figures
+
+lock:
+	@.ci/install --lock
+
+clean:
+	rm -rf $(VENV) docs/_build data/*/ .pytest_cache .hypothesis *.egg-info

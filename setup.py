@@ -1,0 +1,27 @@
+"Packaging: everything that pip needs to know is read from settings.ini, which nbdev shares."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here/"settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(here/"README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=settings["author"],
+    license="BSD-3-Clause",
+    keywords=settings["keywords"],
+    python_requires=">=" + settings["min_python"],
+    packages=find_packages(include=["specpred", "specpred.*"]),
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+    entry_points={"console_scripts": [settings["console_scripts"]], "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"]},
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: BSD License", "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Astronomy"])
