@@ -315,12 +315,12 @@ STAGES = {s.name: s for s in (
     Stage("05_vae", ("vae",), ("catalogue", "spectra"), ("vae", "vae_history", "latents")),
     Stage("06_deconv", (), ("images",)),
     Stage("07_models"),
-    Stage("08_training", ("training",), ("catalogue", "images", "latents"), ("models",)),
+    Stage("08_training", ("training",), ("images", "vae", "latents"), ("models",)),
     Stage("09_evaluation", ("evaluation", "training"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock"),
           ("predictions", "results")),
     Stage("10_figures", ("training",), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "predictions", "results"),
           ("figures",)),
-    Stage("11_predict", (), ("catalogue", "raw_cutouts", "vae", "models"), ("predicted_spectra",)))}
+    Stage("11_predict", (), ("catalogue", "raw_cutouts", "images", "spectra", "vae", "latents", "models", "mock"), ("predicted_spectra",)))}
 
 # %% ../nbs/00_config.ipynb #b10fd08b
 class _Digests:

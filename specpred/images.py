@@ -4,19 +4,19 @@
 
 # %% ../nbs/03_images.ipynb #d33aac5b
 from __future__ import annotations
-import dataclasses, json, os, shutil, warnings
+import dataclasses, hashlib, os, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch, zarr
 from astropy.io import fits
 from fastai.torch_core import TensorImage
-from .config import DamagedFileError, InvalidInputError, MissingInputError, _fsync, atomic_path, random_generator, start_stage
+from .config import DamagedFileError, InvalidInputError, MissingInputError, atomic_path, random_generator, start_stage
 
 # %% auto #0
 __all__ = ['BANDS', 'PIXEL_SCALE', 'COUNT_NJY', 'SHARD', 'counts_to_njy', 'decode_asinh', 'Cutout', 'read_cutout', 'central_crop',
            'Galaxy', 'read_galaxy', 'composite', 'GrizyImage', 'sky_statistics', 'aperture_magnitudes', 'pack_images',
-           'ImageStore', 'open_images', 'ImageTransform', 'fit_transform']
+           'find_rows', 'ImageStore', 'open_images', 'ImageTransform', 'fit_transform']
 
 # %% ../nbs/03_images.ipynb #6d7afe45
 BANDS = "grizy"
@@ -214,15 +214,15 @@ def pack_images(
 # %% ../nbs/03_images.ipynb #83ba3744
 def _resume_store(partial:Path, specobjids, size, max_mask_fraction):
     "The unfinished store of an interrupted call for the same rows, or a new one."
-    request = dict(specobjids=[str(i) for i in specobjids], size=size, max_mask_fraction=max_mask_fraction)
-    note = partial/"request.json"
+    request = hashlib.sha256(specobjids.tobytes() + f"{size} {max_mask_fraction}".encode()).hexdigest()
     try:
-        if json.loads(note.read_text()) == request: return zarr.open_group(partial, mode="r+")
-    except (OSError, ValueError): shutil.rmtree(partial, ignore_errors=True)
+        group = zarr.open_group(partial, mode="r+")
+        if group.attrs.get("request") == request: return group
+    except (OSError, ValueError): pass  # there is none, or not even its first file was complete
+    shutil.rmtree(partial, ignore_errors=True)
     group = _empty_store(partial, len(specobjids), size)
     group["specobjid"][:] = specobjids
-    group.attrs["done"] = 0
-    note.write_text(json.dumps(request))
+    group.attrs.update(done=0, request=request)
     return group
 
 def _write_shard(group, start, parts, results, max_mask_fraction):
@@ -238,6 +238,18 @@ def _write_shard(group, start, parts, results, max_mask_fraction):
     group["usable"][start:stop] = ~wrong
     group.attrs.update(problems=problems, done=stop)
 
+# %% ../nbs/03_images.ipynb #909d69f3
+def find_rows(
+    known:np.ndarray,  # (N,) uint64 specobjids of a store
+    wanted,  # (n,) specobjids
+) -> np.ndarray:
+    "(n,) positions of `wanted` in `known`. Raises `InvalidInputError` for a galaxy that is not there."
+    wanted, order = np.asarray(wanted, np.uint64), np.argsort(known)
+    found = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(order) - 1)]
+    if (strangers := wanted[known[found] != wanted]).size:
+        raise InvalidInputError(f"specobjid {', '.join(map(str, strangers[:3]))} is not among the {len(known)} galaxies of the store")
+    return found
+
 # %% ../nbs/03_images.ipynb #28ccef02
 @dataclass
 class ImageStore:
@@ -248,20 +260,13 @@ class ImageStore:
     noise: np.ndarray  # (N, 5) nJy a pixel
     exptime: np.ndarray  # (N, 5) seconds
 
-    def rows(self, specobjids) -> np.ndarray:
-        "Positions of these galaxies. Raises `InvalidInputError` for one that is not in the store."
-        order = np.argsort(self.specobjid)
-        wanted = np.asarray(specobjids, np.uint64)
-        found = order[np.searchsorted(self.specobjid, wanted, sorter=order).clip(max=len(order) - 1)]
-        if (strangers := wanted[self.specobjid[found] != wanted]).size:
-            raise InvalidInputError(f"no image of specobjid {', '.join(map(str, strangers[:3]))} in the store")
-        return found
+    def rows(self, specobjids) -> np.ndarray: return find_rows(self.specobjid, specobjids)
 
     def read(self, specobjids) -> np.ndarray:
         "(n, 5, size, size) float32 nJy of these galaxies, in this order."
         rows = self.rows(specobjids)
         unique, back = np.unique(rows, return_inverse=True)
-        return self.flux.oindex[unique][back] if len(unique) < len(self.flux) else self.flux[:][rows]
+        return self.flux.oindex[unique][back]
 
 def open_images(path:Path) -> ImageStore:
     "Opens a store that `pack_images` made. Raises `DamagedFileError` for anything else."

@@ -4,7 +4,7 @@
 
 # %% ../nbs/12_runner.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, json, sys, threading, time
+import contextlib, json, re, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 from .config import (PROFILES, STAGES, MissingInputError, Paths, Profile, ProfileError, SpecpredError, Stage,
@@ -34,9 +34,9 @@ def choose_stages(
     stages = list(STAGES.values())
     return stages[stages.index(find_stage(start)):] if start else stages
 
-# %% ../nbs/12_runner.ipynb #3efb77e4
-def _kernel_manager_class():
-    "A kernel manager whose only kernel is this interpreter."
+# %% ../nbs/12_runner.ipynb #9943595a
+def _kernel_manager_class(sockets:str):
+    "A kernel manager whose only kernel is this interpreter; it talks through sockets in that folder."
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
@@ -49,12 +49,12 @@ def _kernel_manager_class():
         def __init__(self, **kwargs):
             super().__init__(**kwargs | {"kernel_spec_manager": OwnSpecs()})
             # sockets in a private folder rather than open ports of the machine
-            if sys.platform != "win32": self.transport = "ipc"
+            if sys.platform != "win32": self.transport, self.ip = "ipc", f"{sockets}/kernel"
 
     return OwnKernelManager
 
-# %% ../nbs/12_runner.ipynb #d0458587
-def _listening_engine(on_cell):
+# %% ../nbs/12_runner.ipynb #35c4107b
+def _listening_engine(on_cell, sockets):
     "papermill's engine, calling `on_cell(cell, index)` when each cell starts."
     from papermill.engines import NBClientEngine
 
@@ -66,7 +66,7 @@ def _listening_engine(on_cell):
                 on_cell(cell, cell_index)
                 return start(cell, cell_index, **more)
             nb_man.cell_start = cell_start
-            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_kernel_manager_class(), **kwargs)
+            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_kernel_manager_class(sockets), **kwargs)
 
     return ListeningEngine
 
@@ -88,7 +88,6 @@ def _first_line(cell) -> str:
     return f"[{cell.get('id', '?')}] {lines[0].strip() if lines else ''}"
 
 def _clean_traceback(text:str) -> str:
-    import re
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 # %% ../nbs/12_runner.ipynb #0166d0b1
@@ -109,11 +108,12 @@ def execute_notebook(
     def listen(cell, index):
         current["cell"] = cell
         on_cell(cell, index)
-    papermill_engines.register("specpred", _listening_engine(listen))
     escape = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
     try:
-        papermill.execute_notebook(escape(notebook), escape(running), parameters, engine_name="specpred", kernel_name="python3",
-            language="python", progress_bar=False, cwd=str(notebook.parent), coalesce_streams=True)
+        with tempfile.TemporaryDirectory(prefix="specpred-") as sockets:
+            papermill_engines.register("specpred", _listening_engine(listen, sockets))
+            papermill.execute_notebook(escape(notebook), escape(running), parameters, engine_name="specpred", kernel_name="python3",
+                language="python", progress_bar=False, cwd=str(notebook.parent), coalesce_streams=True)
         return running.replace(executed)
     except PapermillExecutionError as error: reason = f"{error.ename}: {_clean_traceback(error.evalue)}"
     except DeadKernelError: reason = "the kernel died; most often the machine ran out of memory"

@@ -1,0 +1,184 @@
+"""The models equal the published ones; folding, export, and weights files."""
+import json, sys, warnings
+from pathlib import Path
+import pytest, torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parent)]
+from published_cases import REFERENCE, cases, error, fill, x_of
+from fastai.layers import Mish
+from specpred import models
+from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, WeightsError
+from specpred.models import MODELS, n_params
+
+ARGUMENTS = dict(c_in=5, n_out=6, sa=True, act_cls=Mish, groups=64, reduction=8)
+PUBLISHED = ("xresnet18", "xresnet18_hybrid", "xresnet18_deconv")
+ALL = tuple(MODELS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_equals_the_published_model(name):
+    arrays = dict(cases_of_models())
+    model, x = fill(MODELS[name](**ARGUMENTS)).eval(), x_of(300, (2, 5, 64, 64))
+    assert n_params(model) == arrays[f"{name}/n_params"]
+    with torch.no_grad(): got = {"eval": model(x), "train": model.train()(x), "eval_after": model.eval()(x)}
+    for key, value in got.items(): assert error(value, arrays[f"{name}/{key}"]) < 1e-4, key
+
+
+def cases_of_models():
+    import numpy as np
+    return np.load(REFERENCE/"models.npz")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_and_shapes_are_the_published_ones(name):
+    published = json.loads((REFERENCE/"state_dict_keys.json").read_text())[name]
+    assert {key: list(value.shape) for key, value in MODELS[name](**ARGUMENTS).state_dict().items()} == published
+
+
+@pytest.mark.parametrize("name,number", (("conv3", 29_734), ("deconv3", 29_606)))
+def test_baselines_have_the_published_size(name, number):
+    assert n_params(MODELS[name]()) == number
+
+
+def after_a_step(name, **arguments):
+    "A model with running statistics of its own, and an input."
+    torch.manual_seed(1)
+    model, x = MODELS[name](**arguments), x_of(301, (4, 5, 64, 64))
+    model(x).sum().backward()
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_model_trains(name):
+    model, x = after_a_step(name)
+    assert model(x).shape == (4, 6) and model(x).isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ("conv3", "deconv3", *PUBLISHED, "xresnet50_hybrid"))
+def test_fused_model_is_the_same(name):
+    model, x = after_a_step(name)
+    with torch.no_grad():
+        before = model(x)
+        fused = models.fuse(model)
+        assert error(fused(x), before) < 1e-4
+        assert torch.equal(model(x), before)  # the model itself is left alone
+    assert not {"FastDeconv", "BatchNorm2d"} & {type(m).__name__ for m in fused.modules()}
+    model.train()(x).sum().backward()  # and can be trained further
+
+
+@pytest.mark.parametrize("name", ("deconv3", *PUBLISHED))
+def test_fused_model_can_be_exported(name):
+    model, x = after_a_step(name)
+    fused = models.fuse(model)
+    program = torch.export.export(fused, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},))
+    for n in (2, 4): assert error(program.module()(x[:n]), fused(x[:n])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ("deconv3", *PUBLISHED))
+def test_onnx(name, tmp_path):
+    pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = after_a_step(name)
+    with torch.no_grad(): expected = model(x)
+    torch.onnx.export(models.fuse(model), (x,), tmp_path/"model.onnx", dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},), verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path/"model.onnx", providers=["CPUExecutionProvider"])
+    for n in (1, 4):
+        got, = session.run(None, {session.get_inputs()[0].name: x[:n].numpy()})
+        assert error(got, expected[:n]) < 1e-4
+
+
+@pytest.mark.parametrize("name,place", (("deconv3", "0.0"), ("xresnet18_hybrid", "0.0"), ("xresnet18_deconv", "0.0")))
+def test_a_nan_is_reported_with_the_name_of_the_layer(name, place):
+    model, x = MODELS[name](), x_of(302, (2, 5, 48, 48))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x[1, 2, 20, 22] = float("nan")
+    with pytest.raises(InvalidInputError, match=f"FastDeconv '{place}'.*1 NaN"): model(x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("arguments", (dict(groups=7), dict(widen=0.3), dict(c_in=0), dict(stem_szs=(32, 64)), dict(stem_szs=(32, 32, 48)), dict(n_out=-1)))
+@pytest.mark.parametrize("name", ("xresnet18", "xresnet18_hybrid"))
+def test_sizes_that_do_not_fit_together(name, arguments):
+    with pytest.raises(InvalidInputError): MODELS[name](**arguments)
+
+
+def test_wrong_bands():
+    with pytest.raises(InvalidInputError, match="expected images"): MODELS["xresnet18_hybrid"]()(torch.zeros(2, 3, 48, 48))
+
+
+STATS = dict(image_stats=([0.1]*5, [2.0]*5), target_stats={"mean": [0]*6, "std": [1]*6})
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_weights_file_needs_nothing_else(name, tmp_path):
+    arguments = {} if name in ("conv3", "deconv3") else dict(sa=False, act_cls="ReLU", groups=32)
+    model, x = after_a_step(name, **({**arguments, "act_cls": nn.ReLU} if arguments else {}))
+    models.save(model, tmp_path/"a.safetensors", name=name, arguments=arguments, channels="yzirg", provenance={"seed": 3}, **STATS)
+    trained = models.load(tmp_path/"a.safetensors")
+    with torch.no_grad(): assert torch.equal(trained.model(x), model(x))
+    assert (trained.name, trained.channels, trained.provenance) == (name, "yzirg", {"seed": 3})
+    assert trained.image_stats.std == (2.0,)*5 and trained.target_stats == ((0.0,)*6, (1.0,)*6)
+    assert not trained.model.training and all(trained.arguments[key] == value for key, value in arguments.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_weights_of_another_model(tmp_path):
+    with pytest.raises(WeightsError, match="no xresnet18.*missing: 0.1.weight"):
+        models.save(MODELS["xresnet18_hybrid"](), tmp_path/"a.safetensors", name="xresnet18", arguments={}, **STATS)
+    with pytest.raises(WeightsError, match="of another shape: 11.weight"): models.load_weights(MODELS["xresnet18"](), MODELS["xresnet18"](n_out=5).state_dict())
+    assert not list(tmp_path.iterdir())
+
+
+def rewritten(path, **changes):
+    "The weights file with other metadata."
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    save_file(tensors, path, metadata | changes)
+
+
+@pytest.mark.parametrize("changes,message", (
+    (dict(name='"xresnet18"'), "not those of xresnet18.*missing.*unexpected"), (dict(name='"os.system"'), "no model"), (dict(name="deconv3"), "cannot be used"),
+    (dict(name="[1]"), "cannot be used"), (dict(arguments='{"pretrained": true}'), "no argument pretrained"), (dict(arguments="3"), "cannot be used"),
+    (dict(arguments='{"n_out": 7}'), "n_out|target_stats"), (dict(arguments='{"c_in": "x"}'), "cannot be used|image_stats"),
+    (dict(image_stats='{"mean": [0], "std": [1]}'), "image_stats"), (dict(target_stats='{"mean": [0,0,0,0,0,NaN], "std": [1,1,1,1,1,1]}'), "target_stats"),
+    (dict(target_stats='{"mean": [0,0,0,0,0,0], "std": [1,1,1,1,1,0]}'), "target_stats"), (dict(format="other"), "no metadata of ours")))
+def test_metadata_that_does_not_fit(changes, message, tmp_path):
+    models.save(MODELS["deconv3"](), tmp_path/"a.safetensors", name="deconv3", arguments={}, **STATS)
+    rewritten(tmp_path/"a.safetensors", **changes)
+    with pytest.raises(WeightsError, match=f"(?s){message}"): models.load(tmp_path/"a.safetensors")
+
+
+def test_enormous_arguments_are_refused_before_anything_is_built(tmp_path):
+    models.save(MODELS["xresnet18"](), tmp_path/"a.safetensors", name="xresnet18", arguments={}, **STATS)
+    rewritten(tmp_path/"a.safetensors", arguments='{"widen": 4096.0, "act_cls": "Mish"}')
+    with pytest.raises(WeightsError, match="another shape"): models.load(tmp_path/"a.safetensors")
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(MissingInputError): models.load(tmp_path/"none.safetensors")
+    models.save(MODELS["deconv3"](), tmp_path/"a.safetensors", name="deconv3", arguments={}, **STATS)
+    whole = (tmp_path/"a.safetensors").read_bytes()
+    for damage in (whole[:1000], whole[:-10], b"", b"\xff"*100, b"PK\x03\x04"):
+        (tmp_path/"a.safetensors").write_bytes(damage)
+        with pytest.raises(DamagedFileError): models.load(tmp_path/"a.safetensors")
+
+
+@pytest.mark.parametrize("bad", (dict(image_stats=([0]*4, [1]*4)), dict(image_stats=([0]*5, [0]*5)), dict(target_stats=None), dict(channels="gri"),
+                                 dict(provenance={"a": object()}), dict(arguments={"act_cls": "Sigmoid"}), dict(arguments={"c": 1}), dict(name="resnet")))
+def test_what_cannot_be_saved(bad, tmp_path):
+    with pytest.raises(InvalidInputError): models.save(MODELS["xresnet18"](), tmp_path/"a.safetensors", **(dict(name="xresnet18", arguments={}, **STATS) | bad))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_autocast(name):
+    model, x = fill(MODELS[name](**ARGUMENTS)), x_of(303, (4, 5, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        y.float().square().sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert error(y.float(), fill(MODELS[name](**ARGUMENTS))(x)) < 0.1
