@@ -121,6 +121,7 @@ def _read_bounded(response:httpx.Response, max_bytes:int) -> bytes:
     if said.isdigit() and int(said) != size: raise BusyError(f"{response.url.path}: {size} bytes of {said}")
     return b"".join(parts)
 
+# %% ../nbs/02_archives.ipynb #ee0a35ad
 def _get_once(self:ArchiveClient, url:httpx.URL, max_bytes:int) -> bytes:
     "One request, following a redirect on the same host."
     for _ in range(4):
@@ -150,6 +151,7 @@ class Answer:
     content: bytes
     attempts: int
 
+# %% ../nbs/02_archives.ipynb #1aa2b174
 def get(self:ArchiveClient,
     url:str,  # without the query
     params:dict | None = None,  # the query
@@ -288,11 +290,22 @@ def spectrum_path(
 _HEADER = re.compile(rb"(?:[A-Z0-9_ -]{8}[ -~]{72})+?END {77}")  # cards: an 8-character keyword, then printable text
 _EXTENT = re.compile(rb"(BITPIX|NAXIS\d{0,3}|PCOUNT|GCOUNT) *= *(-?\d{1,12}) ")
 
-def _check_structure(content:bytes):
-    "Raises unless `content` is a row of header and data units, each in whole blocks, that ends where the last one says."
+@dataclass(frozen=True)
+class _Unit:
+    "A header and its data, as they lie in a FITS file."
+    whole: bytes  # both, to the end of the last block
+    cards: bytes
+    data: bytes
+
+    @cached_property
+    def header(self) -> fits.Header: return fits.Header.fromstring(self.cards)
+
+# %% ../nbs/02_archives.ipynb #c5df053d
+def _fits_units(content:bytes) -> list:
+    "The units of a FITS file, which have to end where the file does. Raises `DamagedFileError`."
     if content[:2000].lstrip()[:1] == b"<": raise DamagedFileError("a web page instead of a FITS file")
     if content[:9] != b"SIMPLE  =": raise DamagedFileError("not a FITS file")
-    at = 0
+    units, at = [], 0
     while at < len(content):
         header = _HEADER.match(content, at)
         if not header: raise DamagedFileError("a damaged header: it has characters that belong into none, or no end")
@@ -300,38 +313,57 @@ def _check_structure(content:bytes):
         extent = {card[1].decode(): int(card[2]) for card in cards if card}
         axes = [extent.get(f"NAXIS{i}", 0) for i in range(1, 1 + min(extent.get("NAXIS", 0), 999))]
         n_bytes = abs(extent.get("BITPIX", 8))//8*extent.get("GCOUNT", 1)*(extent.get("PCOUNT", 0) + math.prod(axes)) if axes else 0
-        if n_bytes < 0: raise DamagedFileError("a damaged header: a negative size")
-        at += sum(-(-n//2880)*2880 for n in (len(header[0]), n_bytes))
-    if at != len(content): raise DamagedFileError(f"truncated: {len(content)} bytes of {at}")
+        if min(n_bytes, *axes, 0) < 0: raise DamagedFileError("a damaged header: a negative size")
+        data = at - (-len(header[0])//2880)*2880
+        start, at = at, data - (-n_bytes//2880)*2880
+        if at > len(content): raise DamagedFileError(f"truncated: {len(content)} bytes of {at} or more")
+        units.append(_Unit(content[start:at], header[0], content[data:data + n_bytes]))
+    return units
 
+# %% ../nbs/02_archives.ipynb #411ee848
 @contextlib.contextmanager
-def _open_fits(content:bytes):
-    "The HDU list of a FITS file in memory; all that goes wrong inside is a `DamagedFileError`."
-    _check_structure(content)
-    try:
-        with fits.open(io.BytesIO(content), memmap=False) as hdus: yield hdus
+def _damage_reported():
+    "What goes wrong inside is a `DamagedFileError`: astropy and numpy have no common base for what malformed files raise."
+    try: yield
     except SpecpredError: raise
-    except MemoryError as error: raise DamagedFileError("declares more data than there is memory for") from error
-    except Exception as error:  # astropy has no common base for what malformed headers and tables raise
-        raise DamagedFileError(f"no readable FITS file: {type(error).__name__} {str(error)[:200]}") from error
+    except Exception as error: raise DamagedFileError(f"no readable FITS file: {type(error).__name__} {str(error)[:200]}") from error
 
 def _ones_complement_sum(content:bytes) -> int:
     total = int(np.frombuffer(content, ">u4").sum(dtype=np.uint64))
     while total >> 32: total = (total & 0xFFFFFFFF) + (total >> 32)
     return total
 
-def _check_sums(content:bytes, hdu):
-    "Raises where the data of an HDU does not add up to its DATASUM, or it all to its CHECKSUM."
-    place, header = hdu.fileinfo(), hdu.header
-    start, data, end = place["hdrLoc"], place["datLoc"], place["datLoc"] + place["datSpan"]
-    if "DATASUM" in header and _ones_complement_sum(content[data:end]) != int(header["DATASUM"]): raise DamagedFileError("DATASUM does not match")
-    if "CHECKSUM" in header and _ones_complement_sum(content[start:end]) not in (0, 0xFFFFFFFF): raise DamagedFileError("CHECKSUM does not match")
+def _check_sums(unit:_Unit):
+    "Raises where the data do not add up to their DATASUM, or the unit to its CHECKSUM."
+    if b"DATASUM" not in unit.cards and b"CHECKSUM" not in unit.cards: return
+    padded = unit.data + bytes(-len(unit.data) % 4)
+    if "DATASUM" in unit.header and _ones_complement_sum(padded) != int(unit.header["DATASUM"]): raise DamagedFileError("DATASUM does not match")
+    if "CHECKSUM" in unit.header and _ones_complement_sum(unit.whole) not in (0, 0xFFFFFFFF): raise DamagedFileError("CHECKSUM does not match")
 
-# %% ../nbs/02_archives.ipynb #ebbad5aa
-def _spectrum_identity(hdus) -> tuple:
-    header = hdus[0].header
+# %% ../nbs/02_archives.ipynb #d0c56362
+_FORMS = dict(L=("i1", 1), B=("u1", 1), A=("S1", 1), I=(">i2", 2), J=(">i4", 4), K=(">i8", 8), E=(">f4", 4), D=(">f8", 8), C=(">c8", 8), M=(">c16", 16),
+              P=(">i4", 8), Q=(">i8", 16))
+
+def _table_columns(unit:_Unit, names) -> dict:
+    "The columns of a FITS table that are in `names` (lower case) and hold one number a row."
+    header, offset, found = unit.header, 0, {}
+    for i in range(1, min(header["TFIELDS"], 999) + 1):
+        form = re.fullmatch(r"(\d{0,9})([LBAIJKEDCMPQ])(?:\(\d*\))?", header[f"TFORM{i}"].strip())
+        if not form: raise DamagedFileError(f"a table column of unknown form {header[f'TFORM{i}'][:20]!r}")
+        (kind, width), count, name = _FORMS[form[2]], int(form[1] or 1), str(header.get(f"TTYPE{i}", "")).strip().lower()
+        if name in names and count == 1: found[name] = kind, offset
+        offset += count*width
+    if offset != header["NAXIS1"]: raise DamagedFileError(f"a table whose columns take {offset} bytes of rows of {header['NAXIS1']}")
+    layout = np.dtype(dict(names=list(found), formats=[f[0] for f in found.values()], offsets=[f[1] for f in found.values()], itemsize=offset))
+    rows = np.frombuffer(unit.data, layout, count=header["NAXIS2"]) if found and header["NAXIS2"] else np.zeros(0, layout)
+    return {name: rows[name] for name in found}
+
+# %% ../nbs/02_archives.ipynb #d41309f6
+def _spectrum_identity(units:list) -> tuple:
+    header = units[0].header
     if all(k in header for k in ("PLATEID", "MJD", "FIBERID")): return tuple(int(header[k]) for k in ("PLATEID", "MJD", "FIBERID"))
-    return tuple(int(hdus[2].data[k][0]) for k in ("PLATE", "MJD", "FIBERID"))
+    row = _table_columns(units[2], ("plate", "mjd", "fiberid"))
+    return tuple(int(row[k][0]) for k in ("plate", "mjd", "fiberid"))
 
 # %% ../nbs/02_archives.ipynb #57b1bb27
 def check_spectrum(
@@ -341,15 +373,17 @@ def check_spectrum(
     fiberid:int,
 ):
     "Raises `DamagedFileError` unless `content` is a readable SDSS spectrum of that plate, MJD and fibre with at least one measured pixel."
-    with _open_fits(content) as hdus:
-        identity, asked = _spectrum_identity(hdus), (int(plate), int(mjd), int(fiberid))
+    units = _fits_units(content)
+    with _damage_reported():
+        if len(units) < 2 or "TFIELDS" not in units[1].header: raise DamagedFileError("no spectrum: its first extension is no table")
+        identity, asked = _spectrum_identity(units), (int(plate), int(mjd), int(fiberid))
         if identity != asked: raise DamagedFileError(f"another spectrum: plate, mjd, fiberid are {identity}, asked for {asked}")
-        _check_sums(content, hdus[1])
-        if len(hdus[1].columns) > 100: raise DamagedFileError("not a spectrum: too many columns")
-        missing = {"flux", "loglam", "ivar"} - {str(n).lower() for n in hdus[1].columns.names}
+        for unit in units: _check_sums(unit)
+        coadd = _table_columns(units[1], ("flux", "loglam", "ivar"))
+        missing = {"flux", "loglam", "ivar"} - set(coadd)
         if missing: raise DamagedFileError(f"no spectrum: lacks {', '.join(sorted(missing))}")
-        flux, ivar = np.asarray(hdus[1].data["flux"]), np.asarray(hdus[1].data["ivar"])
-        if not (np.isfinite(flux) & (ivar > 0)).any(): raise DamagedFileError("an empty spectrum: no pixel with flux and ivar > 0")
+        measured = np.isfinite(coadd["flux"]) & (coadd["ivar"] > 0)
+        if not measured.any(): raise DamagedFileError("an empty spectrum: no pixel with flux and ivar > 0")
 
 # %% ../nbs/02_archives.ipynb #3475bb0b
 def _miniature_spectrum(plate:int, mjd:int, fiberid:int, rng:np.random.Generator) -> bytes:
@@ -416,18 +450,19 @@ def check_cutout(
     size:int,  # side, pixels
 ):
     "Raises `DamagedFileError` unless `content` is a (size, size) image in linear counts of that band, centred within 2 pixels of the position."
-    with _open_fits(content) as hdus:
-        hdu, header = hdus[0], hdus[0].header
-        _check_sums(content, hdu)
-        shape = tuple(header.get(f"NAXIS{i}") for i in range(header["NAXIS"], 0, -1))
-        if shape != (size, size): raise DamagedFileError(f"shape {shape}, asked for {(size, size)}")
+    unit = _fits_units(content)[0]
+    with _damage_reported():
+        header, shape = unit.header, (unit.header.get("NAXIS2"), unit.header.get("NAXIS1"))
+        if header["NAXIS"] != 2 or shape != (size, size): raise DamagedFileError(f"shape {shape}, asked for {(size, size)}")
+        if header["BITPIX"] != -32: raise DamagedFileError(f"pixels of BITPIX {header['BITPIX']}, not 32-bit floats")
+        _check_sums(unit)
         found = str(header.get("FPA.FILTERID") or header.get("FPA.FILTER") or header.get("FILTER") or "none")[:4]
         if found.split(".")[0] != band: raise DamagedFileError(f"band {found!r}, asked for {band!r}")
         if "BSOFTEN" in header and "BOFFSET" in header: raise DamagedFileError("still asinh-compressed, not linear counts")
         off = math.dist(sky_to_pixel(header, ra, dec), ((size - 1)/2, (size - 1)/2))
         if not off <= 2: raise DamagedFileError(f"another position: the galaxy is {off:.1f} pixels off the centre")
         if not (math.isfinite(exptime := float(header.get("EXPTIME", math.nan))) and exptime > 0): raise DamagedFileError(f"EXPTIME is {exptime}")
-        if not np.isfinite(hdu.data).any(): raise DamagedFileError("no finite pixel")
+        if not np.isfinite(np.frombuffer(unit.data, ">f4")).any(): raise DamagedFileError("no finite pixel")
 
 # %% ../nbs/02_archives.ipynb #9e272166
 def linear_counts(
@@ -568,6 +603,7 @@ class LocalArchive:
         if path == "/cgi-bin/fitscut.cgi": return self.cutout(query), "image/fits"
         raise _AnswerError(404, "Not found")
 
+# %% ../nbs/02_archives.ipynb #8479421f
 def _unit_vectors(ra:np.ndarray, dec:np.ndarray) -> np.ndarray:
     ra, dec = np.radians(ra), np.radians(dec)
     return np.stack([np.cos(dec)*np.cos(ra), np.cos(dec)*np.sin(ra), np.sin(dec)], axis=-1)
@@ -587,6 +623,7 @@ def _position(query:dict) -> tuple:
     if not (0 <= ra <= 360 and -90 <= dec <= 90 and 1 <= size <= 6000): raise _AnswerError(400, "ra, dec or size out of range.")
     return ra, dec, size
 
+# %% ../nbs/02_archives.ipynb #41e2986b
 def _filenames(self:LocalArchive, query:dict) -> bytes:
     "The table of stack images that cover a position, in the words of ps1filenames.py."
     ra, dec, _ = _position(query)
@@ -646,6 +683,7 @@ def _miniature_survey(folder:Path, n_cells:int = 3, per_side:int = 2, stamp:int 
     positions.append((40.0, -35.0))
     return _write_miniature_tables(folder, positions, cells, rng)
 
+# %% ../nbs/02_archives.ipynb #f9106dee
 def _write_miniature_tables(folder:Path, positions:list, cells:list, rng:np.random.Generator) -> pd.DataFrame:
     n = np.arange(len(positions))
     plate, fiberid = 266 + n//640, 1 + n % 640
@@ -766,6 +804,7 @@ class ArchiveURLs:
     sas_url: str
     ps1_url: str
 
+# %% ../nbs/02_archives.ipynb #078302e2
 @contextlib.contextmanager
 def serve(
     folder:str | Path,  # of a survey, as the mock survey writes it
@@ -831,6 +870,7 @@ def _improve(
 # %% ../nbs/02_archives.ipynb #1e642a80
 SPLITS = ("train", "valid", "test")
 
+# %% ../nbs/02_archives.ipynb #08b67e71
 def split_by_sky(
     ra,  # (N,) degrees
     dec,  # (N,) degrees
@@ -978,6 +1018,7 @@ def _fetch_spectrum(client:ArchiveClient, urls, raw:Path, row, items:dict) -> li
     check = partial(check_spectrum, plate=row.plate, mjd=row.mjd, fiberid=row.fiberid)
     return [_fetch_file(client, raw, name, path, f"{urls.sas_url.rstrip('/')}/{path}", None, _MAX_SPECTRUM_BYTES, check)]
 
+# %% ../nbs/02_archives.ipynb #bab45284
 def _fetch_cutouts(client:ArchiveClient, urls, raw:Path, row, size:int, items:dict) -> list:
     "Asks once which files cover the galaxy, then for those of its five cutouts that `items` names."
     try: names = fetch_cutout_names(client, urls.ps1_url, row.ra, row.dec, size)
@@ -1018,7 +1059,7 @@ def _claim(raw:Path, source:dict):
     if held != source:
         with atomic_path(raw/"source.json") as part: part.write_text(json.dumps(source, indent=1))
 
-# %% ../nbs/02_archives.ipynb #411ee848
+# %% ../nbs/02_archives.ipynb #f1fbeff2
 @contextlib.contextmanager
 def _services(parameters:ArchiveParameters, survey:Path | None):
     "The `ArchiveURLs` of a profile; where it names none, of a local server over `survey`."

@@ -59,12 +59,14 @@ def xresnet(
     """fastai's `XResNet`, with batch-normalised convolutions replaced by deconvolutions in the stem or everywhere. Takes (N, c_in, H, W) to
     (N, n_out). Raises `InvalidInputError` for sizes that do not fit together. Source: He et al. (2018); Wu & Peek (2020), section 3."""
     if deconvolve not in ("none", "stem", "all"): raise InvalidInputError(f'deconvolve is "none", "stem" or "all", not {deconvolve!r}.')
+    if min(c_in, n_out, *stem_szs) < 1 or stem_szs[-1] != 64: raise InvalidInputError(f"c_in={c_in}, n_out={n_out} and the channels {stem_szs} of the "
+        "three stem layers must be positive, and the last of these 64, which the blocks expect.")
     try:
         model = XResNet(ResBlock, expansion, layers, p=p, c_in=c_in, n_out=n_out, stem_szs=stem_szs, widen=widen, sa=sa, act_cls=act_cls,
                         groups=groups, reduction=reduction)
     except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
         raise InvalidInputError(f"There is no such network ({error}). `groups` must divide 64, 128, 256 and 512 times `widen`; c_in and n_out "
-            "are positive, and stem_szs are three channel numbers, the last of them 64.") from error
+            "are positive, and stem_szs are three channel numbers.") from error
     if deconvolve == "all": _deconvolve(model)
     if deconvolve == "stem":
         for i in range(3): model[i] = _deconvolved(model[i])

@@ -18,7 +18,7 @@ from .config import DamagedFileError, InvalidInputError, MissingInputError, Spec
 # %% auto #0
 __all__ = ['PIXEL_MASK_BITS', 'DLOGLAM', 'mask_bits', 'SDSSSpectrum', 'read_sdss', 'LogGrid', 'RebinnedSpectra', 'to_rest_frame',
            'rebin', 'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill',
-           'spectrum_path', 'prepare_files', 'build_store', 'SpectraStore', 'load_store']
+           'spectrum_file', 'prepare_files', 'build_store', 'SpectraStore', 'load_store']
 
 # %% ../nbs/04_spectra.ipynb #05d6e035
 PIXEL_MASK_BITS = dict(NOPLUG=0, BADTRACE=1, BADFLAT=2, BADARC=3, MANYBADCOLUMNS=4, MANYREJECTED=5, LARGESHIFT=6, BADSKYFIBER=7,
@@ -229,14 +229,17 @@ def rebin(
 # %% ../nbs/04_spectra.ipynb #17f9ebca
 def noise_spikes(
     spectra:RebinnedSpectra,
+    spare_lines:bool = True,  # keep bins whose signal-to-noise ratio exceeds that of their surroundings; False: as published
 ) -> np.ndarray:
     "Bins that are missing, or masked by the rule of the published work, or within two bins of such a bin: (N, n_bins) bool."
     known = ~spectra.missing & np.isfinite(spectra.error)
-    error = np.where(known, spectra.error, 0)
-    smooth = gaussian_filter1d(error, 5, axis=1)
+    flux, error = (np.where(known, x, 0) for x in (spectra.flux, spectra.error))
     share = gaussian_filter1d(known.astype(float), 5, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        spike = (error <= 0) | (error >= 1.5*smooth/share) | (error >= 2*spectra.max_native_error[:, None]) | (spectra.flux == 0)
+        smooth_flux, smooth_error = (gaussian_filter1d(x, 5, axis=1)/share for x in (flux, error))
+        spike = error >= 1.5*smooth_error
+        if spare_lines: spike &= flux*smooth_error <= smooth_flux*error
+    spike |= (error <= 0) | (error >= 2*spectra.max_native_error[:, None]) | (spectra.flux == 0)
     return convolve1d((spike | ~known).astype(np.uint8), np.ones(5, np.uint8), axis=1, mode="constant") > 0
 
 # %% ../nbs/04_spectra.ipynb #9aded286
@@ -244,7 +247,7 @@ def prepare(
     spectra:list[SDSSSpectrum],
     redshift = None,  # (N,), e.g. the catalogue's; None: those in the files
     grid:LogGrid = LogGrid(),
-    error:str = "propagated",  # see `rebin`
+    error:str = "propagated",  # see `rebin`; with "published" the noise spikes, too, are found as published
     bad_bits = (),  # names of SDSS bits whose pixels are discarded, see `mask_bits`
 ) -> RebinnedSpectra:
     "SDSS spectra on a common rest-frame grid, with the noise spikes among the missing bins."
@@ -255,7 +258,7 @@ def prepare(
         flux[i, :len(s.flux)], ivar[i, :len(s.flux)] = s.flux, np.where(s.and_mask & discard, 0, s.ivar)
     redshift = [s.redshift for s in spectra] if redshift is None else redshift
     found = rebin(flux, ivar, np.array([s.loglam0 for s in spectra]), redshift, grid, error=error)
-    return RebinnedSpectra(found.flux, found.error, noise_spikes(found), found.max_native_error)
+    return RebinnedSpectra(found.flux, found.error, noise_spikes(found, spare_lines=error != "published"), found.max_native_error)
 
 # %% ../nbs/04_spectra.ipynb #5725d447
 _BLOCK = 512  # rows that are worked on at once: 4 MB of 1000 bins, what a processor's cache holds
@@ -438,8 +441,8 @@ def fill(
         coefficients = _fit_and_fill(filled, missing, basis.mean, basis.eigenvectors)
     return FilledSpectra(filled, norms, coefficients, basis)
 
-# %% ../nbs/04_spectra.ipynb #6fc77262
-def spectrum_path(
+# %% ../nbs/04_spectra.ipynb #3a05e27f
+def spectrum_file(
     folder:str | os.PathLike,  # with spec-PPPP-MMMMM-FFFF.fits
     plate:int,
     mjd:int,
@@ -459,7 +462,7 @@ def prepare_files(
     for i, (plate, mjd, fiberid, z) in enumerate(catalogue[["plate", "mjd", "fiberid", "redshift"]].itertuples(index=False)):
         if not (np.isfinite(z) and z > -1): reasons.append("no redshift")
         else:
-            try: spectra.append(read_sdss(spectrum_path(folder, plate, mjd, fiberid))), rows.append(i)
+            try: spectra.append(read_sdss(spectrum_file(folder, plate, mjd, fiberid))), rows.append(i)
             except MissingInputError: reasons.append("no file")
             except DamagedFileError: reasons.append("damaged file")
     if not spectra: return None, np.array([], int), reasons

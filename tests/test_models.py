@@ -1,11 +1,11 @@
 """The models equal the published ones; folding, export, and weights files."""
-import json, sys, warnings
+import functools, json, sys
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent)]
-from published_cases import REFERENCE, cases, error, fill, x_of
+from published_cases import REFERENCE, error, fill, x_of
 from fastai.layers import Mish
 from specpred import models
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, WeightsError
@@ -13,21 +13,15 @@ from specpred.models import MODELS, n_params
 
 ARGUMENTS = dict(c_in=5, n_out=6, sa=True, act_cls=Mish, groups=64, reduction=8)
 PUBLISHED = ("xresnet18", "xresnet18_hybrid", "xresnet18_deconv")
-ALL = tuple(MODELS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_equals_the_published_model(name):
-    arrays = dict(cases_of_models())
+    arrays = np.load(REFERENCE/"models.npz")
     model, x = fill(MODELS[name](**ARGUMENTS)).eval(), x_of(300, (2, 5, 64, 64))
     assert n_params(model) == arrays[f"{name}/n_params"]
     with torch.no_grad(): got = {"eval": model(x), "train": model.train()(x), "eval_after": model.eval()(x)}
     for key, value in got.items(): assert error(value, arrays[f"{name}/{key}"]) < 1e-4, key
-
-
-def cases_of_models():
-    import numpy as np
-    return np.load(REFERENCE/"models.npz")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -41,19 +35,30 @@ def test_baselines_have_the_published_size(name, number):
     assert n_params(MODELS[name]()) == number
 
 
-def after_a_step(name, **arguments):
-    "A model with running statistics of its own, and an input."
+@functools.cache
+def _state_after_a_step(name):
     torch.manual_seed(1)
-    model, x = MODELS[name](**arguments), x_of(301, (4, 5, 64, 64))
-    model(x).sum().backward()
-    return model.eval(), x
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_every_model_trains(name):
-    model, x = after_a_step(name)
-    assert model(x).shape == (4, 6) and model(x).isfinite().all()
+    model = MODELS[name]()
+    y = model(x_of(301, (2, 5, 48, 48)))
+    y.sum().backward()
+    assert y.shape == (2, 6) and y.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    return model.state_dict()
+
+def after_a_step(name):
+    "A model in evaluation mode with running statistics of its own, and an input."
+    model = MODELS[name]()
+    model.load_state_dict(_state_after_a_step(name))
+    return model.eval(), x_of(301, (4, 5, 48, 48))
+
+
+@pytest.mark.parametrize("name", ("conv3", "deconv3", "xresnet18", "xresnet18_hybrid", "xresnet18_deconv", "xresnet34_hybrid", "xresnet50_hybrid"))
+def test_every_kind_of_model_trains(name): _state_after_a_step(name)
+
+
+@pytest.mark.parametrize("name", ("xresnet34", "xresnet34_deconv", "xresnet50", "xresnet50_deconv"))
+def test_deeper_models_evaluate(name):
+    with torch.no_grad(): assert MODELS[name](n_out=3).eval()(x_of(301, (2, 5, 48, 48))).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ("conv3", "deconv3", *PUBLISHED, "xresnet50_hybrid"))
@@ -65,7 +70,9 @@ def test_fused_model_is_the_same(name):
         assert error(fused(x), before) < 1e-4
         assert torch.equal(model(x), before)  # the model itself is left alone
     assert not {"FastDeconv", "BatchNorm2d"} & {type(m).__name__ for m in fused.modules()}
-    model.train()(x).sum().backward()  # and can be trained further
+    if name != "xresnet18_deconv":  # and can be trained and folded again
+        model.train()(x).sum().backward()
+        assert error(models.fuse(model)(x), model.eval()(x)) < 1e-4
 
 
 @pytest.mark.parametrize("name", ("deconv3", *PUBLISHED))
@@ -111,10 +118,10 @@ def test_wrong_bands():
 STATS = dict(image_stats=([0.1]*5, [2.0]*5), target_stats={"mean": [0]*6, "std": [1]*6})
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ("deconv3", "xresnet18", "xresnet18_hybrid", "xresnet50_hybrid"))
 def test_a_weights_file_needs_nothing_else(name, tmp_path):
     arguments = {} if name in ("conv3", "deconv3") else dict(sa=False, act_cls="ReLU", groups=32)
-    model, x = after_a_step(name, **({**arguments, "act_cls": nn.ReLU} if arguments else {}))
+    model, x = fill(MODELS[name](**({**arguments, "act_cls": nn.ReLU} if arguments else {}))).eval(), x_of(301, (2, 5, 48, 48))
     models.save(model, tmp_path/"a.safetensors", name=name, arguments=arguments, channels="yzirg", provenance={"seed": 3}, **STATS)
     trained = models.load(tmp_path/"a.safetensors")
     with torch.no_grad(): assert torch.equal(trained.model(x), model(x))
@@ -174,9 +181,9 @@ def test_what_cannot_be_saved(bad, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ("xresnet18", "xresnet18_hybrid"))
 def test_autocast(name):
-    model, x = fill(MODELS[name](**ARGUMENTS)), x_of(303, (4, 5, 64, 64))
+    model, x = fill(MODELS[name](**ARGUMENTS)), x_of(303, (2, 5, 64, 64))
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
         y.float().square().sum().backward()
