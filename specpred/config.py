@@ -312,7 +312,7 @@ STAGES = {s.name: s for s in (
     Stage("02_archives", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
     Stage("03_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
     Stage("04_spectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
-    Stage("05_vae", ("vae",), ("catalogue", "spectra"), ("vae", "vae_history", "latents")),
+    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_history", "latents")),
     Stage("06_deconv", (), ("images",)),
     Stage("07_models"),
     Stage("08_training", ("training",), ("images", "vae", "latents"), ("models",)),

@@ -104,7 +104,6 @@ class Reference:
 def load_reference(
     specobjids,  # galaxies
     paths:Paths,
-    spectra_parameters,  # the profile's `SpectraParameters`
 ) -> Reference:
     "Observed, reconstructed and, in a mock survey, true spectra of these galaxies."
     store, model = load_store(paths.spectra), SpectrumModel.load(paths.vae)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_vae.ipynb #d33aac5b
 from __future__ import annotations
-import dataclasses, hashlib, json, math, time
+import dataclasses, hashlib, json, math, pickle, time
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
@@ -140,7 +140,7 @@ def _epoch(vae, x, weights, parameters, generator, optimizer=None) -> dict[str, 
         if optimizer:
             optimizer.zero_grad(), terms.total.backward(), optimizer.step()
         sums += [t.item()*(len(rows) if name == "mmd" else 1) for name, t in zip(terms._fields, terms)]
-    return dict(zip(InfoVAELoss._fields, sums/n))
+    return dict(zip(InfoVAELoss._fields, (sums/n).tolist()))
 
 # %% ../nbs/05_vae.ipynb #25ad75da
 class Training:
@@ -196,8 +196,7 @@ class Training:
     def restore(self, path) -> bool:
         "Goes on from a file of `save`; False, and nothing changed, when there is none or it belongs to another training."
         try: state = torch.load(path, weights_only=True)
-        except FileNotFoundError: return False
-        except Exception: return False  # damaged: start again
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError): return False  # none, or damaged: start again
         if not isinstance(state, dict) or state.get("fingerprint") != self.fingerprint: return False
         self.vae.load_state_dict(state["vae"]), self.optimizer.load_state_dict(state["optimizer"]), self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])

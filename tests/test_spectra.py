@@ -1,0 +1,265 @@
+"specpred.spectra: properties of the rebinning, the published numbers of the iterative PCA, and real SDSS files where they are to be had."
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+from hypothesis import given, settings, strategies as st
+
+from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpectraParameters
+from specpred.spectra import (LogGrid, RebinnedSpectra, build_store, fill, iterative_pca, load_store, mask_bits, noise_spikes, prepare, read_sdss,
+    rebin, to_rest_frame)
+
+REFERENCE = Path(__file__).parent/"reference"
+
+redshifts = st.floats(0, 0.36)
+seeds = st.integers(0, 2**32 - 1)
+starts = st.floats(3.45, 3.5)  # log10 of the first pixel: blue enough to cover the grid at any of these redshifts
+N_NATIVE = 6200
+GRID = LogGrid()
+
+
+def native_edges(loglam0, n, dloglam=1e-4):
+    return 10**(loglam0 + dloglam*(np.arange(n + 1) - 0.5))
+
+
+def native_spectrum(seed, n=N_NATIVE):
+    return np.random.default_rng(seed).lognormal(0, 1, n)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, starts, redshifts)
+def test_the_integral_over_wavelength_is_conserved(seed, loglam0, z):
+    flux = native_spectrum(seed)
+    out = rebin(flux, None, loglam0, z)
+    assert not out.missing.any()
+    edges = native_edges(loglam0, N_NATIVE)/(1 + z)
+    cumulative = np.append(0, np.cumsum(flux*np.diff(edges)))
+    expected = np.diff(np.interp(GRID.edges, edges, cumulative))
+    assert (out.flux[0]*GRID.widths).sum() == pytest.approx(expected.sum(), rel=1e-10)
+    np.testing.assert_allclose(out.flux[0]*GRID.widths, expected, rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(-1e3, 1e3), starts, redshifts, st.floats(0.5e-4, 4e-4))
+def test_a_constant_stays_constant(level, loglam0, z, dloglam):
+    n = int(0.65/dloglam)
+    out = rebin(np.full(n, level), None, loglam0, z, dloglam=dloglam)
+    np.testing.assert_allclose(out.flux[~out.missing], level, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(3500, 8200), redshifts, starts, st.floats(150, 400))
+def test_a_lines_flux_and_centroid_survive(centre, z, loglam0, sigma):
+    # a line much narrower than a bin of 269 km/s can be anywhere in it
+    x = loglam0 + 1e-4*np.arange(N_NATIVE) - np.log10(1 + z)
+    width = sigma/299792.458/np.log(10)
+    native = np.exp(-0.5*((x - np.log10(centre))/width)**2)
+    widths = np.diff(native_edges(loglam0, N_NATIVE))/(1 + z)
+    out = rebin(native, None, loglam0, z).flux[0]
+    # a line at the grid's edge would be cut off
+    inside = (10**(np.log10(centre) - 6*width) > GRID.edges[0]) and (10**(np.log10(centre) + 6*width) < GRID.edges[-1])
+    if not inside: return
+    total = (out*GRID.widths).sum()
+    assert total == pytest.approx((native*widths).sum(), rel=1e-6)
+    bin_width = np.interp(centre, GRID.wavelength, GRID.widths)
+    assert abs((out*GRID.widths*GRID.wavelength).sum()/total - centre) < 0.05*bin_width
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, starts, redshifts, st.sampled_from([2, 4, 5, 10]))
+def test_rebinning_twice_is_once_onto_the_coarser_grid(seed, loglam0, z, factor):
+    coarse = LogGrid(GRID.n_bins//factor, GRID.loglam0 + GRID.dloglam*(factor - 1)/2, GRID.dloglam*factor)
+    flux = native_spectrum(seed)
+    once = rebin(flux, None, loglam0, z, coarse).flux
+    twice = rebin(rebin(flux, None, loglam0, z).flux, None, GRID.loglam0, 0, coarse, GRID.dloglam).flux
+    np.testing.assert_allclose(twice, once, rtol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(3, 4), st.floats(-0.5, 10))
+def test_a_round_trip_of_redshift_is_the_identity(loglam, z):
+    assert to_rest_frame(to_rest_frame(loglam, z), 1/(1 + z) - 1) == pytest.approx(loglam, abs=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, redshifts)
+def test_a_galaxy_put_at_a_redshift_comes_back(seed, z):
+    flux = native_spectrum(seed, GRID.n_bins)
+    back = rebin(flux, None, GRID.loglam0 + np.log10(1 + z), z, GRID, GRID.dloglam)
+    np.testing.assert_allclose(back.flux[0], flux, rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.lists(redshifts, min_size=2, max_size=6))
+def test_spectra_do_not_see_each_other(seed, z):
+    rng = np.random.default_rng(seed)
+    flux, ivar = rng.normal(1, 1, (len(z), 4000)), rng.exponential(1, (len(z), 4000))*(rng.random((len(z), 4000)) > 0.05)
+    loglam0 = rng.uniform(3.55, 3.6, len(z))
+    together = rebin(flux, ivar, loglam0, z)
+    for i in range(len(z)):
+        alone = rebin(flux[i], ivar[i], loglam0[i], z[i])
+        for name in ("flux", "error", "missing"): np.testing.assert_array_equal(getattr(together, name)[i], getattr(alone, name)[0])
+
+
+def test_propagated_errors_are_the_scatter_and_published_ones_the_mean():
+    rng = np.random.default_rng(0)
+    sigma = rng.uniform(0.5, 2, 5000)
+    noise = sigma*rng.standard_normal((1500, 5000))
+    grid = LogGrid(60, 3.6)
+    ivar = np.broadcast_to(sigma**-2, noise.shape)
+    out = rebin(noise, ivar, 3.55, 0.05, grid)
+    np.testing.assert_allclose(out.flux.std(0), out.error[0], rtol=0.1)
+    published = rebin(np.ones(5000), sigma**-2, 3.55, 0.05, grid, error="published")
+    np.testing.assert_allclose(published.error[0], rebin(sigma, None, 3.55, 0.05, grid).flux[0], rtol=1e-9)
+    assert 1.8 < np.mean(published.error[0]/out.error[0]) < 2.2
+
+
+def test_what_was_not_measured_is_missing_and_not_zero():
+    ivar = np.ones(3800)
+    ivar[1000:1100], ivar[2000] = 0, 0
+    flux = np.ones(3800)
+    flux[1000:1100], flux[2000], flux[3000] = 1e9, np.nan, np.inf
+    out = rebin(flux, ivar, 3.58, 0.1)
+    loglam = GRID.loglam + np.log10(1.1)
+    assert out.missing[0][(loglam < 3.579) | (loglam > 3.961)].all() and np.isnan(out.flux[0][loglam < 3.579]).all()
+    assert out.missing[0][(loglam > 3.6802) & (loglam < 3.6896)].all()
+    np.testing.assert_allclose(out.flux[0][~out.missing[0]], 1, rtol=1e-12)  # bad pixels leave no trace
+    assert not out.missing[0][np.abs(loglam - 3.78) < 3e-4].any()  # one lost pixel of four is no gap
+
+
+@pytest.mark.parametrize("bad", [dict(redshift=np.nan), dict(redshift=-1.), dict(error="rms"), dict(ivar=np.ones(7))])
+def test_rebin_refuses(bad):
+    arguments = dict(flux=np.ones(4000), ivar=None, loglam0=3.58, redshift=0.1) | bad
+    with pytest.raises(InvalidInputError): rebin(**arguments)
+
+
+def test_spike_rule_masks_sky_lines_and_spares_the_galaxys():
+    flux, error = np.ones((1, 300)), np.ones((1, 300))
+    error[0, 80] = 3  # a sky line
+    error[0, 200], flux[0, 200] = 3, 50  # an emission line with its photon noise
+    spectra = RebinnedSpectra(flux, error, np.zeros((1, 300), bool), np.full(1, 10.))
+    assert np.flatnonzero(noise_spikes(spectra)).tolist() == [78, 79, 80, 81, 82]
+    assert noise_spikes(spectra, spare_lines=False)[0, 200]
+
+
+def test_pca_equals_the_published_numbers():
+    reference = np.load(REFERENCE/"iterative_pca.npz")
+    found = iterative_pca(reference["X"], reference["M"], n_components=4, n_iter=12, norm="l2")
+    for name, value in dict(filled=found.filled, mu=found.mean, norms=found.norms).items(): np.testing.assert_allclose(value, reference[name], rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(found.eigenvalues, reference["evals"][:4], rtol=1e-5)
+    garbage = np.where(reference["M"], np.nan, reference["X"])  # what stands in missing bins does not matter
+    np.testing.assert_array_equal(iterative_pca(garbage, reference["M"], 4, 12).filled, found.filled)
+
+
+def literal_pca(x, missing, k, n_iter):
+    "The recipe word by word, with a full decomposition a turn and a loop over rows."
+    filled, measured = np.where(missing, 0, x), ~missing
+    for _ in range(n_iter):
+        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
+        filled = np.where(missing, (filled*measured).sum(0)/measured.sum(0), filled)
+    for _ in range(n_iter):
+        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
+        mean = filled.mean(0)
+        _, values, vectors = np.linalg.svd(filled - mean, full_matrices=False)
+        fits = [np.linalg.lstsq(vectors[:k, m].T, (row - mean)[m], rcond=None)[0] for row, m in zip(filled, measured)]
+        filled = np.where(missing, fits @ vectors[:k] + mean, filled)
+    return filled, mean, vectors[:k], values[:k]
+
+
+def test_pca_by_krylov_space_equals_the_recipe():
+    rng = np.random.default_rng(1)
+    shapes = np.cumsum(rng.standard_normal((8, 300)), 1)/20
+    x = (4 + rng.standard_normal((700, 8))*0.8**np.arange(8) @ shapes + 0.05*rng.standard_normal((700, 300)))*rng.lognormal(0, 1, (700, 1))
+    missing = np.arange(300) < rng.integers(0, 90, (700, 1))
+    filled, mean, vectors, values = literal_pca(x, missing, 5, 6)
+    found = iterative_pca(x, missing, 5, 6)
+    np.testing.assert_allclose(found.normalised, filled, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-8)
+    np.testing.assert_allclose(found.eigenvalues, values, rtol=1e-7)
+    np.testing.assert_allclose(np.abs(found.eigenvectors), np.abs(vectors), atol=1e-5)
+    centred = found.normalised - found.mean
+    np.testing.assert_allclose(np.where(missing, found.coefficients @ found.eigenvectors - centred, 0), 0, atol=1e-9)
+
+
+def test_fill_completes_others_as_the_fit_would_have():
+    rng = np.random.default_rng(2)
+    shapes = np.cumsum(rng.standard_normal((3, 200)), 1)/20
+    complete = (4 + rng.standard_normal((300, 3)) @ shapes)*rng.lognormal(0, 1, (300, 1))
+    first = rng.integers(0, 170, (300, 1))
+    missing = (np.arange(200) >= first) & (np.arange(200) < first + 30)
+    fitted = iterative_pca(complete[:200], missing[:200], 4, 40)
+    told = fill(complete[200:], missing[200:], fitted.basis)
+    np.testing.assert_allclose(told.filled, complete[200:], rtol=2e-3)  # noiseless: the gaps are known
+    np.testing.assert_allclose(fill(complete[:5], missing[:5], fitted).normalised, fitted.normalised[:5], rtol=1e-3)
+
+
+def good_sample(n=40, bins=60):
+    rng = np.random.default_rng(3)
+    return 3 + rng.standard_normal((n, 2)) @ np.cumsum(rng.standard_normal((2, bins)), 1)/10 + 0.01*rng.standard_normal((n, bins)), np.zeros((n, bins), bool)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda x, m: m.__setitem__((slice(None), [3, 17]), True), "bins 3, 17"),
+    (lambda x, m: m.__setitem__(12, True), "row 12"),
+    (lambda x, m: m.__setitem__((5, slice(2, None)), True), "row 5"),
+    (lambda x, m: x.__setitem__((7, 30), np.nan), "row 7, first in bin 30"),
+    (lambda x, m: x.__setitem__((9, 1), np.inf), "row 9, first in bin 1"),
+    (lambda x, m: x.__setitem__(4, 0), "row 4")])
+def test_pca_names_what_is_wrong(spoil, words):
+    x, missing = good_sample()
+    spoil(x, missing)
+    with pytest.raises(InvalidInputError, match=words): iterative_pca(x, missing, 3, 4)
+
+
+def test_pca_refuses_shapes_and_numbers():
+    x, missing = good_sample()
+    for arguments in ((x, missing[:, 1:], 3), (x, missing.astype(int), 3), (x, missing, 0), (x, missing, 60), (x[:3], missing[:3], 3)):
+        with pytest.raises(InvalidInputError): iterative_pca(*arguments)
+    with pytest.raises(InvalidInputError): fill(x[:, :50], missing[:, :50], iterative_pca(x, missing, 3, 4))
+
+
+def test_mask_bits_by_name():
+    assert mask_bits(["NODATA", "BRIGHTSKY"]) == 2**24 | 2**23
+    with pytest.raises(InvalidInputError, match="NODATUM"): mask_bits(["NODATUM"])
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(MissingInputError): read_sdss(tmp_path/"spec-0001-50000-0001.fits")
+    for content in (b"", b"<html>404</html>", b"SIMPLE  =                    T".ljust(2880)):
+        (tmp_path/"bad.fits").write_bytes(content)
+        with pytest.raises(DamagedFileError): read_sdss(tmp_path/"bad.fits")
+
+
+def test_a_store_without_training_spectra_is_refused(tmp_path):
+    row = pd.DataFrame(dict(specobjid=np.array([1], np.uint64), plate=1, mjd=50000, fiberid=1, redshift=0.1, has_spectrum=True, split="train"))
+    with pytest.raises(InvalidInputError, match="training"): build_store(row, tmp_path, tmp_path/"spectra.zarr", SpectraParameters(), progress=False)
+    assert list(tmp_path.iterdir()) == []  # and nothing is left behind
+    with pytest.raises(MissingInputError): load_store(tmp_path/"spectra.zarr")
+
+
+@pytest.mark.parametrize("name, redshift, n, object_class", [
+    ("spec-0266-51602-0001.fits", 0.02127545, 3835, "GALAXY"), ("spec-0266-51602-0573.fits", 0.2618579, 3832, "GALAXY"),
+    ("spec-1045-52725-0628.fits", 0.03196687, 3816, "GALAXY"), ("spec-3586-55181-0003.fits", 0.5886955, 4625, "GALAXY")])
+def test_real_files_read_as_astropy_reads_them(real_data, name, redshift, n, object_class):
+    from astropy.io import fits
+    spectrum = read_sdss(real_data/"sdss"/name)
+    with fits.open(real_data/"sdss"/name) as hdus:
+        for column in ("flux", "ivar", "and_mask"): np.testing.assert_array_equal(getattr(spectrum, column), hdus[1].data[column])
+        np.testing.assert_allclose(spectrum.loglam, hdus[1].data["loglam"], rtol=0, atol=1e-6)
+        assert spectrum.ra == pytest.approx(hdus[2].data["PLUG_RA"][0]) and spectrum.fiberid == hdus[2].data["FIBERID"][0]
+    assert len(spectrum.flux) == n and spectrum.object_class == object_class and spectrum.redshift == pytest.approx(redshift, rel=1e-6)
+
+
+def test_a_real_galaxy_bin_by_bin(real_data):
+    "The rebinned flux is the mean of the native pixels in each bin, and the lines of a star-forming galaxy are where they should be."
+    spectrum = read_sdss(real_data/"sdss/spec-1045-52725-0628.fits")
+    out = prepare([spectrum])
+    rest = spectrum.wavelength/(1 + spectrum.redshift)
+    good = spectrum.ivar > 0
+    assert 0.05 < out.missing.mean() < 0.25
+    for i in np.flatnonzero(~out.missing[0])[::37]:
+        inside = good & (rest > GRID.edges[i]) & (rest < GRID.edges[i + 1])
+        near = good & (rest > 0.9997*GRID.edges[i]) & (rest < 1.0003*GRID.edges[i + 1])
+        assert spectrum.flux[near].min() <= out.flux[0, i] <= spectrum.flux[near].max()
+        assert abs(out.flux[0, i] - spectrum.flux[inside].mean()) < 3*out.error[0, i]
+    halpha = np.abs(GRID.wavelength - 6564.61) < 40
+    assert abs(GRID.wavelength[halpha][np.argmax(out.flux[0, halpha])] - 6564.61) < 6 and not out.missing[0, halpha].any()
