@@ -130,7 +130,7 @@ PROFILES = {p.name: p for p in (
     Profile("smoke", "a few hundred mock galaxies, to check that everything works (minutes on 2 cores)",
         mock=MockParameters(n_galaxies=240, n_spectra_only=240, stamp_size=64),
         images=ImageParameters(size=48),
-        vae=VAEParameters(epochs=10),
+        vae=VAEParameters(epochs=60),
         training=TrainingParameters(epochs=2, batch_size=32),
         evaluation=EvaluationParameters(boosting_iterations=30)),
     Profile("demo", "mock galaxies on a laptop, without network (a quarter of an hour on 2 cores)",

@@ -58,7 +58,8 @@ def plot_gallery(
         below.plot(wavelength, np.where(reference.missing[k], np.nan, reference.observed[k]), color="0.75", lw=.5, label="observed")
         if reference.true is not None: below.plot(wavelength, reference.true[k], color="k", lw=.8, label="true")
         below.plot(wavelength, predicted[k], color="#D55E00", lw=.8, label="predicted")
-        top = 1.25*np.nanmax([predicted[k].max(), np.nanpercentile(reference.reconstructed[k], 99.8)])
+        tallest = max(predicted[k].max(), np.nanmax(reference.true[k] if reference.true is not None else reference.reconstructed[k]))
+        top = min(1.1*tallest, 5*np.median(predicted[k]))  # the continuum must stay visible under a strong line
         below.set(xlim=wavelength[[0, -1]], ylim=(0, top), yticks=[])
         below.tick_params(labelsize=7), mark_lines(below)
         if k % n_columns == 0: below.set_ylabel(r"$F_\lambda$ (normalised)", fontsize=8)
