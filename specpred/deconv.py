@@ -109,7 +109,7 @@ def _pixels_adjoint(X, shape, step, dtype):
 
 # %% ../nbs/06_deconv.ipynb #2bf4cbcb
 class _PatchStatistics(torch.autograd.Function):
-    "Mean (groups, F) and covariance + `eps` (groups, F, F) of the patches of `x` at `sites`: arguments of `_patches`, or of `_pixels`."
+    "Mean (groups, F) and covariance + `eps` (groups, F, F) of patches: `sites` are the arguments of `_patches` or `_pixels`."
     @staticmethod
     def forward(ctx, x, sites, groups, n_features, eps):
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -146,8 +146,9 @@ class _Whitening:
         if x.numel() == 0: self._fail(f"a batch of shape {tuple(x.shape)} has no statistics.")
         finite = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
         if not torch.compiler.is_compiling() and not finite:
-            self._fail(f"the input holds {int((~x.isfinite()).sum())} NaN or infinite values of {x.numel()}. The running statistics "
-                "were left as they were. Look for bad pixels in the batch or, in a deeper layer, for too large a learning rate.")
+            self._fail(f"the input holds {int((~x.isfinite()).sum())} NaN or infinite values of {x.numel()}. The running "
+                "statistics were left as they were. Look for bad pixels in the batch or, in a deeper layer, for too large a "
+                "learning rate.")
         return finite
 
     def _average(self, finite, momentum, **statistics):
@@ -166,12 +167,14 @@ def _check_sizes(eps, **sizes):
 
 # %% ../nbs/06_deconv.ipynb #4485e420
 class FastDeconv(_Whitening, nn.Conv2d):
-    """Convolution of whitened patches, $y = W C^{-1/2}(x - \\mu) + b$, with the mean $\\mu$ and covariance $C$ of the patches of the batch
-    in training and their running averages in evaluation. Takes (N, C, H, W) to (N, out_channels, H', W') as `nn.Conv2d` does. Under
-    autocast the statistics stay in float32; under `DistributedDataParallel` each process uses its own batch, and the buffers are those of
-    rank 0, as for batch normalisation. Raises `InvalidInputError` for wrong shapes and for NaN in training. Source: Ye et al. (2020)."""
+    """Convolution of whitened patches, $y = W C^{-1/2}(x - \\mu) + b$, with the mean $\\mu$ and covariance $C$ of the patches of
+    the batch in training and their running averages in evaluation. Takes (N, C, H, W) to (N, out_channels, H', W') as
+    `nn.Conv2d` does. Under autocast the statistics stay in float32; under `DistributedDataParallel` each process uses its own
+    batch, and the buffers are those of rank 0, as for batch normalisation. Raises `InvalidInputError` for wrong shapes and for
+    NaN in training. Source: Ye et al. (2020)."""
     def __init__(self,
-        in_channels:int, out_channels:int, kernel_size, stride=1, padding=0, dilation=1, groups:int=1, bias:bool=True,  # as `nn.Conv2d`
+        in_channels:int, out_channels:int, kernel_size, stride=1, padding=0, dilation=1,  # as `nn.Conv2d`
+        groups:int=1, bias:bool=True,  # likewise
         eps:float=1e-5,  # added to the diagonal of the covariance
         n_iter:int=5,  # Newton–Schulz steps
         momentum:float=0.1,  # of the running averages
@@ -180,8 +183,9 @@ class FastDeconv(_Whitening, nn.Conv2d):
         freeze:bool=False,  # stop updating after `freeze_iter` training steps
         freeze_iter:int=100,
     ):
-        _check_sizes(eps, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, dilation=dilation,
-                     groups=groups, n_iter=n_iter, block=block, sampling_stride=sampling_stride, freeze_iter=freeze_iter)
+        _check_sizes(eps, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
+                     dilation=dilation, groups=groups, n_iter=n_iter, block=block, sampling_stride=sampling_stride,
+                     freeze_iter=freeze_iter)
         if isinstance(padding, str): raise InvalidInputError(f"padding must be a number of pixels, got {padding!r}.")
         if in_channels % groups or out_channels % groups:
             raise InvalidInputError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}.")
@@ -209,7 +213,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         return _deconvolved(self, self.running_mean, self.running_deconv)
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, eps={self.eps}, n_iter={self.n_iter}, block={self.block}, sampling_stride={self.sampling_stride}"
+        ours = f"eps={self.eps}, n_iter={self.n_iter}, block={self.block}, sampling_stride={self.sampling_stride}"
+        return f"{super().extra_repr()}, {ours}"
 
 # %% ../nbs/06_deconv.ipynb #82a91d0b
 def _patch_whitening(layer, x):
@@ -217,7 +222,8 @@ def _patch_whitening(layer, x):
     with torch.autocast(x.device.type, enabled=False):
         strides = tuple(layer.sampling_stride*s for s in layer.stride)
         # a 1 × 1 kernel samples the flattened batch
-        sites = math.prod(strides) if math.prod(layer.kernel_size) == 1 else (layer.kernel_size, layer.dilation, layer.padding, strides)
+        single = math.prod(layer.kernel_size) == 1
+        sites = math.prod(strides) if single else (layer.kernel_size, layer.dilation, layer.padding, strides)
         x = x if type(x) is Tensor else x.as_subclass(Tensor)  # fastai's tensor classes cost time in every operation
         mean, cov = _PatchStatistics.apply(x, sites, layer.groups, layer.num_features, layer.eps)
         return mean, inverse_square_root(cov, layer.n_iter)
@@ -250,9 +256,9 @@ def _check_images(layer, x):
 
 # %% ../nbs/06_deconv.ipynb #122b2f35
 class ChannelDeconv(_Whitening, nn.Module):
-    """Whitens blocks of channels, $y = C^{-1/2}(x - \\mu)$, where $C$ is the (not centred) second moment of the channels of a block.
-    Channels beyond the last whole block are standardised by one common mean and variance. Takes (N, C) or (N, C, H, W) to the same shape.
-    The running statistics begin with those of the first batch. Raises `InvalidInputError` for fewer channels than `block`,
+    """Whitens blocks of channels, $y = C^{-1/2}(x - \\mu)$, where $C$ is the (not centred) second moment of the channels of a
+    block. Channels beyond the last whole block are standardised by one common mean and variance. Takes (N, C) or (N, C, H, W)
+    to the same shape. The running statistics begin with those of the first batch. Raises `InvalidInputError` for fewer channels than `block`,
     and for NaN in training. Source: Ye et al. (2020)."""
     def __init__(self,
         block:int,  # channels that are whitened together
@@ -291,7 +297,8 @@ class ChannelDeconv(_Whitening, nn.Module):
         mean, deconv = X.mean(1, keepdim=True), inverse_square_root(X @ X.T/X.shape[1] + self.eps*identity, self.n_iter)
         mean2, var = (rest.mean(), rest.var()) if rest.numel() > 1 else (self.running_mean2, self.running_var)
         first = (self.num_batches_tracked == 0).to(X.dtype)
-        self._average(finite, first + (1 - first)*self.momentum, running_mean1=mean, running_deconv=deconv, running_mean2=mean2, running_var=var)
+        self._average(finite, first + (1 - first)*self.momentum,
+                      running_mean1=mean, running_deconv=deconv, running_mean2=mean2, running_var=var)
         self.num_batches_tracked += 1
         return mean, deconv, mean2, var
 

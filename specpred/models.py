@@ -38,7 +38,8 @@ def _deconvolved(layer:ConvLayer) -> nn.Sequential:
 def _deconvolve(module:nn.Module):
     "Replaces every `ConvLayer` with a batch norm inside `module`."
     for name, child in module.named_children():
-        if isinstance(child, ConvLayer) and any(isinstance(m, nn.BatchNorm2d) for m in child): setattr(module, name, _deconvolved(child))
+        normed = isinstance(child, ConvLayer) and any(isinstance(m, nn.BatchNorm2d) for m in child)
+        if normed: setattr(module, name, _deconvolved(child))
         else: _deconvolve(child)
 
 # %% ../nbs/07_models.ipynb #32a9cd4d
@@ -56,17 +57,20 @@ def xresnet(
     stem_szs=(32, 32, 64),  # channels of the three first layers
     widen:float=1.0,  # factor on the channels of the blocks
 ) -> nn.Module:
-    """fastai's `XResNet`, with batch-normalised convolutions replaced by deconvolutions in the stem or everywhere. Takes (N, c_in, H, W) to
-    (N, n_out). Raises `InvalidInputError` for sizes that do not fit together. Source: He et al. (2018); Wu & Peek (2020), section 3."""
-    if deconvolve not in ("none", "stem", "all"): raise InvalidInputError(f'deconvolve is "none", "stem" or "all", not {deconvolve!r}.')
-    if min(c_in, n_out, *stem_szs) < 1 or stem_szs[-1] != 64: raise InvalidInputError(f"c_in={c_in}, n_out={n_out} and the channels {stem_szs} of the "
-        "three stem layers must be positive, and the last of these 64, which the blocks expect.")
+    """fastai's `XResNet`, with batch-normalised convolutions replaced by deconvolutions in the stem or everywhere. Takes
+    (N, c_in, H, W) to (N, n_out). Raises `InvalidInputError` for sizes that do not fit together. Source: He et al. (2018);
+    Wu & Peek (2020), section 3."""
+    if deconvolve not in ("none", "stem", "all"):
+        raise InvalidInputError(f'deconvolve is "none", "stem" or "all", not {deconvolve!r}.')
+    if min(c_in, n_out, *stem_szs) < 1 or stem_szs[-1] != 64:
+        raise InvalidInputError(f"c_in={c_in}, n_out={n_out} and the channels {stem_szs} of the three stem layers must be "
+            "positive, and the last of these 64, which the blocks expect.")
     try:
-        model = XResNet(ResBlock, expansion, layers, p=p, c_in=c_in, n_out=n_out, stem_szs=stem_szs, widen=widen, sa=sa, act_cls=act_cls,
-                        groups=groups, reduction=reduction)
+        model = XResNet(ResBlock, expansion, layers, p=p, c_in=c_in, n_out=n_out, stem_szs=stem_szs, widen=widen, sa=sa,
+                        act_cls=act_cls, groups=groups, reduction=reduction)
     except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
-        raise InvalidInputError(f"There is no such network ({error}). `groups` must divide 64, 128, 256 and 512 times `widen`; c_in and n_out "
-            "are positive, and stem_szs are three channel numbers.") from error
+        raise InvalidInputError(f"There is no such network ({error}). `groups` must divide 64, 128, 256 and 512 times `widen`, "
+            "and stem_szs are three channel numbers.") from error
     if deconvolve == "all": _deconvolve(model)
     if deconvolve == "stem":
         for i in range(3): model[i] = _deconvolved(model[i])
@@ -147,10 +151,10 @@ def deconv3(
     deconvs = [FastDeconv(c_in, 32, 3, stride=2), FastDeconv(32, 32, 3, stride=2), FastDeconv(32, 64, 3)]
     return _three_layers([nn.Sequential(deconv, nn.ReLU()) for deconv in deconvs], n_out)
 
-# %% ../nbs/07_models.ipynb #336eac71
-MODELS = dict(conv3=conv3, deconv3=deconv3, xresnet18=xresnet18, xresnet18_hybrid=xresnet18_hybrid, xresnet18_deconv=xresnet18_deconv,
-              xresnet34=xresnet34, xresnet34_hybrid=xresnet34_hybrid, xresnet34_deconv=xresnet34_deconv,
-              xresnet50=xresnet50, xresnet50_hybrid=xresnet50_hybrid, xresnet50_deconv=xresnet50_deconv)  # what training and weights files call them
+# %% ../nbs/07_models.ipynb #d550cfce
+MODELS = {model.__name__: model for model in (  # under the names that training and weights files use
+    conv3, deconv3, xresnet18, xresnet18_hybrid, xresnet18_deconv, xresnet34, xresnet34_hybrid, xresnet34_deconv,
+    xresnet50, xresnet50_hybrid, xresnet50_deconv)}
 
 def n_params(model:nn.Module) -> int:
     "Number of trainable parameters."
@@ -167,7 +171,8 @@ class _SqueezeExcite(nn.Module):
 def _plain(module:nn.Module) -> nn.Module:
     "`module`, if it is a deconvolution or a squeeze-and-excitation, as plain layers."
     if isinstance(module, FastDeconv):
-        conv = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        conv = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
+                         module.dilation, module.groups)
         conv.weight.data, conv.bias.data = (t.to(module.weight.dtype) for t in module.plain())
         return conv.eval()
     if isinstance(module, SequentialEx) and isinstance(module.layers[-1], ProdLayer): return _SqueezeExcite(module.layers)
@@ -190,11 +195,12 @@ def _fold(module:nn.Module):
 def fuse(
     model:nn.Module,  # any model of this chapter; it is left as it is
 ) -> nn.Module:
-    """A copy for evaluation with running deconvolutions and batch norms folded into plain convolutions: the same outputs to rounding.
-    It has other weights and keys, is not meant for training, and can be exported."""
-    for module in model.modules():  # the spectral norm leaves a tensor behind that cannot be copied after a training step
+    """A copy for evaluation with running deconvolutions and batch norms folded into plain convolutions: the same outputs to
+    rounding. It has other weights and keys, is not meant for training, and can be exported."""
+    for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, SpectralNorm): setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False).detach())
+            if isinstance(hook, SpectralNorm):  # after a training step its weight is part of a graph and cannot be copied
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False).detach())
     fused = copy.deepcopy(model).eval()
     _fold(fused)
     return _plain(fused).requires_grad_(False)
@@ -231,7 +237,7 @@ def _stats(stats, n, what):
     return stats
 
 def _constructor_arguments(name, arguments):
-    "All arguments of the model's constructor, with the activation as a class; raises `InvalidInputError` for what it does not have."
+    "All arguments of the model's constructor, the activation as a class; raises `InvalidInputError` for unknown ones."
     if name not in MODELS: raise InvalidInputError(f"There is no model {name!r}; the models are {', '.join(MODELS)}.")
     known = {key: p.default for key, p in inspect.signature(MODELS[name]).parameters.items()}
     if unknown := sorted(set(arguments) - set(known)):
@@ -258,9 +264,11 @@ def save(
     `InvalidInputError` where the parts do not fit together, `WeightsError` where `model` is not the model that is named."""
     arguments = _constructor_arguments(name, dict(arguments))
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    _check_keys(_shapes_of(name, arguments), {key: tuple(value.shape) for key, value in tensors.items()}, f"The model to save is no {name}")
-    if len(channels) != arguments["c_in"]: raise InvalidInputError(f"{len(channels)} channels {channels!r} for a model with c_in={arguments['c_in']}.")
-    if "act_cls" in arguments: arguments["act_cls"] = next(key for key, value in _ACTIVATIONS.items() if value is arguments["act_cls"])
+    _check_keys(_shapes_of(name, arguments), _shapes(tensors), f"The model to save is no {name}")
+    if len(channels) != arguments["c_in"]:
+        raise InvalidInputError(f"{len(channels)} channels {channels!r} for a model with c_in={arguments['c_in']}.")
+    if "act_cls" in arguments:
+        arguments["act_cls"] = next(key for key, value in _ACTIVATIONS.items() if value is arguments["act_cls"])
     metadata = dict(name=name, arguments=arguments, image_stats=_stats(image_stats, arguments["c_in"], "image_stats")._asdict(),
         target_stats=_stats(target_stats, arguments["n_out"], "target_stats")._asdict(),
         channels=channels if isinstance(channels, str) else list(channels), provenance=provenance or {})
@@ -273,24 +281,33 @@ def load(
     path,  # of a file that `save` wrote
     device="cpu",  # where the model goes
 ) -> TrainedModel:
-    """Reads a weights file. Raises `MissingInputError` where there is none, `DamagedFileError` for one that is no safetensors file or is cut short,
-    `WeightsError` for one without our metadata or with the weights of another model, and then lists the keys that differ."""
+    """Reads a weights file. Raises `MissingInputError` where there is none, `DamagedFileError` for one that is no safetensors
+    file or is cut short, `WeightsError` for one without our metadata or with the weights of another model, and then lists the
+    keys that differ."""
+    metadata, tensors = _read(path, device)
+    if metadata.get("format") != "specpred":
+        raise WeightsError(f"{path} has no metadata of ours, so what it expects is unknown; load files that `models.save` wrote.")
+    try:
+        parts = {key: json.loads(metadata[key]) for key in TrainedModel.__dataclass_fields__ if key != "model"}
+        arguments = _constructor_arguments(parts["name"], parts["arguments"])
+        for key, size in ("image_stats", "c_in"), ("target_stats", "n_out"): parts[key] = _stats(parts[key], arguments[size], key)
+        expected = _shapes_of(parts["name"], arguments)
+    except (KeyError, TypeError, ValueError, InvalidInputError) as error:
+        raise WeightsError(f"The metadata of {path} cannot be used: {error}") from error
+    _check_keys(expected, _shapes(tensors), f"The weights in {path} are not those of {parts['name']}")
+    model = MODELS[parts["name"]](**arguments).to(device).eval()
+    model.load_state_dict(tensors)
+    return TrainedModel(model, **parts)
+
+# %% ../nbs/07_models.ipynb #5cf29299
+def _read(path, device):
+    "Metadata and tensors of a safetensors file."
     if not Path(path).is_file(): raise MissingInputError(f"There is no weights file {path}.")
     try:
-        with safe_open(path, "pt", device=str(device)) as file: metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error: raise DamagedFileError(f"{path} is no readable safetensors file: {error}") from error
-    if metadata.get("format") != "specpred":
-        raise WeightsError(f"{path} has no metadata of ours, so what it expects is unknown; only files written by `models.save` can be loaded.")
-    try:
-        parts = {key: json.loads(metadata[key]) for key in ("name", "arguments", "image_stats", "target_stats", "channels", "provenance")}
-        name, arguments = parts["name"], _constructor_arguments(parts["name"], parts["arguments"])
-        image_stats, target_stats = _stats(parts["image_stats"], arguments["c_in"], "image_stats"), _stats(parts["target_stats"], arguments["n_out"], "target_stats")
-        expected = _shapes_of(name, arguments)
-    except (KeyError, TypeError, ValueError, InvalidInputError) as error: raise WeightsError(f"The metadata of {path} cannot be used: {error}") from error
-    _check_keys(expected, {key: tuple(value.shape) for key, value in tensors.items()}, f"The weights in {path} are not those of {name}")
-    model = MODELS[name](**arguments).to(device).eval()
-    model.load_state_dict(tensors)
-    return TrainedModel(model, name, parts["arguments"], image_stats, target_stats, parts["channels"], parts["provenance"])
+        with safe_open(path, "pt", device=str(device)) as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"{path} is no readable safetensors file: {error}") from error
 
 # %% ../nbs/07_models.ipynb #71751fb3
 def load_weights(
@@ -299,19 +316,22 @@ def load_weights(
     source:str="these weights",  # where they are from, for the message
 ) -> nn.Module:
     "`load_state_dict(strict=True)`, with a `WeightsError` that lists the keys and shapes that differ."
-    _check_keys({key: tuple(value.shape) for key, value in model.state_dict().items()}, {key: tuple(value.shape) for key, value in tensors.items()},
-                f"{source} do not belong to this {type(model).__name__}")
+    _check_keys(_shapes(model.state_dict()), _shapes(tensors), f"{source} do not belong to this {type(model).__name__}")
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/07_models.ipynb #b54bd8c3
+# %% ../nbs/07_models.ipynb #91f05ae2
+def _shapes(tensors): return {key: tuple(value.shape) for key, value in tensors.items()}
+
 def _shapes_of(name, arguments):
     "Keys and shapes of a model that is described but not built."
-    with torch.device("meta"): return {key: tuple(value.shape) for key, value in MODELS[name](**arguments).state_dict().items()}
+    with torch.device("meta"): return _shapes(MODELS[name](**arguments).state_dict())
 
 def _check_keys(expected, found, problem):
     "Raises `WeightsError` unless keys and shapes agree."
-    differences = {"missing": [key for key in expected if key not in found], "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} {found[key]}, not {expected[key]}" for key in expected if key in found and found[key] != expected[key]]}
-    lists = [f"{len(keys)} {kind}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}" for kind, keys in differences.items() if keys]
+    differences = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items() if found.get(key, shape) != shape]}
+    lists = [f"{len(keys)} {kind}: {', '.join(keys[:4] + ['…']*(len(keys) > 4))}" for kind, keys in differences.items() if keys]
     if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")

@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_vae.ipynb #d33aac5b
 from __future__ import annotations
-import dataclasses, hashlib, json, math, pickle, time
+import contextlib, dataclasses, hashlib, json, math, pickle, time
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
@@ -203,6 +203,15 @@ class Training:
         self.history, self.best, self.waited, self.best_state = state["history"], state["best"], state["waited"], state["best_state"]
         return True
 
+# %% ../nbs/05_vae.ipynb #411ee848
+@contextlib.contextmanager
+def _one_thread():
+    "Layers this small gain little from more threads, lose much when the machine is busy, and with one the numbers are the same on every machine."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 # %% ../nbs/05_vae.ipynb #c4336849
 def fit(
     vae:InfoVAE,  # trained in place; ends with the weights of the best epoch, in evaluation mode
@@ -218,7 +227,7 @@ def fit(
     training = Training(vae, x, weights, parameters, seed)
     if checkpoint is not None: training.restore(checkpoint)
     saved = time.monotonic()
-    with tqdm(total=parameters.epochs, initial=len(training.history), desc="autoencoder", unit="epoch", disable=not progress) as bar:
+    with _one_thread(), tqdm(total=parameters.epochs, initial=len(training.history), desc="autoencoder", unit="epoch", disable=not progress) as bar:
         while not training.finished:
             training.step(), bar.update()
             bar.set_postfix({k: f"{training.history[-1][k]:.1f}" for k in ("train_total", "valid_total")})
@@ -368,11 +377,12 @@ def plot_traversals(
 ):
     "Decoded spectra along each target, the others at their mean: a figure with one panel a target."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(model.n_targets, 1, figsize=(9, 1.5*model.n_targets), sharex=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(model.n_targets, 1, figsize=(9, 1.7*model.n_targets), sharex=True, layout="constrained", squeeze=False)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
     for k, ax in enumerate(axes[:, 0]):
         targets = np.outer(values, np.eye(model.n_targets)[k])
-        for value, color, spectrum in zip(values, colors, model.decode(targets)): ax.plot(model.wavelength, spectrum, lw=0.7, color=color, label=f"{value:+g} σ")
+        for value, color, spectrum in zip(values, colors, model.decode(targets)): ax.plot(model.wavelength, spectrum, lw=0.7, color=color, label=f"{value:+g} σ" if value else "mean")
         ax.set(ylabel="normalised\nflux", title=f"target {k + 1}", xlim=model.wavelength[[0, -1]])
-    axes[0, 0].legend(ncols=len(values), fontsize="small", loc="upper right"), axes[-1, 0].set_xlabel("rest-frame wavelength (Å)")
+    axes[-1, 0].set_xlabel("rest-frame wavelength (Å)")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(values), loc="outside upper center")
     return fig
