@@ -90,8 +90,8 @@ def age_weights(
     hats = _hat_functions(np.log(nodes), np.log(np.maximum(_LOOKBACK, 1.0)))
     return formed @ (hats*(_LOOKBACK <= oldest)[:, None])
 
-# %% ../nbs/01_mock_survey.ipynb #84cfebf6
-GAS_METALLICITY = -0.2  # dex
+# %% ../nbs/01_mock_survey.ipynb #7ef5abd8
+GAS_METALLICITY = 0.15  # dex; gas has seen more generations of stars than the average star
 
 def population_coefficients(
     library:StellarLibrary,
@@ -184,7 +184,7 @@ def _draw_chemistry(kind, absolute, rng):
     axis_ratio = np.sqrt(0.17**2 + (1 - 0.17**2)*rng.random(n)**2)  # a disk of thickness 0.17 seen from a random side
     face_on = 10**(rng.normal(0, 0.2, n) + 0.12*brightness)*np.choose(kind, (0.05, 0.28, 0.22, 0.2, 0.65))
     disk_av = np.clip(face_on*axis_ratio**-0.6, 0, 2.5)
-    return dict(bulge_log_z=bulge, disk_log_z=disk, log_u=np.clip(-2.65 - 0.3*(disk + GAS_METALLICITY) + rng.normal(0, 0.1, n), -3.9, -2.0),
+    return dict(bulge_log_z=bulge, disk_log_z=disk, log_u=np.clip(-2.4 - 0.45*(disk + GAS_METALLICITY) + rng.normal(0, 0.1, n), -3.9, -2.0),
         disk_axis_ratio=axis_ratio, disk_av=disk_av, bulge_av=np.clip(0.05 + 0.35*disk_av*rng.random(n), 0, 1))
 
 def _draw_shapes(kind, absolute, redshift, rng):
