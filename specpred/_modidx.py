@@ -260,7 +260,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specpred.images.central_crop': ('images.html#central_crop', 'specpred/images.py'),
                                  'specpred.images.composite': ('images.html#composite', 'specpred/images.py'),
                                  'specpred.images.counts_to_njy': ('images.html#counts_to_njy', 'specpred/images.py'),
-                                 'specpred.images.decode_asinh': ('images.html#decode_asinh', 'specpred/images.py'),
                                  'specpred.images.find_rows': ('images.html#find_rows', 'specpred/images.py'),
                                  'specpred.images.fit_transform': ('images.html#fit_transform', 'specpred/images.py'),
                                  'specpred.images.open_images': ('images.html#open_images', 'specpred/images.py'),

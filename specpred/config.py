@@ -136,6 +136,7 @@ PROFILES = {p.name: p for p in (
     Profile("demo", "mock galaxies on a laptop, without network (a quarter of an hour on 2 cores)",
         mock=MockParameters(n_galaxies=1600, n_spectra_only=6000),
         images=ImageParameters(size=64),
+        vae=VAEParameters(epochs=100),
         training=TrainingParameters(epochs=10, batch_size=32)),
     Profile("mock", "the paper's size on the mock survey, for a GPU",
         mock=MockParameters(n_galaxies=64_000, stamp_size=256),

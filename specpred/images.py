@@ -11,11 +11,12 @@ import numpy as np
 import torch, zarr
 from astropy.io import fits
 from fastai.torch_core import TensorImage
+from .archives import linear_counts
 from .config import DamagedFileError, InvalidInputError, MissingInputError, atomic_path, random_generator, start_stage
 
 # %% auto #0
-__all__ = ['BANDS', 'PIXEL_SCALE', 'COUNT_NJY', 'SHARD', 'counts_to_njy', 'decode_asinh', 'Cutout', 'read_cutout', 'central_crop',
-           'Galaxy', 'read_galaxy', 'composite', 'GrizyImage', 'sky_statistics', 'aperture_magnitudes', 'pack_images',
+__all__ = ['BANDS', 'PIXEL_SCALE', 'COUNT_NJY', 'SHARD', 'counts_to_njy', 'Cutout', 'read_cutout', 'central_crop', 'Galaxy',
+           'read_galaxy', 'composite', 'GrizyImage', 'sky_statistics', 'aperture_magnitudes', 'pack_images',
            'find_rows', 'ImageStore', 'open_images', 'ImageTransform', 'fit_transform']
 
 # %% ../nbs/03_images.ipynb #6d7afe45
@@ -30,14 +31,6 @@ def counts_to_njy(
 ):
     "Flux in nJy of Pan-STARRS1 stack counts (zero point 25 + 2.5 log10 EXPTIME; Waters et al. 2020)."
     return counts*(COUNT_NJY/exptime)
-
-def decode_asinh(
-    values,  # stored pixel values of a stack, any shape
-    bsoften:float,  # BSOFTEN of its header
-    boffset:float,  # BOFFSET of its header
-):
-    "Linear counts of an asinh-compressed stack: BOFFSET + 2 BSOFTEN sinh(v/a), a = 2.5 log10 e."
-    return boffset + 2*bsoften*np.sinh(values/(2.5*np.log10(np.e)))
 
 # %% ../nbs/03_images.ipynb #12858813
 @dataclass
@@ -58,14 +51,13 @@ def read_cutout(
             hdu = next(h for h in hdus if h.header.get("NAXIS", 0) == 2 and h.is_image)
             header, values = hdu.header, np.asarray(hdu.data, dtype=np.float64)
             exptime = float(header["EXPTIME"])
-            softening = [header[k] for k in ("BSOFTEN", "BOFFSET") if k in header]
+            counts = linear_counts(values, header)
             band = str(header.get("FILTER", header.get("HIERARCH FPA.FILTER", header.get("FPA.FILTERID", "")))).strip()[:1] or None
     except FileNotFoundError: raise
     except Exception as error: raise DamagedFileError(f"{path} is not a readable FITS cutout: {type(error).__name__}: {error}") from None
     if not (np.isfinite(exptime) and exptime > 0): raise DamagedFileError(f"{path}: EXPTIME is {exptime}, expected seconds > 0")
-    counts = decode_asinh(values, *map(float, softening)) if len(softening) == 2 else values
     mask = ~np.isfinite(counts)
-    return Cutout(np.where(mask, 0, counts).astype(np.float32), mask, exptime, band if band and band in BANDS else None)
+    return Cutout(np.where(mask, np.float32(0), counts), mask, exptime, band if band and band in BANDS else None)
 
 # %% ../nbs/03_images.ipynb #1f0339ea
 def central_crop(
