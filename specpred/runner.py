@@ -5,6 +5,7 @@
 # %% ../nbs/12_runner.ipynb #d33aac5b
 from __future__ import annotations
 import contextlib, json, re, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from .config import (PROFILES, STAGES, MissingInputError, Paths, Profile, ProfileError, SpecpredError, Stage,
@@ -184,12 +185,17 @@ def reproduce(
         run = paths.runs/time.strftime("%Y%m%d-%H%M%S")
         run.mkdir(parents=True, exist_ok=True)
         bars = _Bars(len(stages))
-        try:
-            for stage in stages: _run_stage(stage, chosen, paths, run, force, list(overrides), bars)
-        finally: bars.close()
+        # pages are written beside the next notebook's run, which seldom needs all cores
+        with ThreadPoolExecutor(1) as pages:
+            try:
+                written = [_run_stage(stage, chosen, paths, run, force, list(overrides), bars, pages) for stage in stages]
+            finally: bars.close()
+        for page in filter(None, written): page.result()
     return run
 
-def _run_stage(stage, profile, paths, run, force, overrides, bars):
+def _run_stage(stage, profile, paths, run, force, overrides, bars, pages):
+    "Runs the stage if it has to; returns the future of its page, or None when it was skipped."
+    page = None
     reason = "--force" if force else why_outdated(stage, profile, paths)
     if reason:
         bars.begin(stage)
@@ -199,11 +205,12 @@ def _run_stage(stage, profile, paths, run, force, overrides, bars):
             dict(profile=profile.name, overrides=overrides, data_dir=str(paths.root.parent)), bars.on_cell)
         if not manifest.exists():
             raise NotebookFailed(stage.name, "the last one", "the notebook ended without run.finish(), so its results are not recorded", executed)
-        _write_html(executed)
+        page = pages.submit(_write_html, executed)
         facts = json.loads(manifest.read_text())
         bars.say(f"{stage.name:16} {facts['wall_time_s']:7.1f} s  {facts['peak_memory_mb']:6} MB   ({reason})")
     else: bars.say(f"{stage.name:16} up to date, skipped")
     bars.stages.update()
+    return page
 
 # %% ../nbs/12_runner.ipynb #92168d59
 def last_executed(
