@@ -54,16 +54,18 @@ def _kernel_manager_class(sockets:str):
 
     return OwnKernelManager
 
-# %% ../nbs/12_runner.ipynb #35c4107b
-def _listening_engine(on_cell, sockets):
-    "papermill's engine, calling `on_cell(cell, index)` when each cell starts."
+# %% ../nbs/12_runner.ipynb #41c78cfc
+def _listening_engine(current:dict, on_cell, sockets:str):
+    "papermill's engine, calling `on_cell(cell, index)` when each cell starts, with the notebook and the cell in `current`."
     from papermill.engines import NBClientEngine
 
     class ListeningEngine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
             start = nb_man.cell_start
+            current["notebook"] = nb_man.nb
             def cell_start(cell, cell_index=None, **more):
+                current["cell"] = cell
                 on_cell(cell, cell_index)
                 return start(cell, cell_index, **more)
             nb_man.cell_start = cell_start
@@ -100,27 +102,27 @@ def execute_notebook(
 ) -> Path:
     """Runs one notebook with papermill in a kernel of this environment, with the notebook's folder as working directory.
     Raises `NotebookFailed`."""
-    import papermill
+    import nbformat, papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
     running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
-    current = {"cell": None}
-    def listen(cell, index):
-        current["cell"] = cell
-        on_cell(cell, index)
+    current = {}
     escape = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
     try:
         with tempfile.TemporaryDirectory(prefix="specpred-") as sockets:
-            papermill_engines.register("specpred", _listening_engine(listen, sockets))
+            papermill_engines.register("specpred", _listening_engine(current, on_cell, sockets))
             papermill.execute_notebook(escape(notebook), escape(running), parameters, engine_name="specpred", kernel_name="python3",
-                language="python", progress_bar=False, cwd=str(notebook.parent), coalesce_streams=True)
+                language="python", progress_bar=False, cwd=str(notebook.parent), coalesce_streams=True,
+                request_save_on_cell_execute=False)  # writing the notebook after every cell is slow
         return running.replace(executed)
     except PapermillExecutionError as error: reason = f"{error.ename}: {_clean_traceback(error.evalue)}"
     except DeadKernelError: reason = "the kernel died; most often the machine ran out of memory"
     except OSError as error: reason = f"{error} while writing the executed notebook; is the disk full?"
     if running.exists(): running.replace(failed)
-    where = _first_line(current["cell"]) if current["cell"] is not None else "before the first cell"
+    elif "notebook" in current:
+        with contextlib.suppress(OSError): nbformat.write(current["notebook"], failed)  # a full disk is reported already
+    where = _first_line(current["cell"]) if "cell" in current else "before the first cell"
     raise NotebookFailed(notebook.stem, where, reason, failed)
 
 # %% ../nbs/12_runner.ipynb #de6e8229
