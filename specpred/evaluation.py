@@ -4,9 +4,7 @@
 
 # %% ../nbs/09_evaluation.ipynb #d33aac5b
 from __future__ import annotations
-import json
 from dataclasses import dataclass
-from pathlib import Path
 import numpy as np
 import pandas as pd
 from .config import EvaluationParameters, InvalidInputError, Paths, atomic_path, random_generator, start_stage

@@ -8,8 +8,8 @@ import contextlib, json, re, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from .config import (PROFILES, STAGES, MissingInputError, Paths, Profile, ProfileError, SpecpredError, Stage,
-    atomic_path, get_paths, get_profile, repo_root, versions, why_outdated)
+from specpred.config import (PROFILES, STAGES, Paths, ProfileError, SpecpredError, Stage, atomic_path, get_paths, get_profile,
+    why_outdated)
 
 # %% auto #0
 __all__ = ['find_stage', 'choose_stages', 'NotebookFailed', 'execute_notebook', 'reproduce', 'last_executed', 'summary',
