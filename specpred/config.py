@@ -421,7 +421,7 @@ class StageRun:
         if missing: raise MissingInputError(f"{self.stage.name} was to write {', '.join(missing)} and did not.")
         self._digests.save()
         manifest = dict(stage=self.stage.name, profile=self.profile.name, **self.request, outputs=outputs, versions=versions(),
-            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), wall_time_s=round(time.time() - self.started, 1),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), wall_time_s=round(time.time() - self.started, 3),
             peak_memory_mb=peak_memory_mb(), facts=facts)
         with atomic_path(self.paths.manifests/f"{self.stage.name}.json") as part: part.write_text(json.dumps(manifest, indent=1))
         return manifest

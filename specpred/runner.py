@@ -4,7 +4,7 @@
 
 # %% ../nbs/12_runner.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, json, re, sys, tempfile, threading, time
+import ast, contextlib, importlib, json, re, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,31 +35,57 @@ def choose_stages(
     stages = list(STAGES.values())
     return stages[stages.index(find_stage(start)):] if start else stages
 
-# %% ../nbs/12_runner.ipynb #9943595a
-def _kernel_manager_class(sockets:str):
-    "A kernel manager whose only kernel is this interpreter; it talks through sockets in that folder."
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+# %% ../nbs/12_runner.ipynb #fca55c5d
+def _imports_of(
+    notebook:Path,
+) -> list[str]:
+    "The modules that a notebook's cells import, in order."
+    modules = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] != "code": continue
+        try: statements = ast.parse("".join(cell["source"])).body
+        except SyntaxError: continue  # a cell with IPython magics
+        for statement in statements:
+            if isinstance(statement, ast.Import): modules += [alias.name for alias in statement.names]
+            elif isinstance(statement, ast.ImportFrom) and statement.module != "__future__": modules.append(statement.module)
+    return list(dict.fromkeys(modules))
 
-    class OwnSpecs(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name):
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-                display_name="python3", language="python")
+def _import_ahead(notebook:str):
+    "Imports what the notebook will; one that fails is left to the notebook's own cell, which says what is wrong."
+    for module in _imports_of(Path(notebook)):
+        with contextlib.suppress(ImportError): importlib.import_module(module)
 
-    class OwnKernelManager(AsyncKernelManager):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs | {"kernel_spec_manager": OwnSpecs()})
-            # sockets in a private folder rather than open ports of the machine
-            if sys.platform != "win32": self.transport, self.ip = "ipc", f"{sockets}/kernel"
+# %% ../nbs/12_runner.ipynb #00f85c38
+class _Kernel:
+    "A kernel of this interpreter, started at once in the folder of its notebook, with the notebook's imports made."
+    def __init__(self, notebook:Path):
+        from jupyter_client import AsyncKernelManager
+        from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+        from jupyter_core.utils import run_sync
+        ahead = f"__import__('specpred.runner').runner._import_ahead({str(notebook)!r})"
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", f"--IPKernelApp.exec_lines={ahead}"]
 
-    return OwnKernelManager
+        class OwnSpecs(KernelSpecManager):
+            def get_kernel_spec(self, kernel_name): return KernelSpec(argv=argv, display_name="python3", language="python")
 
-# %% ../nbs/12_runner.ipynb #41c78cfc
-def _listening_engine(current:dict, on_cell, sockets:str):
-    "papermill's engine, calling `on_cell(cell, index)` when each cell starts, with the notebook and the cell in `current`."
-    from papermill.engines import NBClientEngine
+        self.notebook, self._sockets = notebook, tempfile.TemporaryDirectory(prefix="specpred-")
+        self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=OwnSpecs())
+        # sockets in a private folder rather than open ports of the machine
+        if sys.platform != "win32": self.manager.transport, self.manager.ip = "ipc", f"{self._sockets.name}/kernel"
+        run_sync(self.manager.start_kernel)(cwd=str(notebook.parent))
 
-    class ListeningEngine(NBClientEngine):
+    def close(self):
+        from jupyter_core.utils import run_sync
+        if self.manager.has_kernel: run_sync(self.manager.shutdown_kernel)(now=True)
+        self._sockets.cleanup()
+
+# %% ../nbs/12_runner.ipynb #05ff985d
+def _listening_engine(kernel:_Kernel, current:dict, on_cell):
+    "papermill's engine on that kernel, calling `on_cell(cell, index)` when each cell starts, with the notebook and the cell in `current`."
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
+    class ListeningEngine(Engine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
             start = nb_man.cell_start
@@ -69,7 +95,10 @@ def _listening_engine(current:dict, on_cell, sockets:str):
                 on_cell(cell, cell_index)
                 return start(cell, cell_index, **more)
             nb_man.cell_start = cell_start
-            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_kernel_manager_class(sockets), **kwargs)
+            client = PapermillNotebookClient(nb_man, km=kernel.manager, kernel_name=kernel_name, coalesce_streams=True,
+                timeout=None, shutdown_kernel="immediate", startup_timeout=600)  # imports from a cold disk can take minutes; a dead kernel is noticed at once
+            client.owns_km = True  # it ends the kernel, at once: all that a stage makes is on the disk by then
+            client.execute()
 
     return ListeningEngine
 
@@ -99,6 +128,7 @@ def execute_notebook(
     executed:Path,  # where the executed copy goes; while it runs and if it fails it has another suffix
     parameters:dict,  # for its cell tagged `parameters`
     on_cell=lambda cell, index: None,  # called when each cell starts
+    kernel:_Kernel | None = None,  # one that was started for this notebook before; it is used up
 ) -> Path:
     """Runs one notebook with papermill in a kernel of this environment, with the notebook's folder as working directory.
     Raises `NotebookFailed`."""
@@ -110,14 +140,15 @@ def execute_notebook(
     current = {}
     escape = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
     try:
-        with tempfile.TemporaryDirectory(prefix="specpred-") as sockets:
-            papermill_engines.register("specpred", _listening_engine(current, on_cell, sockets))
+        with contextlib.closing(kernel or _Kernel(notebook)) as kernel:
+            papermill_engines.register("specpred", _listening_engine(kernel, current, on_cell))
             papermill.execute_notebook(escape(notebook), escape(running), parameters, engine_name="specpred", kernel_name="python3",
-                language="python", progress_bar=False, cwd=str(notebook.parent), coalesce_streams=True,
+                language="python", progress_bar=False, cwd=str(notebook.parent),
                 request_save_on_cell_execute=False)  # writing the notebook after every cell is slow
         return running.replace(executed)
     except PapermillExecutionError as error: reason = f"{error.ename}: {_clean_traceback(error.evalue)}"
     except DeadKernelError: reason = "the kernel died; most often the machine ran out of memory"
+    except RuntimeError as error: reason = f"the kernel did not start: {error}"
     except OSError as error: reason = f"{error} while writing the executed notebook; is the disk full?"
     if running.exists(): running.replace(failed)
     elif "notebook" in current:
@@ -151,6 +182,21 @@ class _Bars:
     def close(self):
         self.stop.set()
         self.cells.close(), self.stages.close()
+
+# %% ../nbs/12_runner.ipynb #63d72e8d
+class _KernelsAhead:
+    "Kernels for notebooks in a known order: while one runs, that of the next starts and imports."
+    def __init__(self, notebooks): self.waiting, self.started = list(notebooks), []
+
+    def take(self, notebook:Path) -> _Kernel:
+        "The kernel of a notebook; those before it in the order are not needed any more."
+        del self.waiting[:self.waiting.index(notebook)]
+        while self.started and self.started[0].notebook != notebook: self.started.pop(0).close()
+        while len(self.started) < min(2, len(self.waiting)): self.started.append(_Kernel(self.waiting[len(self.started)]))
+        return self.started.pop(0)
+
+    def close(self):
+        while self.started: self.started.pop().close()
 
 # %% ../nbs/12_runner.ipynb #919d55b8
 def _write_html(executed:Path):
@@ -188,28 +234,27 @@ def reproduce(
         run.mkdir(parents=True, exist_ok=True)
         bars = _Bars(len(stages))
         # pages are written beside the next notebook's run, which seldom needs all cores
-        with ThreadPoolExecutor(1) as pages:
-            try:
-                written = [_run_stage(stage, chosen, paths, run, force, list(overrides), bars, pages) for stage in stages]
-            finally: bars.close()
+        with ThreadPoolExecutor(1) as pages, contextlib.closing(_KernelsAhead([s.notebook for s in stages])) as kernels, contextlib.closing(bars):
+            written = [_run_stage(stage, chosen, paths, run, force, list(overrides), bars, pages, kernels) for stage in stages]
         for page in filter(None, written): page.result()
     return run
 
-def _run_stage(stage, profile, paths, run, force, overrides, bars, pages):
+def _run_stage(stage, profile, paths, run, force, overrides, bars, pages, kernels):
     "Runs the stage if it has to; returns the future of its page, or None when it was skipped."
     page = None
     reason = "--force" if force else why_outdated(stage, profile, paths)
     if reason:
         bars.begin(stage)
+        started = time.monotonic()
         manifest = paths.manifests/f"{stage.name}.json"
         manifest.unlink(missing_ok=True)
         executed = execute_notebook(stage.notebook, run/f"{stage.name}.ipynb",
-            dict(profile=profile.name, overrides=overrides, data_dir=str(paths.root.parent)), bars.on_cell)
+            dict(profile=profile.name, overrides=overrides, data_dir=str(paths.root.parent)), bars.on_cell, kernels.take(stage.notebook))
         if not manifest.exists():
             raise NotebookFailed(stage.name, "the last one", "the notebook ended without run.finish(), so its results are not recorded", executed)
         page = pages.submit(_write_html, executed)
         facts = json.loads(manifest.read_text())
-        bars.say(f"{stage.name:16} {facts['wall_time_s']:7.1f} s  {facts['peak_memory_mb']:6} MB   ({reason})")
+        bars.say(f"{stage.name:16} {time.monotonic() - started:7.1f} s  {facts['peak_memory_mb']:6} MB   ({reason})")
     else: bars.say(f"{stage.name:16} up to date, skipped")
     bars.stages.update()
     return page
