@@ -4,7 +4,7 @@
 
 # %% ../nbs/12_runner.ipynb #d33aac5b
 from __future__ import annotations
-import ast, contextlib, importlib, json, re, sys, tempfile, threading, time
+import ast, asyncio, contextlib, importlib, json, re, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,13 @@ class _Kernel:
         run_sync(self.manager.start_kernel)(cwd=str(notebook.parent))
 
     def close(self):
-        from jupyter_core.utils import run_sync
+        from jupyter_core.utils import ensure_event_loop, run_sync
         if self.manager.has_kernel: run_sync(self.manager.shutdown_kernel)(now=True)
+        loop = ensure_event_loop()
+        # after Ctrl-C somebody still waits for the cell's answer and would complain when the program ends
+        if not loop.is_running() and (waiting := asyncio.all_tasks(loop)):
+            for task in waiting: task.cancel()
+            loop.run_until_complete(asyncio.gather(*waiting, return_exceptions=True))
         self._sockets.cleanup()
 
 # %% ../nbs/12_runner.ipynb #05ff985d
