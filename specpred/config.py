@@ -89,6 +89,8 @@ class VAEParameters:
     plateau_patience: int = 5  # epochs without progress before the learning rate falls
     stop_patience: int = 10  # epochs without progress before training stops
     valid_fraction: float = 0.25  # part of the training spectra that decides when to stop
+    n_trials: int = 1  # settings of hidden sizes and lambda to choose from: these and random ones
+    trial_epochs: int = 20  # epochs of each trial, at most
 
 @dataclass(frozen=True)
 class TrainingParameters:
@@ -130,7 +132,7 @@ PROFILES = {p.name: p for p in (
     Profile("smoke", "a few hundred mock galaxies, to check that everything works (minutes on 2 cores)",
         mock=MockParameters(n_galaxies=240, n_spectra_only=240, stamp_size=64),
         images=ImageParameters(size=48),
-        vae=VAEParameters(epochs=60),
+        vae=VAEParameters(epochs=60, n_trials=3, trial_epochs=4),
         training=TrainingParameters(epochs=2, batch_size=32),
         evaluation=EvaluationParameters(boosting_iterations=30)),
     Profile("demo", "mock galaxies on a laptop, without network (a quarter of an hour on 2 cores)",
@@ -140,12 +142,14 @@ PROFILES = {p.name: p for p in (
         training=TrainingParameters(epochs=10, batch_size=32)),
     Profile("mock", "the paper's size on the mock survey, for a GPU",
         mock=MockParameters(n_galaxies=64_000, stamp_size=256),
+        vae=VAEParameters(n_trials=100),
         training=TrainingParameters(models=_all_models, seeds=3, epochs=50)),
     Profile("paper", "the real sample, SDSS spectra and Pan-STARRS1 images, over the network",
         archives=ArchiveParameters(
             skyserver_url="https://skyserver.sdss.org/dr17", sas_url="https://data.sdss.org/sas",
             ps1_url="https://ps1images.stsci.edu/cgi-bin", split=(0.6, 0.2, 0.2)),
         spectra=SpectraParameters(error="published", min_error=0.25),
+        vae=VAEParameters(n_trials=100),
         training=TrainingParameters(models=_all_models, seeds=3, epochs=50, stretch="linear")))}
 
 # %% ../nbs/00_config.ipynb #96442a05
@@ -252,6 +256,7 @@ _FILES = dict(
     spectra="spectra.zarr",
     vae="vae.safetensors",
     vae_history="vae_history.csv",
+    vae_search="vae_search.csv",  # the settings that were tried
     latents="latents.parquet",
     models="models",
     predictions="predictions.parquet",

@@ -4,11 +4,14 @@
 
 # %% ../nbs/07_models.ipynb #d33aac5b
 from __future__ import annotations
-import copy, inspect, json, math
+import copy, inspect, json, math, pickle, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+import numpy as np
 import torch
+from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.layers import ConvLayer, Mish, ProdLayer, ResBlock, SequentialEx
 from fastai.vision.models.xresnet import XResNet
@@ -22,9 +25,10 @@ from .config import DamagedFileError, InvalidInputError, MissingInputError, Weig
 from .deconv import Delinear, FastDeconv
 
 # %% auto #0
-__all__ = ['MODELS', 'xresnet', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34', 'xresnet34_hybrid',
-           'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv', 'conv3', 'deconv3', 'n_params',
-           'fuse', 'Stats', 'TrainedModel', 'save', 'load', 'load_weights']
+__all__ = ['MODELS', 'PUBLISHED_CHANNELS', 'xresnet', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34',
+           'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv', 'conv3',
+           'deconv3', 'n_params', 'fuse', 'Stats', 'TrainedModel', 'save', 'load', 'load_weights', 'image_stats',
+           'load_published']
 
 # %% ../nbs/07_models.ipynb #30d667b8
 def _deconvolved(layer:ConvLayer) -> nn.Sequential:
@@ -335,3 +339,88 @@ def _check_keys(expected, found, problem):
         "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items() if found.get(key, shape) != shape]}
     lists = [f"{len(keys)} {kind}: {', '.join(keys[:4] + ['…']*(len(keys) > 4))}" for kind, keys in differences.items() if keys]
     if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")
+
+# %% ../nbs/07_models.ipynb #f1bc106a
+PUBLISHED_CHANNELS = "yzirg"  # bands in the order that the published weights expect
+
+def image_stats(
+    counts,  # (N, 5, height, width), N >= 128, raw counts in the bands g, r, i, z, y
+    channels:str=PUBLISHED_CHANNELS,  # bands in the order of the model
+) -> Stats:
+    """Mean and standard deviation of the pixels per channel, in the order of `channels`. The published normalisation is that of one training
+    batch of 128 cutouts, so fewer do not do. Raises `InvalidInputError` for fewer, another shape, or NaN."""
+    counts = torch.as_tensor(counts)
+    if counts.ndim != 4 or counts.shape[1] != 5 or len(counts) < 128:
+        raise InvalidInputError(f"The statistics need at least 128 cutouts, of shape (N, 5, height, width); got {tuple(counts.shape)}.")
+    if not counts.isfinite().all(): raise InvalidInputError("The cutouts hold NaN or infinite pixels; set pixels without data to 0, as the paper did.")
+    std, mean = torch.std_mean(counts.double(), dim=(0, 2, 3))
+    return Stats(*(tuple(values[["grizy".index(band) for band in channels]].tolist()) for values in (mean, std)))
+
+# %% ../nbs/07_models.ipynb #43cfd9b6
+def _published_tensors(path):
+    "The weights in a file of fastai's `learn.save`, by key; nothing but tensors, numbers and containers is admitted."
+    if not Path(path).is_file(): raise MissingInputError(f"There is no weights file {path}.")
+    scalar = np.float64(0).__reduce__()[0]  # hyperparameters in an optimizer's state may be numpy's numbers, and come in fastcore's lists
+    hyperparameters = [L, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, scalar, (scalar, "numpy.core.multiarray.scalar")]
+    try:
+        with torch.serialization.safe_globals(hyperparameters): state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise WeightsError(f"{path} is refused: it holds {found[1] if found else 'code'}, not weights alone. Files of learn.save are read, those of learn.export are not.") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedFileError(f"{path} is no complete file of learn.save ({type(error).__name__}: {error}).") from error
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no weights by name.")
+    return state
+
+# %% ../nbs/07_models.ipynb #7c8518db
+def _recognised(shapes, arguments) -> str:
+    "Name of the model that has weights of these shapes."
+    differing = {}
+    for name in MODELS:
+        known = inspect.signature(MODELS[name]).parameters
+        if set(arguments) <= set(known): differing[name] = len(_shapes_of(name, _constructor_arguments(name, arguments)).items() ^ shapes.items())
+    if not differing: raise InvalidInputError(f"No model has all the arguments {', '.join(arguments)}.")
+    return min(differing, key=differing.get)
+
+# %% ../nbs/07_models.ipynb #ab317664
+def load_published(
+    path,  # a .pth file of fastai's `learn.save`
+    image_stats=None,  # mean and std per channel of the input, in the order y, z, i, r, g; e.g. `image_stats(counts)`
+    target_stats=None,  # mean and std of the targets, e.g. `vae.target_stats(catalogue)`
+    name:str | None=None,  # in `MODELS`; None: the one whose weights have these names and shapes
+    **arguments,  # of its constructor, where they are not the published ones, e.g. act_cls
+) -> TrainedModel:
+    """A published model with what is needed to use it. No code of the file is run. Raises `InvalidInputError` without statistics, `WeightsError`
+    for weights of another model (with the keys that differ) or a file with more than weights in it, `MissingInputError`, `DamagedFileError`."""
+    if image_stats is None or target_stats is None:
+        raise InvalidInputError("Published weights hold neither the input's normalisation nor the targets' scale. Give image_stats, e.g. models.image_stats(counts) of at "
+            "least 128 cutouts, and target_stats, e.g. vae.target_stats('catalogue.csv') of the published catalogue.")
+    tensors = _published_tensors(path)
+    name = name or _recognised(_shapes(tensors), arguments)
+    full = _constructor_arguments(name, arguments)
+    statistics = dict(image_stats=_stats(image_stats, full["c_in"], "image_stats"), target_stats=_stats(target_stats, full["n_out"], "target_stats"))
+    model = load_weights(MODELS[name](**full), tensors, str(path)).eval()
+    provenance = dict(source=Path(path).name, stretch="linear", softening=[1.]*full["c_in"], image_unit="counts")
+    return TrainedModel(model, name, full, **statistics, channels=PUBLISHED_CHANNELS, provenance=provenance)
+
+# %% ../nbs/07_models.ipynb #70ce1c86
+@patch
+def in_channel_order(self:TrainedModel,
+    images,  # (N, 5, height, width) array or tensor, bands g, r, i, z, y
+):
+    "The images with their bands in the order that the model expects."
+    return images[:, ["grizy".index(band) for band in self.channels]]
+
+@patch
+def predict(self:TrainedModel,
+    images,  # (N, 5, height, width), bands g, r, i, z, y; linear, in the unit of `image_stats`
+) -> Tensor:
+    "Latents (N, n_out) on their own scale, for a model whose input is standardised and not stretched. Raises `InvalidInputError` for one that needs a stretch."
+    if self.provenance.get("stretch", "linear") != "linear": raise InvalidInputError(f"{self.name} sees {self.provenance['stretch']}-stretched images; use specpred.predict.")
+    device = next(self.model.parameters()).device
+    column = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
+    x = self.in_channel_order(torch.as_tensor(images, dtype=torch.float32, device=device))
+    with torch.no_grad(): y = self.model((x - column(self.image_stats.mean)[:, None, None])/column(self.image_stats.std)[:, None, None])
+    return y*column(self.target_stats.std) + column(self.target_stats.mean)

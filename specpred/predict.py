@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from . import models
-from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, atomic_path, random_generator, start_stage
+from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, WeightsError, atomic_path, random_generator, start_stage
 from .figures import mark_lines
 from .images import BANDS, central_crop, composite, read_galaxy
 from .training import predict_targets, transform_of
@@ -52,8 +52,11 @@ class Predictor:
     def __init__(self, trained:models.TrainedModel, decoder:SpectrumModel):
         self.trained, self.decoder = trained, decoder
         self.transform = transform_of(trained)
-        self.size, self.seed = int(trained.provenance["image_size"]), int(trained.provenance["seed"])
-        self.covariance = np.array(trained.provenance["residual_covariance"])
+        try:
+            self.size, self.seed = int(trained.provenance["image_size"]), int(trained.provenance["seed"])
+            self.covariance = np.array(trained.provenance["residual_covariance"])
+        except KeyError as error: raise WeightsError(f"The weights of {trained.name} do not say their {error}, which an error band needs: they are not from "
+            "08_training. `TrainedModel.predict` gives the latents of published weights.") from None
 
     @classmethod
     def load(cls, weights:Path, vae:Path) -> "Predictor":
@@ -69,7 +72,7 @@ class Predictor:
         if flux.ndim != 4 or flux.shape[1] != len(BANDS):
             raise InvalidInputError(f"images must have shape (N, 5, height, width), bands {', '.join(BANDS)}; got {flux.shape}")
         if not np.isfinite(flux).all(): raise InvalidInputError("the images hold NaN or infinite pixels; set pixels without data to 0")
-        targets = predict_targets(self.trained.model, central_crop(flux, self.size), self.transform)
+        targets = predict_targets(self.trained.model, self.trained.in_channel_order(central_crop(flux, self.size)), self.transform)
         return decode_with_errors(targets, self.covariance, self.decoder, self.seed)
 
 # %% ../nbs/11_predict.ipynb #d3285feb

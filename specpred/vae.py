@@ -4,8 +4,10 @@
 
 # %% ../nbs/05_vae.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, dataclasses, hashlib, json, math, pickle, time
+import codecs, contextlib, dataclasses, hashlib, io, json, math, pickle, re, time, warnings, zipfile
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np, pandas as pd
 import torch, torch.nn.functional as F
@@ -18,8 +20,9 @@ from .config import (DamagedFileError, InvalidInputError, MissingInputError, Spe
     atomic_path, random_generator)
 
 # %% auto #0
-__all__ = ['InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit', 'latent_pca',
-           'SpectrumModel', 'plot_traversals']
+__all__ = ['InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit',
+           'random_configurations', 'search', 'latent_pca', 'SpectrumModel', 'load_published', 'load_latent_pca',
+           'target_stats', 'plot_traversals']
 
 # %% ../nbs/05_vae.ipynb #f924770e
 class InfoVAE(nn.Module):
@@ -238,6 +241,54 @@ def fit(
     vae.eval()
     return pd.DataFrame(training.history)
 
+# %% ../nbs/05_vae.ipynb #95118f5d
+def random_configurations(
+    parameters:VAEParameters,
+    seed:int,
+) -> list[VAEParameters]:
+    "`parameters` itself and `n_trials - 1` variations of it, as drawn by Portillo et al. (2020)."
+    rng, smallest, found = random_generator(seed, "vae", "search"), parameters.n_latents + 1, [parameters]
+    def log_uniform(low, high): return math.exp(rng.uniform(math.log(low), math.log(high)))
+    while len(found) < parameters.n_trials:
+        outer = round(log_uniform(smallest, 2000))
+        inner = round(log_uniform(smallest, max(outer, smallest)))
+        found.append(dataclasses.replace(parameters, hidden=(outer, inner), lambda_=log_uniform(1, 1e5)))
+    return found
+
+# %% ../nbs/05_vae.ipynb #5fb31b16
+def search(
+    x,  # (N, n_bins) normalised training spectra, mean subtracted
+    weights,  # (N, n_bins)
+    parameters:VAEParameters,  # `n_trials` settings are tried for `trial_epochs` epochs each
+    seed:int,
+    table = None,  # CSV file that keeps every finished trial, so that an interrupted search goes on
+    progress:bool = True,
+) -> tuple[VAEParameters, pd.DataFrame]:
+    "The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides."
+    rows, judge = [], Training(new_vae(x.shape[1], parameters, seed), x, weights, parameters, seed)
+    configurations, known = random_configurations(parameters, seed), _finished_trials(table)
+    for number, configuration in enumerate(tqdm(configurations, desc="settings", unit="trial", disable=not progress)):
+        vae, short = new_vae(x.shape[1], configuration, seed), dataclasses.replace(configuration, epochs=parameters.trial_epochs)
+        key = f"{judge.fingerprint[:16]}-{Training(vae, x, weights, short, seed).fingerprint[:16]}-{short.epochs}"
+        rows.append(known.get(key) or dict(trial=number, key=key) | _trial(vae, x, weights, short, seed, judge))
+        if table is not None and key not in known:
+            with atomic_path(table) as part: pd.DataFrame(rows).to_csv(part, index=False)
+    trials = pd.DataFrame(rows)
+    return configurations[int(trials.score.argmin())], trials
+
+# %% ../nbs/05_vae.ipynb #dd9417db
+def _trial(vae, x, weights, configuration, seed, judge:Training) -> dict:
+    "Trains one autoencoder and judges it with the loss of another's settings."
+    history = fit(vae, x, weights, configuration, seed, progress=False)
+    with _one_thread(): terms = _epoch(vae, *judge.sets["valid"], judge.parameters, torch.Generator().manual_seed(0))
+    outer, inner = configuration.hidden
+    return dict(lambda_=configuration.lambda_, outer=outer, inner=inner, epochs=len(history), nll=terms["nll"], kld=terms["kld"], mmd=terms["mmd"], score=terms["total"])
+
+def _finished_trials(table) -> dict[str, dict]:
+    "Rows of an earlier search by their keys; a table that cannot be read is made again."
+    try: return {row["key"]: row for row in pd.read_csv(table).to_dict("records")}
+    except (TypeError, ValueError, OSError, KeyError): return {}
+
 # %% ../nbs/05_vae.ipynb #737f41e9
 def latent_pca(
     mu,  # (N, n_latents) of the training spectra
@@ -369,6 +420,116 @@ def load(cls:SpectrumModel,
         return cls(vae, **{k: tensors[k].numpy() for k in cls._tensors})
     except (KeyError, TypeError, ValueError, RuntimeError, InvalidInputError) as error:
         raise WeightsError(f"{path} does not describe a spectrum model: {error}") from error
+
+# %% ../nbs/05_vae.ipynb #6b75028a
+class _Part:
+    "What a pickle says of an object: its attributes."
+    dump_patches = False  # torch asks this of classes in files of its first format
+
+def _empty_array(cls, shape, dtype): return np.ndarray((0,), "b")  # as `_reconstruct`, without the allocation; the state brings the real shape
+
+def _storage_from_bytes(data): return torch.load(io.BytesIO(data), weights_only=True)
+
+_NUMPY = {("multiarray", "_reconstruct"): _empty_array, ("multiarray", "scalar"): np.float64(0).__reduce__()[0], ("numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0]}
+_ADMITTED = {f"{package}.{module}.{name}": value for (module, name), value in _NUMPY.items() for package in ("numpy.core", "numpy._core")} | {
+    "collections.OrderedDict": OrderedDict, "builtins.set": set, "__builtin__.set": set, "_codecs.encode": codecs.encode, "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2, "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch.storage._load_from_bytes": _storage_from_bytes}
+_PARTS = {"torch.nn.modules.linear.Linear", "torch.nn.modules.dropout.Dropout", "sklearn.decomposition._pca.PCA", "sklearn.decomposition.pca.PCA"}
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    "Admits what a pickled autoencoder or PCA is made of, and refuses the rest with a `WeightsError`."
+    def find_class(self, module, name):
+        if (full := f"{module}.{name}") in _ADMITTED: return _ADMITTED[full]
+        if full in _PARTS or name == "InfoVAE": return _Part
+        raise WeightsError(f"it asks for {full}, which neither an autoencoder nor a PCA needs, so it may do harm and was not read further")
+
+# %% ../nbs/05_vae.ipynb #f9ee5dba
+def _unpickle(path):
+    "The object in a pickle or in either format of `torch.save`. Raises `MissingInputError`, `WeightsError`, `DamagedFileError`."
+    if not Path(path).is_file(): raise MissingInputError(f"There is no file {path}.")
+    data = Path(path).read_bytes()
+    restricted = SimpleNamespace(__name__="restricted", Unpickler=_RestrictedUnpickler, load=lambda file, **how: _RestrictedUnpickler(file, **how).load())
+    def through_torch():
+        with warnings.catch_warnings(action="ignore"):  # that the source code of a class is another one now
+            return torch.load(io.BytesIO(data), map_location="cpu", pickle_module=restricted, weights_only=False)
+    try:
+        if data.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive: members = archive.infolist()
+            # torch would run a TorchScript archive, and it compresses nothing
+            if any(m.filename.endswith("constants.pkl") or m.compress_type != zipfile.ZIP_STORED for m in members):
+                raise WeightsError("it is a TorchScript or a compressed archive, not what torch.save writes")
+            return through_torch()
+        first = restricted.load(io.BytesIO(data))
+        return through_torch() if first == torch.serialization.MAGIC_NUMBER else first
+    except WeightsError as error: raise WeightsError(f"{path} is refused: {error}.") from None
+    except Exception as error:  # a malformed pickle can raise anything
+        raise DamagedFileError(f"{path} is no complete pickle of an autoencoder or a PCA ({type(error).__name__}: {error}).") from error
+
+# %% ../nbs/05_vae.ipynb #ab317664
+def load_published(
+    path,  # a pickled module of class InfoVAE, as Wu & Peek (2020) published it
+) -> InfoVAE:
+    "The published autoencoder, its sizes taken from the file. No code of the file is run. Raises `MissingInputError`, `WeightsError`, `DamagedFileError`."
+    layers = getattr(_unpickle(path), "_modules", None)
+    try:
+        tensors = {f"{layer}.{kind}": tensor.detach().float() for layer, part in layers.items() for kind, tensor in part._parameters.items() if tensor is not None}
+        (outer, n_bins), (inner, _), (n_latents, _) = (tensors[f"{layer}.weight"].shape for layer in ("encd", "enc2", "mu"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} holds no InfoVAE with the layers encd, enc2, mu, lv, decd, dec2 and outp ({error}).") from error
+    vae = InfoVAE(n_bins, n_latents, (outer, inner))
+    expected, found = ({k: tuple(v.shape) for k, v in state.items()} for state in (vae.state_dict(), tensors))
+    if expected != found: raise WeightsError(f"{path} is another InfoVAE; these keys differ: {', '.join(sorted(k for k, _ in expected.items() ^ found.items()))}.")
+    vae.load_state_dict(tensors)
+    return vae.eval()
+
+def load_latent_pca(
+    path,  # a pickled sklearn.decomposition.PCA
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Components, centre and fractions of variance, as `latent_pca` returns them. Raises as `load_published`."
+    pca = _unpickle(path)
+    try: parts = [np.asarray(getattr(pca, name), float) for name in ("components_", "mean_", "explained_variance_ratio_")]
+    except (AttributeError, TypeError, ValueError) as error: raise WeightsError(f"{path} holds no fitted PCA ({error}).") from error
+    components, centre, fraction = parts
+    if components.ndim != 2 or centre.shape != components.shape[1:] or fraction.shape != components.shape[:1] or getattr(pca, "whiten", False):
+        raise WeightsError(f"{path} holds a PCA with components {components.shape}, mean {centre.shape}, whiten={getattr(pca, 'whiten', None)}, which turns no latents.")
+    return components, centre, fraction
+
+# %% ../nbs/05_vae.ipynb #1b194899
+def target_stats(
+    catalogue,  # DataFrame or path of the published CSV table, with columns VAE1, VAE2, …
+) -> tuple[np.ndarray, np.ndarray]:
+    "Mean and standard deviation of the targets over all rows, as Wu & Peek (2020) standardised them. Raises `MissingInputError`, `InvalidInputError`."
+    if not isinstance(catalogue, pd.DataFrame):
+        try: catalogue = pd.read_csv(catalogue)
+        except FileNotFoundError: raise MissingInputError(f"There is no catalogue {catalogue}.") from None
+        except ValueError as error: raise InvalidInputError(f"{catalogue} is no CSV table ({error}).") from error
+    columns = sorted((c for c in catalogue.columns if re.fullmatch(r"VAE\d+", str(c))), key=lambda c: int(c[3:]))
+    if not columns or columns != [f"VAE{k + 1}" for k in range(len(columns))]:
+        raise InvalidInputError(f"The catalogue must have the columns VAE1, VAE2, …; it has {', '.join(map(str, catalogue.columns))}.")
+    targets = _matrix(catalogue[columns].apply(pd.to_numeric, errors="coerce"), len(columns), "targets of the catalogue")
+    if len(targets) < 2 or not (targets.std(0) > 0).all(): raise InvalidInputError(f"{len(targets)} rows of targets have no standard deviation.")
+    return targets.mean(0), targets.std(0)
+
+# %% ../nbs/05_vae.ipynb #cc138dc5
+@patch(cls_method=True)
+def from_published(cls:SpectrumModel,
+    vae,  # pickled InfoVAE
+    pca,  # pickled PCA of its latents
+    meanspec,  # meanspec.npy
+    target_stats = None,  # (mean, std) of the targets, e.g. `target_stats(catalogue)`
+    wavelength = None,  # of the bins, vacuum Angstrom; None: the published grid
+) -> SpectrumModel:
+    "The published files as one bundle. Raises as `load_published`, and `InvalidInputError` without `target_stats`."
+    if target_stats is None:
+        raise InvalidInputError("The published files do not hold mean and standard deviation of the targets. Give target_stats=(mean, std), or take them "
+            "from the published catalogue: target_stats=vae.target_stats('catalogue.csv').")
+    network, (components, centre, _) = load_published(vae), load_latent_pca(pca)
+    try: mean = np.load(meanspec, allow_pickle=False)
+    except FileNotFoundError: raise MissingInputError(f"There is no mean spectrum {meanspec}.") from None
+    except (ValueError, OSError, EOFError) as error: raise DamagedFileError(f"{meanspec} is no array of numbers ({error}).") from error
+    if wavelength is None: wavelength = 10**(3.53 + 0.00039*np.arange(network.n_bins))
+    return cls(network, wavelength, mean.squeeze(), components, centre, *target_stats)
 
 # %% ../nbs/05_vae.ipynb #3049f58c
 def plot_traversals(

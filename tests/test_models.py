@@ -9,7 +9,7 @@ from published_cases import REFERENCE, error, fill, x_of
 from fastai.layers import Mish
 from specpred import models
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, WeightsError
-from specpred.models import MODELS, n_params
+from specpred.models import MODELS, conv3, n_params, xresnet18
 
 ARGUMENTS = dict(c_in=5, n_out=6, sa=True, act_cls=Mish, groups=64, reduction=8)
 PUBLISHED = ("xresnet18", "xresnet18_hybrid", "xresnet18_deconv")
@@ -189,3 +189,82 @@ def test_autocast(name):
         y.float().square().sum().backward()
     assert y.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
     assert error(y.float(), fill(MODELS[name](**ARGUMENTS))(x)) < 0.1
+
+
+def learner(model, folder):
+    "A fastai learner around a model, with an optimizer that has taken a step."
+    from fastai.basics import DataLoaders, Learner
+    learn = Learner(DataLoaders([], []), model, loss_func=nn.functional.mse_loss, path=folder, model_dir="")
+    learn.create_opt()
+    model(x_of(303, (2, 5, 32, 32))).sum().backward()
+    learn.opt.hypers[0]["lr"] = np.float64(1e-3)  # as schedules leave it
+    learn.opt.step()
+    return learn
+
+COUNTS, STATS = x_of(304, (128, 5, 32, 32))*torch.arange(1, 6)[:, None, None], (np.arange(6), np.full(6, 2.))
+
+
+@pytest.mark.parametrize("with_opt", (True, False))
+@pytest.mark.parametrize("name", ("conv3", "deconv3", *PUBLISHED))
+def test_published_weights_are_recognised_and_used(name, with_opt, tmp_path):
+    model = MODELS[name]()
+    learner(model, tmp_path).save("weights", with_opt=with_opt)
+    published = models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), STATS)
+    assert published.name == name and published.channels == "yzirg" and not published.model.training
+    yzirg = COUNTS[:, [4, 3, 2, 1, 0]]
+    std, mean = torch.std_mean(yzirg, dim=(0, 2, 3), keepdim=True)
+    with torch.no_grad(): expected = model.eval()((yzirg - mean)/std)*2 + torch.arange(6)
+    assert error(published.predict(COUNTS), expected) < 1e-4
+    assert torch.equal(published.in_channel_order(COUNTS), yzirg)
+    models.save(published.model, tmp_path/"ours.safetensors", name=name, arguments=published.arguments, image_stats=published.image_stats,
+        target_stats=published.target_stats, channels=published.channels, provenance=published.provenance)
+    assert torch.equal(models.load(tmp_path/"ours.safetensors").predict(COUNTS), published.predict(COUNTS))
+
+
+def test_bare_and_old_weights_files_are_read(tmp_path):
+    torch.save(conv3().state_dict(), tmp_path/"bare.pth", _use_new_zipfile_serialization=False)
+    assert models.load_published(tmp_path/"bare.pth", models.image_stats(COUNTS), STATS).name == "conv3"
+    torch.save(xresnet18(act_cls=nn.ReLU, sa=False).state_dict(), tmp_path/"relu.pth")
+    assert models.load_published(tmp_path/"relu.pth", models.image_stats(COUNTS), STATS, act_cls="ReLU", sa=False).name == "xresnet18"
+
+
+def test_published_weights_need_statistics(tmp_path):
+    torch.save(conv3().state_dict(), tmp_path/"weights.pth")
+    with pytest.raises(InvalidInputError, match="image_stats.*128 cutouts.*target_stats"): models.load_published(tmp_path/"weights.pth", image_stats=models.image_stats(COUNTS))
+    with pytest.raises(InvalidInputError, match="128 cutouts"): models.image_stats(COUNTS[:127])
+    with pytest.raises(InvalidInputError, match="128 cutouts"): models.image_stats(COUNTS[:, :4])
+    with pytest.raises(InvalidInputError, match="NaN"): models.image_stats(COUNTS.log())
+
+
+class Malicious:
+    def __init__(self, command): self.command = command
+    def __reduce__(self): return __import__("os").system, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+def test_a_malicious_weights_file_is_refused_and_does_nothing(tmp_path, zipped):
+    marker = tmp_path/"marker"
+    torch.save({"model": conv3().state_dict(), "opt": Malicious(f"touch {marker}")}, tmp_path/"weights.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match="system"): models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), STATS)
+    assert not marker.exists()
+
+
+def test_published_weights_that_do_not_fit(tmp_path):
+    path, stats = tmp_path/"weights.pth", models.image_stats(COUNTS)
+    torch.save(conv3().state_dict(), path)
+    with pytest.raises(WeightsError, match="missing: 0.0.bias, 0.0.running_mean"): models.load_published(path, stats, STATS, name="deconv3")
+    torch.save(xresnet18(n_out=7).state_dict(), path)
+    with pytest.raises(WeightsError, match=r"11.weight \(7, 512\), not \(6, 512\)"): models.load_published(path, stats, STATS)
+    with pytest.raises(InvalidInputError, match="dropout"): models.load_published(path, stats, STATS, dropout=1)
+    torch.save(conv3(), path)
+    with pytest.raises(WeightsError, match="not weights alone"): models.load_published(path, stats, STATS)
+    torch.save([1, 2], path)
+    with pytest.raises(WeightsError, match="no weights by name"): models.load_published(path, stats, STATS)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(DamagedFileError): models.load_published(path, stats, STATS)
+    with pytest.raises(MissingInputError): models.load_published(tmp_path/"nothing.pth", stats, STATS)
+
+
+def test_stretched_models_are_not_fed_linear_images(tmp_path):
+    models.save(conv3(), tmp_path/"w.safetensors", name="conv3", arguments={}, image_stats=(np.zeros(5), np.ones(5)), target_stats=STATS, provenance=dict(stretch="asinh"))
+    with pytest.raises(InvalidInputError, match="asinh"): models.load(tmp_path/"w.safetensors").predict(COUNTS)

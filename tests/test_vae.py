@@ -1,12 +1,13 @@
 "specpred.vae: the published numbers, training that survives interruption, and files that are what they claim to be."
-import dataclasses, json, zlib
+import dataclasses, io, json, pickle, zlib
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, VAEParameters, WeightsError
-from specpred.vae import InfoVAE, SpectrumModel, Training, bin_weights, fit, infovae_loss, kld, latent_pca, mmd, new_vae
+from specpred.vae import (InfoVAE, SpectrumModel, Training, bin_weights, fit, infovae_loss, kld, latent_pca, load_latent_pca, load_published, mmd, new_vae, search,
+    target_stats)
 
 REFERENCE = Path(__file__).parent/"reference"
 SMALL = VAEParameters(n_latents=4, hidden=(24, 12), n_targets=3, epochs=6, lambda_=50., batch_size=16, lr=5e-3)
@@ -184,3 +185,126 @@ def test_foreign_and_damaged_files_are_refused(model, tmp_path):
     with pytest.raises(DamagedFileError): SpectrumModel.load(bad)
     bad.write_bytes(b"not safetensors at all")
     with pytest.raises(DamagedFileError): SpectrumModel.load(bad)
+
+
+class Malicious:
+    def __init__(self, command): self.command = command
+    def __reduce__(self): return __import__("os").system, (self.command,)
+
+
+@pytest.fixture
+def published(tmp_path, model):
+    "Files as the published ones: a pickled network, a pickled PCA, an array, and the catalogue's targets."
+    from sklearn.decomposition import PCA
+    flux = spectra()
+    pca = PCA(3, svd_solver="full").fit(model.latents(flux).astype(float))
+    torch.save(model.vae, tmp_path/"vae.pkl"), np.save(tmp_path/"meanspec.npy", flux.mean(0))
+    (tmp_path/"pca.pkl").write_bytes(pickle.dumps(pca))
+    pd.DataFrame(pca.transform(model.latents(flux)), columns=["VAE1", "VAE2", "VAE3"]).assign(ra=1.).to_csv(tmp_path/"catalogue.csv", index=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("write", (torch.save, lambda m, f: torch.save(m, f, _use_new_zipfile_serialization=False), lambda m, f: f.write_bytes(pickle.dumps(m)),
+    lambda m, f: f.write_bytes(pickle.dumps(m, protocol=2))), ids=("zip", "legacy", "pickle", "pickle 2"))
+def test_published_autoencoder_in_every_format(published, model, write):
+    write(model.vae, published/"vae.pkl")
+    loaded = load_published(published/"vae.pkl")
+    assert loaded.hidden == (24, 12) and loaded.n_latents == 4 and not loaded.training
+    assert all(torch.equal(v, model.vae.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_published_files_make_a_bundle(published, model):
+    stats = target_stats(published/"catalogue.csv")
+    bundle = SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")), stats, wavelength=model.wavelength)
+    np.testing.assert_allclose(bundle.decode(bundle.encode(spectra())), model.decode(model.encode(spectra())), atol=1e-5)
+    np.testing.assert_allclose(np.abs(bundle.encode(spectra())), np.abs(model.encode(spectra())), atol=1e-3)
+    bundle.save(published/"bundle.safetensors")
+    assert (SpectrumModel.load(published/"bundle.safetensors").encode(spectra()) == bundle.encode(spectra())).all()
+    with pytest.raises(InvalidInputError, match=r"target_stats\('catalogue.csv'\)"): SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")))
+
+
+@pytest.mark.parametrize("write", (lambda m, f: f.write_bytes(pickle.dumps(m)), torch.save, lambda m, f: torch.save(m, f, _use_new_zipfile_serialization=False),
+    lambda m, f: torch.save(torch.nn.ModuleDict({"encd": torch.nn.Linear(2, 2)}) and [m], f)), ids=("pickle", "zip", "legacy", "inside a list"))
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, write):
+    marker, file = tmp_path/"marker", tmp_path/"vae.pkl"
+    write(Malicious(f"touch {marker}"), file)
+    for read in (load_published, load_latent_pca):
+        with pytest.raises(WeightsError, match=r"(posix|nt|os)\.system"): read(file)
+    assert not marker.exists()
+
+
+def test_a_malicious_storage_is_refused_and_does_nothing(tmp_path):
+    "torch's own way to pickle a tensor holds a second file, which torch would read without restriction."
+    marker, file, inner = tmp_path/"marker", tmp_path/"vae.pkl", io.BytesIO()
+    torch.save(Malicious(f"touch {marker}"), inner)
+    class Storage:
+        def __reduce__(self): return torch.storage._load_from_bytes, (inner.getvalue(),)
+    file.write_bytes(pickle.dumps(Storage()))
+    with pytest.raises((WeightsError, DamagedFileError)): load_published(file)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ("eval", "exec", "getattr", "__import__"))
+def test_harmless_looking_words_are_refused(tmp_path, name):
+    file = tmp_path/"vae.pkl"
+    file.write_bytes(f"cbuiltins\n{name}\n(V1\ntR.".encode())
+    with pytest.raises(WeightsError, match=f"builtins.{name}"): load_published(file)
+
+
+def test_torchscript_and_compressed_archives_are_refused(tmp_path):
+    import zipfile
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path/"script.pt")
+    with zipfile.ZipFile(tmp_path/"bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive: archive.writestr("bomb/data.pkl", bytes(10**7))
+    for name in ("script", "bomb"):
+        with pytest.raises(WeightsError, match="TorchScript or a compressed"): load_published(tmp_path/f"{name}.pt")
+
+
+def test_other_published_files_are_named(published, model):
+    with pytest.raises(WeightsError, match="holds no InfoVAE"): load_published(published/"pca.pkl")
+    with pytest.raises(WeightsError, match="holds no fitted PCA"): load_latent_pca(published/"vae.pkl")
+    with pytest.raises(MissingInputError): load_published(published/"nothing.pkl")
+    data = (published/"vae.pkl").read_bytes()
+    for n in (0, 10, 500, len(data) - 100):
+        (published/"cut.pkl").write_bytes(data[:n])
+        with pytest.raises(DamagedFileError): load_published(published/"cut.pkl")
+    changed = InfoVAE(50, 4, (24, 12))
+    changed.outp = torch.nn.Linear(24, 51)
+    torch.save(changed, published/"vae.pkl")
+    with pytest.raises(WeightsError, match="outp.bias"): load_published(published/"vae.pkl")
+
+
+def test_mutated_pickles_end_in_our_errors(published):
+    rng, data = np.random.default_rng(0), (published/"pca.pkl").read_bytes()
+    for _ in range(300):
+        mutated = bytearray(data)
+        for at in rng.integers(len(data), size=3): mutated[at] = rng.integers(256)
+        (published/"mutated.pkl").write_bytes(mutated)
+        try: components, centre, fraction = load_latent_pca(published/"mutated.pkl")
+        except SpecpredError: continue
+        assert components.shape == (3, 4) and centre.shape == (4,) and fraction.shape == (3,)
+
+
+@pytest.mark.parametrize("table,message", (("ra,dec\n1,2\n", "VAE1"), ("VAE1,VAE3\n1,2\n3,4\n", "VAE1"), ("VAE1,VAE2\n1,x\n3,4\n", "must be finite"), ("VAE1\n1\n1\n", "no standard deviation")))
+def test_a_catalogue_without_targets_is_refused(tmp_path, table, message):
+    (tmp_path/"catalogue.csv").write_text(table)
+    with pytest.raises(InvalidInputError, match=message): target_stats(tmp_path/"catalogue.csv")
+
+
+def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    flux = spectra()
+    x, weights = flux - flux.mean(0), np.full(flux.shape, 1e4)
+    parameters = dataclasses.replace(SMALL, n_trials=4, trial_epochs=2)
+    best, whole = search(x, weights, parameters, 1, tmp_path/"whole.csv", progress=False)
+    assert len(whole) == 4 and whole.lambda_.nunique() == 4 and whole.score.notna().all()
+    assert (best.lambda_, *best.hidden) == tuple(whole.loc[whole.score.idxmin(), ["lambda_", "outer", "inner"]])
+    calls, train = [], fit
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return train(*args, **kwargs)
+    monkeypatch.setattr("specpred.vae.fit", interrupted)
+    with pytest.raises(KeyboardInterrupt): search(x, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
+    again, resumed = search(x, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
+    assert len(calls) == 5 and again == best and resumed.drop(columns="key").equals(whole.drop(columns="key"))
+    search(x + 0.01, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
+    assert len(calls) == 9  # other spectra: the old trials do not count
