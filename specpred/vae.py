@@ -536,14 +536,17 @@ def plot_traversals(
     model:SpectrumModel,
     values = (-2, -1, 0, 1, 2),  # standard deviations
 ):
-    "Decoded spectra along each target, the others at their mean: a figure with one panel a target."
+    "Decoded spectra along each target, the others at their mean: a figure with one panel a target. Emission lines go beyond its upper edge."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(model.n_targets, 1, figsize=(9, 1.7*model.n_targets), sharex=True, layout="constrained", squeeze=False)
+    rows = math.ceil(model.n_targets/2)
+    fig, axes = plt.subplots(rows, 2, figsize=(10, 2.4*rows), sharex=True, sharey=True, layout="constrained", squeeze=False)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
-    for k, ax in enumerate(axes[:, 0]):
-        targets = np.outer(values, np.eye(model.n_targets)[k])
-        for value, color, spectrum in zip(values, colors, model.decode(targets)): ax.plot(model.wavelength, spectrum, lw=0.7, color=color, label=f"{value:+g} σ" if value else "mean")
-        ax.set(ylabel="normalised\nflux", title=f"target {k + 1}", xlim=model.wavelength[[0, -1]])
-    axes[-1, 0].set_xlabel("rest-frame wavelength (Å)")
+    for k, ax in enumerate(axes.flat[:model.n_targets]):
+        spectra = model.decode(np.outer(values, np.eye(model.n_targets)[k]))
+        for value, color, spectrum in zip(values, colors, spectra): ax.plot(model.wavelength, spectrum, lw=0.7, color=color, label=f"{value:+g} σ" if value else "mean")
+        ax.set(title=f"target {k + 1}", xlim=model.wavelength[[0, -1]], ylim=(0, 1.8*np.median(spectra)))
+    for ax in axes[:, 0]: ax.set_ylabel("normalised flux")
+    for ax in axes[-1]: ax.set_xlabel("rest-frame wavelength (Å)")
+    for ax in axes.flat[model.n_targets:]: ax.set_axis_off()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(values), loc="outside upper center")
     return fig
