@@ -416,11 +416,11 @@ def in_channel_order(self:TrainedModel,
 @patch
 def predict(self:TrainedModel,
     images,  # (N, 5, height, width), bands g, r, i, z, y; linear, in the unit of `image_stats`
-) -> Tensor:
+) -> np.ndarray:
     "Latents (N, n_out) on their own scale, for a model whose input is standardised and not stretched. Raises `InvalidInputError` for one that needs a stretch."
     if self.provenance.get("stretch", "linear") != "linear": raise InvalidInputError(f"{self.name} sees {self.provenance['stretch']}-stretched images; use specpred.predict.")
     device = next(self.model.parameters()).device
     column = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
     x = self.in_channel_order(torch.as_tensor(images, dtype=torch.float32, device=device))
     with torch.no_grad(): y = self.model((x - column(self.image_stats.mean)[:, None, None])/column(self.image_stats.std)[:, None, None])
-    return y*column(self.target_stats.std) + column(self.target_stats.mean)
+    return (y*column(self.target_stats.std) + column(self.target_stats.mean)).cpu().numpy()
