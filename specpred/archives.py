@@ -4,12 +4,12 @@
 
 # %% ../nbs/02_archives.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, email.utils, hashlib, io, json, logging, math, re, shutil, socket, socketserver, sqlite3, struct, subprocess, sys
-import threading, time
+import contextlib, difflib, email.utils, hashlib, io, json, logging, math, os, re, shutil, socket, socketserver, sqlite3, struct, subprocess
+import sys, threading, time, warnings
 from collections import Counter, OrderedDict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import permutations
@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpx, numpy as np, pandas as pd, stamina
 from astropy.io import fits
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError,
@@ -27,9 +28,10 @@ from .config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidI
 __all__ = ['SELECTION', 'BANDS', 'PS1_SOUTH', 'FAULTS', 'SPLITS', 'SPLIT_COLORS', 'BusyError', 'NotFoundError', 'RefusedError',
            'ArchiveClient', 'Answer', 'get', 'catalogue_query', 'read_skyserver_csv', 'fetch_catalogue',
            'spectrum_name', 'spectrum_path', 'check_spectrum', 'read_cutout_names', 'sky_to_pixel', 'check_cutout',
-           'linear_counts', 'fetch_cutout_names', 'cutout_params', 'LocalArchive', 'Faults', 'serve_forever',
-           'ArchiveURLs', 'serve', 'sky_blocks', 'split_by_sky', 'plot_split', 'Outcome', 'DownloadState', 'download',
-           'plot_cutouts', 'estimate']
+           'linear_counts', 'fetch_cutout_names', 'cutout_params', 'LocalArchive', 'Faults', 'read_faults',
+           'serve_forever', 'ArchiveURLs', 'serve', 'sky_blocks', 'split_by_sky', 'plot_split', 'specobjid_of_spectrum',
+           'specobjid_of_position', 'read_table', 'Outcome', 'DownloadState', 'describe_download', 'losses',
+           'client_for', 'download', 'plot_cutouts', 'estimate', 'plan_download']
 
 # %% ../nbs/02_archives.ipynb #fb3f9351
 class BusyError(ArchiveError):
@@ -57,13 +59,13 @@ def _retry_after(header:str | None) -> float:
 def _raise_for_status(response:httpx.Response):
     status, url = response.status_code, f"{response.url.host}{response.url.path}"
     if status == 200: return
-    if status in (404, 410): raise NotFoundError(f"{url}: not found ({status})")
+    if status in (404, 410): raise NotFoundError(f"not found: {url} ({status})")
     if status in (408, 425, 429) or status >= 500:
         seconds = _retry_after(response.headers.get("Retry-After"))
-        if seconds > _LONGEST_WAIT: raise RefusedError(f"{url}: closed for {seconds:.0f} s ({status})")
-        raise BusyError(f"{url}: busy ({status})", seconds)
+        if seconds > _LONGEST_WAIT: raise RefusedError(f"closed: {url} asks to come back in {seconds:.0f} s ({status})")
+        raise BusyError(f"busy ({status}): {url}", seconds)
     said = next(response.iter_raw(), b"")[:300].decode("utf-8", "replace").strip()
-    raise RefusedError(f"{url}: refused with status {status} {said}".strip())
+    raise RefusedError(f"refused ({status}): {url} {said}".strip())
 
 # %% ../nbs/02_archives.ipynb #a46bd627
 class _Host:
@@ -110,15 +112,15 @@ class ArchiveClient:
 def _read_bounded(response:httpx.Response, max_bytes:int) -> bytes:
     "The body, at most `max_bytes` long and exactly as long as its Content-Length says."
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise RefusedError(f"{response.url.host}: a compressed answer that was not asked for")
+        raise RefusedError(f"compressed: {response.url.host} sent what was not asked for")
     said, parts, size = response.headers.get("Content-Length", ""), [], 0
     if said.isdigit() and int(said) > max_bytes:
-        raise RefusedError(f"{response.url.path}: {said} bytes, more than the {max_bytes} expected")
+        raise RefusedError(f"too long: {said} bytes, at most {max_bytes} expected")
     for part in response.iter_raw():
         parts.append(part)
         size += len(part)
-        if size > max_bytes: raise RefusedError(f"{response.url.path}: more than the {max_bytes} bytes expected")
-    if said.isdigit() and int(said) != size: raise BusyError(f"{response.url.path}: {size} bytes of {said}")
+        if size > max_bytes: raise RefusedError(f"too long: more than the {max_bytes} bytes expected")
+    if said.isdigit() and int(said) != size: raise BusyError(f"incomplete: {size} bytes of {said}")
     return b"".join(parts)
 
 # %% ../nbs/02_archives.ipynb #ee0a35ad
@@ -126,7 +128,7 @@ def _get_once(self:ArchiveClient, url:httpx.URL, max_bytes:int) -> bytes:
     "One request, following a redirect on the same host."
     for _ in range(4):
         host = self._host(url)
-        if self.stopping.is_set(): raise RefusedError("the download is being ended")
+        if self.stopping.is_set(): raise RefusedError("ended: the download is being stopped")
         try:
             with host.place(), self._http.stream("GET", url) as response:
                 if not response.has_redirect_location:
@@ -136,11 +138,11 @@ def _get_once(self:ArchiveClient, url:httpx.URL, max_bytes:int) -> bytes:
         except BusyError as error:
             host.opens = max(host.opens, time.monotonic() + error.retry_after)
             raise
-        except httpx.InvalidURL as error: raise RefusedError(f"{url.host}: redirects to what is no URL") from error
-        except httpx.TransportError as error: raise BusyError(f"{url.host}: {type(error).__name__} {error}".strip()) from error
-        if not _same_place(target, url): raise RefusedError(f"{url.host}: redirects to {target.scheme}://{target.host}, which is not followed")
+        except httpx.InvalidURL as error: raise RefusedError(f"redirected: {url.host} points to what is no URL") from error
+        except httpx.TransportError as error: raise BusyError(f"{type(error).__name__}: {url.host} {error}".strip()) from error
+        if not _same_place(target, url): raise RefusedError(f"redirected: {url.host} points to {target.scheme}://{target.host}, which is not followed")
         url = target
-    raise RefusedError(f"{url.host}: redirects in a circle")
+    raise RefusedError(f"redirected: {url.host} points in a circle")
 
 ArchiveClient._get_once = _get_once
 
@@ -203,7 +205,8 @@ def catalogue_query(
     if n_max < 1: raise InvalidInputError(f"n_max is {n_max}; a catalogue has at least one row.")
     return SELECTION.format(n_max=int(n_max), seed=int(seed))
 
-# %% ../nbs/02_archives.ipynb #389cda0c
+# %% ../nbs/02_archives.ipynb #de59d711
+_RUN2D = r"\d{2,3}|v\d+(_\d+){1,2}"
 _INTEGERS = dict(specobjid=np.uint64, bestobjid=np.uint64, plate=np.int32, mjd=np.int32, fiberid=np.int32, zwarning=np.int32,
                  primtarget=np.int64)
 _TEXTS = ("run2d", "class", "subclass")
@@ -245,7 +248,7 @@ def _checked_catalogue(table:pd.DataFrame) -> pd.DataFrame:
     wrong = {"specobjid twice": table.specobjid.duplicated(),
         "ra or dec outside the sky": ~(table.ra.between(0, 360) & table.dec.between(-90, 90)),
         "plate, mjd or fiberid out of range": ~(table.plate.between(1, 99_999) & table.mjd.between(1, 99_999) & table.fiberid.between(1, 9_999)),
-        "run2d of no known form": ~table.run2d.str.fullmatch(r"\d{2,3}|v\d+(_\d+){1,2}")}
+        "run2d of no known form": ~table.run2d.str.fullmatch(_RUN2D)}
     for reason, rows in wrong.items():
         if rows.any(): raise ArchiveError(f"The catalogue has {rows.sum()} rows with {reason}, e.g. specobjid {table.specobjid[rows].iloc[0]}.")
     if not len(table): raise ArchiveError("No galaxy fulfils the selection.")
@@ -282,7 +285,7 @@ def spectrum_path(
     release:str = "dr17",  # data release
 ) -> str:
     "Path of a `lite` spectrum (without single exposures) below the science archive server's root. Raises `InvalidInputError`."
-    if not re.fullmatch(r"\d{2,3}|v\d+(_\d+){1,2}", run2d): raise InvalidInputError(f"run2d is {run2d!r}; expected e.g. 26 or v5_13_2.")
+    if not re.fullmatch(_RUN2D, run2d): raise InvalidInputError(f"run2d is {run2d!r}; expected e.g. 26 or v5_13_2.")
     survey = "eboss" if run2d.startswith("v") else "sdss"
     return f"{release}/{survey}/spectro/redux/{run2d}/spectra/lite/{int(plate):04d}/{spectrum_name(plate, mjd, fiberid)}"
 
@@ -303,7 +306,7 @@ class _Unit:
 # %% ../nbs/02_archives.ipynb #c5df053d
 def _fits_units(content:bytes) -> list:
     "The units of a FITS file, which have to end where the file does. Raises `DamagedFileError`."
-    if content[:2000].lstrip()[:1] == b"<": raise DamagedFileError("a web page instead of a FITS file")
+    if content[:2000].lstrip()[:1] == b"<": raise DamagedFileError("a web page: no FITS file")
     if content[:9] != b"SIMPLE  =": raise DamagedFileError("not a FITS file")
     units, at = [], 0
     while at < len(content):
@@ -322,11 +325,11 @@ def _fits_units(content:bytes) -> list:
 
 # %% ../nbs/02_archives.ipynb #411ee848
 @contextlib.contextmanager
-def _damage_reported():
+def _damage_reported(what:str = "no readable FITS file"):
     "What goes wrong inside is a `DamagedFileError`: astropy and numpy have no common base for what malformed files raise."
     try: yield
     except SpecpredError: raise
-    except Exception as error: raise DamagedFileError(f"no readable FITS file: {type(error).__name__} {str(error)[:200]}") from error
+    except Exception as error: raise DamagedFileError(f"{what}: {type(error).__name__} {str(error)[:200]}") from error
 
 def _ones_complement_sum(content:bytes) -> int:
     total = int(np.frombuffer(content, ">u4").sum(dtype=np.uint64))
@@ -349,11 +352,11 @@ def _table_columns(unit:_Unit, names) -> dict:
     header, offset, found = unit.header, 0, {}
     for i in range(1, min(header["TFIELDS"], 999) + 1):
         form = re.fullmatch(r"(\d{0,9})([LBAIJKEDCMPQ])(?:\(\d*\))?", header[f"TFORM{i}"].strip())
-        if not form: raise DamagedFileError(f"a table column of unknown form {header[f'TFORM{i}'][:20]!r}")
+        if not form: raise DamagedFileError(f"another table: a column of unknown form {header[f'TFORM{i}'][:20]!r}")
         (kind, width), count, name = _FORMS[form[2]], int(form[1] or 1), str(header.get(f"TTYPE{i}", "")).strip().lower()
         if name in names and count == 1: found[name] = kind, offset
         offset += count*width
-    if offset != header["NAXIS1"]: raise DamagedFileError(f"a table whose columns take {offset} bytes of rows of {header['NAXIS1']}")
+    if offset != header["NAXIS1"]: raise DamagedFileError(f"another table: its columns take {offset} bytes of rows of {header['NAXIS1']}")
     layout = np.dtype(dict(names=list(found), formats=[f[0] for f in found.values()], offsets=[f[1] for f in found.values()], itemsize=offset))
     rows = np.frombuffer(unit.data, layout, count=header["NAXIS2"]) if found and header["NAXIS2"] else np.zeros(0, layout)
     return {name: rows[name] for name in found}
@@ -385,17 +388,30 @@ def check_spectrum(
         measured = np.isfinite(coadd["flux"]) & (coadd["ivar"] > 0)
         if not measured.any(): raise DamagedFileError("an empty spectrum: no pixel with flux and ivar > 0")
 
-# %% ../nbs/02_archives.ipynb #3475bb0b
+# %% ../nbs/02_archives.ipynb #b4d8266b
+@lru_cache(maxsize=1)
+def _miniature_template() -> tuple:
+    "Headers, pixels and the row of the second table of a spectrum in the archive's layout."
+    n, kinds = 500, {"i": "J", "f": "E", "S": "12A"}
+    pixels = np.zeros(n, [(k, ">f4") for k in ("flux", "loglam", "ivar")] + [(k, ">i4") for k in ("and_mask", "or_mask")])
+    pixels["loglam"], pixels["ivar"] = 3.58 + 1e-4*np.arange(n), 1
+    found = np.zeros(1, [(k, ">i4") for k in ("PLATE", "MJD", "FIBERID", "ZWARNING")] + [(k, ">f4") for k in ("Z", "PLUG_RA", "PLUG_DEC")] + [("CLASS", "S12"), ("SUBCLASS", "S12")])
+    found["CLASS"] = b"GALAXY"
+    table = lambda rows, name: fits.BinTableHDU.from_columns([fits.Column(k, kinds[rows.dtype[k].kind], array=rows[k]) for k in rows.dtype.names], name=name)
+    stream, primary = io.BytesIO(), fits.PrimaryHDU()
+    primary.header.update(PLATEID=0, MJD=0, FIBERID=0)
+    fits.HDUList([primary, table(pixels, "COADD"), table(found, "SPECOBJ")]).writeto(stream)
+    return [unit.whole[:len(unit.whole) - -(-len(unit.data)//2880)*2880] for unit in _fits_units(stream.getvalue())], pixels, found
+
 def _miniature_spectrum(plate:int, mjd:int, fiberid:int, rng:np.random.Generator) -> bytes:
-    "A flat spectrum with noise in the layout of the archive's files."
-    n, primary = 500, fits.PrimaryHDU()
-    primary.header.update(PLATEID=plate, MJD=mjd, FIBERID=fiberid)
-    columns = dict(flux=rng.normal(10, 1, n), loglam=3.58 + 1e-4*np.arange(n), ivar=np.ones(n), and_mask=np.zeros(n), or_mask=np.zeros(n))
-    coadd = fits.BinTableHDU.from_columns([fits.Column(k, "J" if "mask" in k else "E", array=v) for k, v in columns.items()], name="COADD")
-    row = fits.BinTableHDU.from_columns([fits.Column(k, "J", array=[v]) for k, v in dict(PLATE=plate, MJD=mjd, FIBERID=fiberid).items()], name="SPECOBJ")
-    stream = io.BytesIO()
-    fits.HDUList([primary, coadd, row]).writeto(stream)
-    return stream.getvalue()
+    "A flat spectrum with noise."
+    (primary, coadd, row), pixels, found = _miniature_template()
+    pixels, found, identity = pixels.copy(), found.copy(), dict(PLATEID=plate, MJD=mjd, FIBERID=fiberid)
+    pixels["flux"] = rng.normal(10, 1, len(pixels))
+    for key, value in identity.items():
+        primary = primary.replace(fits.Card(key, 0).image.encode(), fits.Card(key, value).image.encode())
+        found[key.removesuffix("ID") if key == "PLATEID" else key] = value
+    return primary + b"".join(head + (data := rows.tobytes()) + bytes(-len(data) % 2880) for head, rows in ((coadd, pixels), (row, found)))
 
 # %% ../nbs/02_archives.ipynb #6d7afe45
 BANDS = "grizy"
@@ -407,15 +423,16 @@ def read_cutout_names(
     "Name of the stack image of each band at one position; empty where PS1 has none. Raises `DamagedFileError` for anything else."
     lines = content.decode("utf-8", "replace").split("\n")
     columns = lines[0].split()
-    if not {"filter", "type", "filename"} <= set(columns): raise DamagedFileError(f"no list of PS1 files: {lines[0][:100]!r}")
+    if not {"filter", "type", "filename"} <= set(columns): raise DamagedFileError(f"no list of files: it begins with {lines[0][:100]!r}")
     rows = [dict(zip(columns, line.split())) for line in lines[1:] if line.strip()]
+    if any(len(row) < len(columns) for row in rows): raise DamagedFileError("no list of files: a line is cut off")
     usable = [row for row in rows if row.get("type") == "stack" and row.get("badflag", "0") == "0" and row.get("filter") in set(BANDS)]
     cells = Counter((row.get("projcell"), row.get("subcell")) for row in usable)
     # where cells overlap, all bands from the cell that has most of them, so that their pixels coincide
     names = {row["filter"]: row["filename"] for row in sorted(usable, key=lambda r: cells[r.get("projcell"), r.get("subcell")])}
     for name in names.values():
         if not re.fullmatch(r"/rings\.v3\.skycell/(\d{4})/(\d{3})/rings\.v3\.skycell\.\1\.\2\.stk\.[grizy]\.unconv\.fits", name):
-            raise DamagedFileError(f"a file name that is not PS1's: {name[:100]!r}")
+            raise DamagedFileError(f"a foreign file name: {name[:100]!r} is not PS1's")
     return {band: names[band] for band in BANDS if band in names}
 
 # %% ../nbs/02_archives.ipynb #237682d3
@@ -453,15 +470,15 @@ def check_cutout(
     unit = _fits_units(content)[0]
     with _damage_reported():
         header, shape = unit.header, (unit.header.get("NAXIS2"), unit.header.get("NAXIS1"))
-        if header["NAXIS"] != 2 or shape != (size, size): raise DamagedFileError(f"shape {shape}, asked for {(size, size)}")
-        if header["BITPIX"] != -32: raise DamagedFileError(f"pixels of BITPIX {header['BITPIX']}, not 32-bit floats")
+        if header["NAXIS"] != 2 or shape != (size, size): raise DamagedFileError(f"another shape: {shape}, asked for {(size, size)}")
+        if header["BITPIX"] != -32: raise DamagedFileError(f"another pixel type: BITPIX {header['BITPIX']}, not 32-bit floats")
         _check_sums(unit)
         found = str(header.get("FPA.FILTERID") or header.get("FPA.FILTER") or header.get("FILTER") or "none")[:4]
-        if found.split(".")[0] != band: raise DamagedFileError(f"band {found!r}, asked for {band!r}")
-        if "BSOFTEN" in header and "BOFFSET" in header: raise DamagedFileError("still asinh-compressed, not linear counts")
+        if found.split(".")[0] != band: raise DamagedFileError(f"another band: {found!r}, asked for {band!r}")
+        if "BSOFTEN" in header and "BOFFSET" in header: raise DamagedFileError("asinh-compressed: not linear counts")
         off = math.dist(sky_to_pixel(header, ra, dec), ((size - 1)/2, (size - 1)/2))
         if not off <= 2: raise DamagedFileError(f"another position: the galaxy is {off:.1f} pixels off the centre")
-        if not (math.isfinite(exptime := float(header.get("EXPTIME", math.nan))) and exptime > 0): raise DamagedFileError(f"EXPTIME is {exptime}")
+        if not (math.isfinite(exptime := float(header.get("EXPTIME", math.nan))) and exptime > 0): raise DamagedFileError(f"no exposure time: EXPTIME is {exptime}")
         if not np.isfinite(np.frombuffer(unit.data, ">f4")).any(): raise DamagedFileError("no finite pixel")
 
 # %% ../nbs/02_archives.ipynb #9e272166
@@ -484,7 +501,9 @@ def fetch_cutout_names(
 ) -> dict:
     "Names of the stack images at a position, by band. Raises `ArchiveError` or `DamagedFileError`."
     params = dict(ra=f"{ra:.8f}", dec=f"{dec:.8f}", size=size, format="fits", filters=BANDS)
-    return read_cutout_names(client.get(f"{ps1_url.rstrip('/')}/ps1filenames.py", params, check=read_cutout_names).content)
+    ask = lambda: read_cutout_names(client.get(f"{ps1_url.rstrip('/')}/ps1filenames.py", params, check=read_cutout_names).content)
+    names = ask()
+    return names if len(names) == len(BANDS) else max(names, ask(), key=len)
 
 def cutout_params(
     ra:float,  # degrees
@@ -580,8 +599,11 @@ class _StackCache:
 # %% ../nbs/02_archives.ipynb #c4aa3f1d
 class LocalArchive:
     "SkyServer, SDSS's science archive server and PS1's image services over a folder. Raises `MissingInputError` if it is no survey's."
-    def __init__(self, folder:str | Path):
-        self.folder = Path(folder).resolve()
+    def __init__(self,
+        folder:str | Path,
+        badflag:bool = True,  # whether lists of files have the column badflag, which older ones lack
+    ):
+        self.folder, self.badflag = Path(folder).resolve(), badflag
         for part in ("skyserver/SpecObj.parquet", "ps1/skycells.parquet"):
             if not (self.folder/part).is_file(): raise MissingInputError(f"{self.folder} holds no survey: {part} is missing. The mock survey makes one.")
         self.stack = _StackCache()
@@ -627,7 +649,7 @@ def _position(query:dict) -> tuple:
 def _filenames(self:LocalArchive, query:dict) -> bytes:
     "The table of stack images that cover a position, in the words of ps1filenames.py."
     ra, dec, _ = _position(query)
-    rows = ["projcell subcell ra dec filter mjd type filename shortname badflag"]
+    rows = ["projcell subcell ra dec filter mjd type filename shortname" + " badflag"*self.badflag]
     cell = self.skycells.iloc[int(np.argmax(self._directions @ _unit_vectors(ra, dec)))] if len(self.skycells) else None
     for band in (b for b in query.get("filters", BANDS) if b in BANDS and cell is not None):
         number = f"{int(cell.projcell):04d}.{int(cell.subcell):03d}"
@@ -637,7 +659,7 @@ def _filenames(self:LocalArchive, query:dict) -> bytes:
         stack = self.stack(path)
         x, y = sky_to_pixel(stack.header, ra, dec)
         if not (-0.5 <= x < stack.counts.shape[1] - 0.5 and -0.5 <= y < stack.counts.shape[0] - 0.5): break
-        rows.append(f"{number.replace('.', ' ')} {ra:.8f} {dec:.8f} {band} {float(cell.get('mjd', 0)):.4f} stack {name} {name.rpartition('/')[2]} 0")
+        rows.append(f"{number.replace('.', ' ')} {ra:.8f} {dec:.8f} {band} {float(cell.get('mjd', 0)):.4f} stack {name} {name.rpartition('/')[2]}" + " 0"*self.badflag)
     return ("\n".join(rows) + "\n").encode()
 
 def _cutout(self:LocalArchive, query:dict) -> bytes:
@@ -657,11 +679,13 @@ def _miniature_stack(path:Path, band:str, ra:float, dec:float, side:int, positio
         "CDELT2": 0.25/3600, "PC001001": -1.0, "PC001002": 0.0, "PC002001": 0.0, "PC002002": 1.0, "EXPTIME": 700.0 + 10*BANDS.index(band),
         "BSOFTEN": 9.0, "BOFFSET": 1.5})
     header["HIERARCH FPA.FILTERID"] = f"{band}.00000"
-    y, x = np.mgrid[:side, :side]
     counts = rng.normal(0, 5, (side, side))
     for p in positions:
         px, py = sky_to_pixel(header, *p)
-        counts += 900*(1 + BANDS.index(band))*np.exp(-((x - px)**2 + (y - py)**2)/(2*3.0**2))
+        left, low = max(round(px) - 15, 0), max(round(py) - 15, 0)
+        y, x = np.mgrid[low:low + 31, left:left + 31]
+        near = counts[low:low + 31, left:left + 31]
+        near += (900*(1 + BANDS.index(band))*np.exp(-((x - px)**2 + (y - py)**2)/(2*3.0**2)))[:near.shape[0], :near.shape[1]]
     values = 2.5*np.log10(np.e)*np.arcsinh((counts - header["BOFFSET"])/(2*header["BSOFTEN"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(values.astype(np.float32), header, quantize_level=32, quantize_method=1, dither_seed=7)]).writeto(path)
@@ -711,6 +735,8 @@ class Faults:
     seed: int = 0
     kinds: tuple = FAULTS  # of passing faults
     lasting_kinds: tuple = ("truncated", "page", "band", "empty", "corrupted", "missing")
+    latency: float = 0.2  # seconds
+    retry_after: float = 1.0  # seconds, said with 429
 
     def choose(self, target:str, attempt:int) -> str | None:
         "The fault of the `attempt`-th request for `target`, or None. Lasting faults are those of files, not of queries."
@@ -719,6 +745,23 @@ class Faults:
             draw = int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:8], "big")/2**64
             if draw < rate: return kinds[int(draw/rate*len(kinds))]
         return None
+
+# %% ../nbs/02_archives.ipynb #7c28e13b
+def read_faults(
+    text:str,  # e.g. "passing=0.1 lasting=0.05 kinds=busy,page seed=3"
+) -> Faults:
+    "Faults from words, of which every one may be left out. Raises `InvalidInputError`."
+    settings = {}
+    for word in text.split():
+        name, _, value = word.partition("=")
+        default = vars(Faults()).get(name)
+        try: settings[name] = tuple(value.split(",")) if isinstance(default, tuple) else type(default)(value)
+        except (TypeError, ValueError): default = None
+        strange = sorted(set(settings[name]) - set(FAULTS)) if isinstance(default, tuple) else []
+        if default is None or strange or (name in ("passing", "lasting") and not 0 <= settings[name] <= 1):
+            raise InvalidInputError(f"{word!r} is no setting of faults. They are {', '.join(vars(Faults()))}, as name=value; passing and lasting "
+                                    f"are 0 to 1, kinds are {', '.join(FAULTS)}.")
+    return Faults(**settings)
 
 # %% ../nbs/02_archives.ipynb #11fb44f6
 def _spoil(fault:str | None, content:bytes, is_cutout:bool) -> bytes:
@@ -748,8 +791,10 @@ class _Handler(BaseHTTPRequestHandler):
             server.asked[self.path] += bool(server.faults.passing or server.faults.lasting)
             fault = server.faults.choose(self.path, server.asked[self.path])
         sent = {"latency": None, "busy": 429, "error": 500, "unavailable": 503, "missing": 404}
-        if fault == "latency": time.sleep(0.2)
-        elif fault in sent: return self._send(sent[fault], b"on demand\n", "text/plain", {"Retry-After": "1"} if fault == "busy" else {})
+        if fault == "latency": time.sleep(server.faults.latency)
+        elif fault in sent:
+            headers = {"Retry-After": f"{server.faults.retry_after:g}"} if fault == "busy" else {}
+            return self._send(sent[fault], b"on demand\n", "text/plain", headers)
         try: content, kind = server.archive.answer(url.path, {k: v[0] for k, v in parse_qs(url.query).items()})
         except _AnswerError as error:
             text = json.dumps({"Error Code": error.status, "Error Type": HTTPStatus(error.status).phrase.replace(" ", ""), "Error Message": error.text})
@@ -788,13 +833,20 @@ def serve_forever(
     folder:str | Path,  # of a survey
     port:int = 0,  # 0: any free one
     faults:Faults | None = None,
+    badflag:bool = True,  # whether lists of cutouts have that column
+    started = print,  # called with the port
+    until = None,  # stream at whose end the server ends; None: it does not end by itself
 ):
-    "Serves the folder on 127.0.0.1 until standard input closes; prints the port."
-    server = _Server(LocalArchive(folder), port, faults or Faults())
-    print(server.server_port, flush=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    while sys.stdin.buffer.read(1 << 16): continue
-    server.shutdown()
+    "Serves the folder on 127.0.0.1. Raises `MissingInputError` where there is no survey, `ArchiveError` if the port is taken."
+    archive = LocalArchive(folder, badflag)
+    try: server = _Server(archive, port, faults or Faults())
+    except (OSError, OverflowError) as error: raise ArchiveError(f"Port {port} cannot be served: {error}. Choose another, or 0 for any free one.") from error
+    with server:
+        started(server.server_port)
+        if until is None: return server.serve_forever()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        while until.read(1 << 16): continue
+        server.shutdown()
 
 # %% ../nbs/02_archives.ipynb #0f914358
 @dataclass(frozen=True)
@@ -804,24 +856,29 @@ class ArchiveURLs:
     sas_url: str
     ps1_url: str
 
+    @classmethod
+    def local(cls, port:int) -> "ArchiveURLs":
+        "Those of a local archive."
+        return cls(*(f"http://127.0.0.1:{port}/{service}" for service in ("dr17", "sas", "cgi-bin")))
+
 # %% ../nbs/02_archives.ipynb #078302e2
 @contextlib.contextmanager
 def serve(
     folder:str | Path,  # of a survey, as the mock survey writes it
     port:int = 0,  # 0: any free one
     faults:Faults | None = None,  # misbehaviour on demand
+    badflag:bool = True,  # whether lists of cutouts have that column
 ):
     "Context that serves a survey's folder on 127.0.0.1 and gives its `ArchiveURLs`. Raises `MissingInputError` where there is no survey."
     LocalArchive(folder)
-    code = "import json, sys; a = json.loads(sys.argv[1]); sys.path[:] = a['path']; from specpred.archives import *; " \
-           "serve_forever(a['folder'], a['port'], Faults(**a['faults']))"
-    settings = dict(path=sys.path, folder=str(Path(folder).resolve()), port=port, faults=vars(faults or Faults()))
+    code = "import json, sys; path, faults, a = json.loads(sys.argv[1]); sys.path[:] = path; from specpred.archives import *; " \
+           "serve_forever(**a, faults=Faults(**faults), started=lambda port: print(port, flush=True), until=sys.stdin.buffer)"
+    settings = sys.path, vars(faults or Faults()), dict(folder=str(Path(folder).resolve()), port=port, badflag=badflag)
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         line = process.stdout.readline().strip()
         if not line.isdigit(): raise ArchiveError(f"The local archive did not start on port {port}; its message is above.")
-        url = f"http://127.0.0.1:{int(line)}"
-        yield ArchiveURLs(f"{url}/dr17", f"{url}/sas", f"{url}/cgi-bin")
+        yield ArchiveURLs.local(int(line))
     finally:
         process.stdin.close(), process.stdout.close()
         try: process.wait(10)
@@ -921,10 +978,163 @@ def plot_split(
     for label in ax.get_xticklabels(): label.set_bbox(dict(facecolor="white", edgecolor="none", alpha=0.7, pad=1))
     return ax
 
+# %% ../nbs/02_archives.ipynb #d422b907
+_SUFFIXES = {".csv": "csv", ".fits": "fits", ".fit": "fits", ".vot": "votable", ".votable": "votable", ".xml": "votable", ".parquet": "parquet", ".pq": "parquet"}
+_MAX_TABLE_BYTES = 4 << 30
+
+def _open_table(path:Path) -> tuple:
+    "The table as it is and the units that it states, by column."
+    kind = _SUFFIXES.get(path.suffix.lower())
+    if kind is None: raise InvalidInputError(f"{path.name}: a table is one of {', '.join(_SUFFIXES)}, by the ending of its name.")
+    if not path.is_file(): raise MissingInputError(f"There is no table {path}.")
+    if path.stat().st_size > _MAX_TABLE_BYTES: raise InvalidInputError(f"{path.name} has more than {_MAX_TABLE_BYTES >> 30} GB; divide it.")
+    with _damage_reported(f"{path.name} is no readable {kind} table"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of units and VOTable versions that are not quite by the book
+        if kind == "csv": return pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, comment="#", encoding="utf-8-sig"), {}
+        if kind == "parquet": return pd.read_parquet(path), {}
+        from astropy.table import Table
+        content = path.read_bytes()
+        if kind == "fits": _fits_units(content)  # a header must not ask for more memory than the file has bytes
+        table = Table.read(io.BytesIO(content), format=kind)
+        scalar = table[[name for name in table.colnames if table[name].ndim == 1]]
+        return scalar.to_pandas(index=False), {name: scalar[name].unit for name in scalar.colnames}
+
+# %% ../nbs/02_archives.ipynb #f73ec1d0
+_ALIASES = dict(ra="ra raj2000 _raj2000 ra_deg ra_icrs ra_j2000 right_ascension", dec="dec dej2000 decj2000 _dej2000 dec_deg de_icrs dec_j2000 declination decl",
+    redshift="redshift z z_spec zspec", redshift_err="redshift_err zerr z_err", fiberid="fiberid fiber fiber_id", specobjid="specobjid specobj_id")
+_NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
+
+def _named(table:pd.DataFrame, units:dict, file:str) -> tuple:
+    "The table and its units with our names of columns. Raises `InvalidInputError` without ra and dec, or where two columns claim a name."
+    origin = {}
+    for column in map(str, table.columns):
+        name = _NAMES.get(column.strip().lower(), column.strip().lower())
+        if name in origin and name in _CATALOGUE_COLUMNS:
+            raise InvalidInputError(f"{file}: the columns {origin[name]!r} and {column!r} both mean {name}. Remove or rename one.")
+        origin.setdefault(name, column)
+    for name in ("ra", "dec"):
+        if name not in origin:
+            near = difflib.get_close_matches(name, list(origin), 1, 0.5)
+            raise InvalidInputError(f"{file} has no column {name!r}" + (f" (is it {origin[near[0]]!r}?)" if near else "") +
+                f"; it has {', '.join(map(repr, list(origin.values())[:12]))}. Positions are ra and dec in degrees, J2000.")
+    table = table.set_axis(list(map(str, table.columns)), axis=1)
+    return table[list(origin.values())].set_axis(list(origin), axis=1), {name: units.get(column) for name, column in origin.items()}
+
+# %% ../nbs/02_archives.ipynb #cabf2ce5
+_DEGREES = dict(ra=(0, 360), dec=(-90, 90))
+_RANGES = dict(_DEGREES, redshift=(-0.1, 12), plate=(1, 16_383), mjd=(50_000, 99_999), fiberid=(1, 4095), specobjid=(1, 2**64 - 1),
+               bestobjid=(1, 2**64 - 1), zwarning=(0, 2**31 - 1), primtarget=(-2**31, 2**32))
+
+def _absent(column:pd.Series) -> np.ndarray:
+    return (column.isna() | column.astype(str).str.strip().str.lower().isin(["", "nan", "none", "null", "--", "<na>"])).to_numpy()
+
+def _complain(file:str, column:pd.Series, wrong:np.ndarray, expected:str):
+    "Raises `InvalidInputError` that names the column and the first of the rows that are `wrong`."
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise InvalidInputError(f"{file}, column {column.name!r}, row {row + 1}: {str(column.iloc[row])[:40]!r}; expected {expected}. "
+                                f"({wrong.sum()} such rows.)")
+
+def _table_numbers(file:str, column:pd.Series, unit) -> np.ndarray:
+    "The column as float64, in degrees if it is an angle; NaN where there is nothing."
+    values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    low, high = _RANGES.get(column.name, (-np.inf, np.inf))
+    angle = " in degrees (10:20:30.5 is none)" if column.name in _DEGREES else ""
+    _complain(file, column, ~np.isfinite(values) & (~_absent(column) | (angle != "")), f"a number{angle}")
+    if angle and unit is not None and str(unit) != "":
+        from astropy import units as u
+        try: values = values*u.Unit(unit).to(u.deg)
+        except (u.UnitConversionError, ValueError, TypeError) as error: raise InvalidInputError(f"{file}, column {column.name!r}: its unit is {unit}; expected deg.") from error
+    _complain(file, column, (values < low) | (values > high), f"{low} to {high}")
+    return values
+
+# %% ../nbs/02_archives.ipynb #bf481cb9
+def _table_integers(file:str, column:pd.Series, dtype) -> np.ndarray:
+    "The column as integers; 0 where there is nothing. Identifiers of 64 bits are refused as floats, which hold 53."
+    absent, (low, high), is_float = _absent(column), _RANGES[column.name], column.dtype.kind == "f"
+    if is_float and column.name in ("specobjid", "bestobjid"):
+        raise InvalidInputError(f"{file}, column {column.name!r}: its type is {column.dtype}, in which 20 digits have lost the last ones. "
+                                "Write it as text or as 64-bit integers.")
+    if is_float: text = pd.Series([str(int(v)) if not a and np.isfinite(v) and v == int(v) else str(v) for v, a in zip(column, absent)])
+    else: text = column.astype(str).str.strip()
+    _complain(file, column, ~(text.str.fullmatch(r"-?\d{1,20}").to_numpy() | absent), "an integer")
+    values = [0 if a else int(v) for a, v in zip(absent, text)]
+    _complain(file, column, np.array([not a and not low <= v <= high for a, v in zip(absent, values)], bool), f"{low} to {high}")
+    return np.array(values, dtype)
+
+# %% ../nbs/02_archives.ipynb #c6725ab7
+def specobjid_of_spectrum(
+    plate,  # (N,) integers
+    mjd,
+    fiberid,
+    run2d,  # (N,) texts such as "26" or "v5_13_2"
+) -> np.ndarray:
+    "SDSS's identifier of a spectrum, (N,) uint64: plate, fibre, MJD - 50000 and run2d in 14, 12, 14 and 14 bits from the top."
+    version = [sum(int(v)*w for v, w in zip(re.findall(r"\d+", r), (10_000, 100, 1))) - 50_000 if r.startswith("v") else int(r) for r in run2d]
+    fields = (np.asarray(plate), 50), (np.asarray(fiberid), 38), (np.asarray(mjd) - 50_000, 24), (np.asarray(version), 10)
+    return sum(values.astype(np.uint64) << np.uint64(shift) for values, shift in fields)
+
+def specobjid_of_position(
+    ra,  # (N,) degrees
+    dec,  # (N,) degrees
+) -> np.ndarray:
+    "An identifier for a position that has none, (N,) uint64, above all of SDSS's."
+    x, y = np.floor(np.asarray(ra) % 360/360*2**25), np.minimum(np.floor((np.asarray(dec) + 90)/180*2**25), 2**25 - 1)
+    return np.uint64(16_383 << 50) | (x.astype(np.uint64) << np.uint64(25)) | y.astype(np.uint64)
+
+# %% ../nbs/02_archives.ipynb #82e86f8b
+def _spectra_of_table(file:str, table:pd.DataFrame) -> pd.DataFrame:
+    "plate, mjd, fiberid and run2d of every row, 0 and empty where it names no spectrum."
+    given = [c for c in ("plate", "mjd", "fiberid") if c in table]
+    if 0 < len(given) < 3:
+        raise InvalidInputError(f"{file} has {' and '.join(given)}, and no column {next(c for c in ('plate', 'mjd', 'fiberid') if c not in given)!r}. "
+                                "A spectrum is named by plate, mjd and fiberid; without all three only cutouts are downloaded.")
+    names = pd.DataFrame({c: _table_integers(file, table[c], _INTEGERS[c]) if given else np.zeros(len(table), np.int32) for c in ("plate", "mjd", "fiberid")})
+    asked = (names > 0).to_numpy()
+    if given: _complain(file, table["plate"], asked.any(1) & ~asked.all(1), "plate, mjd and fiberid in every row that has one of them")
+    usual = pd.Series(np.where(names.plate < 3510, "26", "v5_13_2"))  # the last legacy plate and BOSS's first
+    run2d = table["run2d"].astype(str).str.strip().mask(_absent(table["run2d"]), usual) if "run2d" in table else usual
+    if "run2d" in table: _complain(file, table["run2d"], ~run2d.str.fullmatch(_RUN2D).to_numpy(), "the reduction, e.g. 26 or v5_13_2")
+    return names.assign(run2d=run2d.where(asked.all(1), ""))
+
+def _without_repeats(file:str, table:pd.DataFrame) -> pd.DataFrame:
+    "Each specobjid once. Raises `InvalidInputError` where one has two positions or spectra."
+    first = table.drop_duplicates("specobjid").set_index("specobjid").loc[table.specobjid]
+    apart = np.linalg.norm(_unit_vectors(table.ra, table.dec) - _unit_vectors(first.ra, first.dec), axis=1) > np.radians(1/3600)
+    other = (table[["plate", "mjd", "fiberid"]].to_numpy() != first[["plate", "mjd", "fiberid"]].to_numpy()).any(1)
+    _complain(file, table["specobjid"], apart | other, "an identifier for one galaxy only, this one has several positions or spectra")
+    repeats = table.specobjid.duplicated()
+    if repeats.any(): warnings.warn(f"{file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
+    return table[~repeats]
+
+# %% ../nbs/02_archives.ipynb #ccfcc56b
+def read_table(
+    path:str | Path,  # .csv, .fits, .vot, .votable, .xml or .parquet
+) -> pd.DataFrame:
+    """A table of one's own as a catalogue with the columns of SkyServer's: ra and dec are required (degrees, or an angle in the unit that the file
+    states), the others are NaN, 0 or empty where the file lacks them. `table_row` counts the file's rows from 0. Raises `MissingInputError`,
+    `DamagedFileError`, or `InvalidInputError` that names the column."""
+    path = Path(path).expanduser()
+    table, units = _named(*_open_table(path), path.name)
+    if not len(table): raise InvalidInputError(f"{path.name} has no rows.")
+    table, file, columns = table.reset_index(drop=True), path.name, {}
+    spectra = _spectra_of_table(file, table)
+    for name in _CATALOGUE_COLUMNS:
+        if name in spectra: columns[name] = spectra[name]
+        elif name in _INTEGERS: columns[name] = _table_integers(file, table[name], _INTEGERS[name]) if name in table else np.zeros(len(table), _INTEGERS[name])
+        elif name in _TEXTS: columns[name] = table[name].astype(str).mask(_absent(table[name]), "").str.strip() if name in table else ""
+        else: columns[name] = _table_numbers(file, table[name], units[name]) if name in table else np.full(len(table), np.nan)
+    made = pd.DataFrame(columns).assign(table_row=np.arange(len(table)))
+    named = spectra.plate.to_numpy() > 0
+    made.loc[(made.specobjid == 0) & ~named, "specobjid"] = specobjid_of_position(made.ra, made.dec)[(made.specobjid == 0) & ~named]
+    derived = (made.specobjid == 0).to_numpy()
+    if derived.any(): made.loc[derived, "specobjid"] = specobjid_of_spectrum(*(made[c][derived] for c in ("plate", "mjd", "fiberid", "run2d")))
+    return _without_repeats(file, made).sort_values("specobjid", ignore_index=True)
+
 # %% ../nbs/02_archives.ipynb #b0341cec
 @dataclass(frozen=True)
 class Outcome:
-    "What became of one file: status is good, missing (the archive has none), bad (in quarantine), refused, or failed (try again)."
+    "What became of one file: status is good, missing (the archive has none), bad (in quarantine), refused, failed (try again), or waiting."
     name: str  # path below raw/
     request: str  # what was asked for, without the archive's address
     status: str
@@ -932,19 +1142,22 @@ class Outcome:
     size: int = 0  # bytes
     sha256: str = ""
     mtime_ns: int = 0
-    error: str = ""
+    error: str = ""  # its cause, a colon and details
+
+    @property
+    def cause(self) -> str: return self.error.partition(":")[0]
 
 # %% ../nbs/02_archives.ipynb #586df5bf
 class DownloadState:
-    "The outcomes so far, in SQLite. Use as a context; raises `DamagedFileError` where the file is none of ours."
+    "The files that are wanted and the outcomes so far, in SQLite. Use as a context; raises `DamagedFileError` where the file is none of ours."
     _columns = ("name", "request", "status", "attempts", "size", "sha256", "mtime_ns", "error")
 
     def __init__(self, path:str | Path):
         self.path, self._saved = Path(path), time.monotonic()
         try:
             self.database = sqlite3.connect(self.path, timeout=30)
-            self.database.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, request TEXT, status TEXT, attempts INTEGER, "
-                                  "size INTEGER, sha256 TEXT, mtime_ns INTEGER, error TEXT, time REAL)")
+            self.database.execute("CREATE TABLE IF NOT EXISTS file (name TEXT PRIMARY KEY, request TEXT, status TEXT, attempts INTEGER DEFAULT 0, "
+                "size INTEGER DEFAULT 0, sha256 TEXT DEFAULT '', mtime_ns INTEGER DEFAULT 0, error TEXT DEFAULT '', time REAL, wanted INTEGER)")
         except sqlite3.DatabaseError as error:
             raise DamagedFileError(f"{self.path} is no record of a download ({error}). Delete the folder {self.path.parent} to start anew.") from error
 
@@ -954,21 +1167,52 @@ class DownloadState:
         self.database.close()
 
     def __getitem__(self, name:str) -> Outcome | None:
-        row = self.database.execute(f"SELECT {', '.join(self._columns)} FROM item WHERE name = ?", (name,)).fetchone()
+        row = self.database.execute(f"SELECT {', '.join(self._columns)} FROM file WHERE name = ?", (name,)).fetchone()
         return Outcome(*row) if row else None
+
+    def want(self, files):
+        "Makes `files`, pairs of name and request, those that are wanted; what is known of others is kept for another time."
+        self.database.execute("UPDATE file SET wanted = 0")
+        self.database.executemany("INSERT INTO file (name, request, status, wanted) VALUES (?, ?, 'waiting', 1) ON CONFLICT (name) DO UPDATE SET "
+            "wanted = 1, status = CASE request WHEN excluded.request THEN status ELSE 'waiting' END, request = excluded.request", files)
+        self.database.commit()
 
     def record(self, outcome:Outcome):
         "Keeps the outcome; written to the disk at least every half second of recording."
         values = [getattr(outcome, c) for c in self._columns] + [time.time()]
-        self.database.execute(f"INSERT OR REPLACE INTO item VALUES ({', '.join('?'*len(values))})", values)
+        self.database.execute(f"INSERT OR REPLACE INTO file ({', '.join(self._columns)}, time, wanted) VALUES ({', '.join('?'*len(values))}, 1)", values)
         if time.monotonic() - self._saved > 0.5:
             self.database.commit()
             self._saved = time.monotonic()
 
-    def counts(self) -> pd.DataFrame:
-        "Number of files and bytes by kind (spectra, cutouts), status and error."
-        return pd.read_sql("SELECT substr(name, 1, instr(name, '/') - 1) AS kind, status, error, count(*) AS files, sum(size) AS bytes FROM item "
-                           "GROUP BY kind, status, error ORDER BY kind, files DESC", self.database)
+# %% ../nbs/02_archives.ipynb #eac34cae
+_CAUSE = "substr(error || ':', 1, instr(error || ':', ':') - 1)"
+
+def _counts(self:DownloadState) -> pd.DataFrame:
+    "Number of wanted files and their bytes by kind (spectra, cutouts), status and cause."
+    return pd.read_sql(f"SELECT substr(name, 1, instr(name, '/') - 1) AS kind, status, {_CAUSE} AS cause, count(*) AS files, sum(size) AS bytes "
+                       "FROM file WHERE wanted GROUP BY kind, status, cause ORDER BY kind, files DESC", self.database)
+
+def _examples(self:DownloadState, n:int = 3) -> pd.DataFrame:
+    "The first `n` wanted files of each status and cause that are not good."
+    return pd.read_sql(f"SELECT name, status, attempts, error FROM (SELECT *, row_number() OVER (PARTITION BY status, {_CAUSE} ORDER BY name) AS place "
+                       "FROM file WHERE wanted AND status != 'good') WHERE place <= ? ORDER BY status, error, name", self.database, params=(n,))
+
+DownloadState.counts, DownloadState.examples = _counts, _examples
+
+# %% ../nbs/02_archives.ipynb #d973417b
+def describe_download(
+    raw:str | Path,  # folder of a download
+) -> str:
+    "What has arrived, what is missing and why, as text. Raises `MissingInputError` where nothing was downloaded."
+    if not (state_file := Path(raw)/"state.sqlite").is_file(): raise MissingInputError(f"{raw} holds no download yet.")
+    with DownloadState(state_file) as state: counts, examples = state.counts(), state.examples()
+    good = counts[counts.status == "good"]
+    lines = [f"{raw}: {good.files.sum():,} of {counts.files.sum():,} files have arrived, {good.bytes.sum()/1e6:,.2f} MB"]
+    rest = counts[counts.status != "good"]
+    if len(rest): lines += ["", rest.drop(columns="bytes").to_string(index=False), "", "for example", *(
+        f"  {e.name}  {e.status}{f' after {e.attempts} requests' if e.attempts else ''}{f': {e.error[:150]}' if e.error else ''}" for e in examples.itertuples())]
+    return "\n".join(lines)
 
 # %% ../nbs/02_archives.ipynb #b6d27f8e
 def _is_kept(raw:Path, outcome:Outcome | None, request:str) -> bool:
@@ -982,35 +1226,53 @@ def _is_kept(raw:Path, outcome:Outcome | None, request:str) -> bool:
     if stat.st_mtime_ns == outcome.mtime_ns: return True
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest() == outcome.sha256
 
-# %% ../nbs/02_archives.ipynb #a8489b18
-def _quarantine(raw:Path, name:str, content:bytes, reason:str):
-    for path, data in ((raw/"quarantine"/name, content), (raw/"quarantine"/f"{name}.reason", f"{reason}\n".encode())):
-        with atomic_path(path) as part: part.write_bytes(data)
+# %% ../nbs/02_archives.ipynb #99ae4df5
+def _write_whole(raw:Path, name:str, content:bytes) -> int:
+    """Writes a file that appears when it is complete; returns the time of writing, ns. (One temporary folder for all: `atomic_path` makes
+    one each and waits for the directory to reach the disk too, which for a download that would ask again takes longer than the request.)"""
+    part, path = raw/".partial"/str(threading.get_ident()), raw/name
+    with open(part, "wb") as file:
+        file.write(content), file.flush(), os.fsync(file.fileno())
+        mtime_ns = os.fstat(file.fileno()).st_mtime_ns
+    if not path.parent.is_dir(): path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(part, path)
+    return mtime_ns
 
+def _quarantine(raw:Path, name:str, content:bytes | None, reason:str = ""):
+    "Keeps a wrong file and what was wrong with it; without content, lets go of what an earlier download kept."
+    for path, data in ((f"quarantine/{name}", content), (f"quarantine/{name}.reason", f"{reason}\n".encode())):
+        if content is not None: _write_whole(raw, path, data)
+        else: (raw/path).unlink(missing_ok=True)
+
+# %% ../nbs/02_archives.ipynb #acf4f809
 def _fetch_file(client:ArchiveClient, raw:Path, name:str, request:str, url:str, params:dict | None, max_bytes:int, check) -> Outcome:
     "Downloads, checks and keeps one file."
+    received = []  # the last one
     def judge(content:bytes):
-        try: check(content)
-        except DamagedFileError as error:
-            _quarantine(raw, name, content, str(error))
-            raise
+        received[:] = [content]
+        check(content)
     try: answer = client.get(url, params, max_bytes, judge)
     except ArchiveError as error:
         status = {NotFoundError: "missing", RefusedError: "refused"}.get(type(error), "failed")
-        return Outcome(name, request, status, getattr(error, "attempts", 0), error="not found" if status == "missing" else str(error))
-    except DamagedFileError as error: return Outcome(name, request, "bad", getattr(error, "attempts", 0), error=str(error))
-    with atomic_path(raw/name) as part: part.write_bytes(answer.content)
-    return Outcome(name, request, "good", answer.attempts, len(answer.content), hashlib.sha256(answer.content).hexdigest(), (raw/name).stat().st_mtime_ns)
+        return Outcome(name, request, status, getattr(error, "attempts", 0), error=str(error))
+    except DamagedFileError as error:
+        _quarantine(raw, name, received[0], str(error))
+        return Outcome(name, request, "bad", getattr(error, "attempts", 0), error=str(error))
+    if (raw/"quarantine").is_dir(): _quarantine(raw, name, None)
+    mtime_ns = _write_whole(raw, name, answer.content)
+    return Outcome(name, request, "good", answer.attempts, len(answer.content), hashlib.sha256(answer.content).hexdigest(), mtime_ns)
 
 # %% ../nbs/02_archives.ipynb #4417c087
 _MAX_SPECTRUM_BYTES = 32 << 20  # a lite spectrum has 0.2 MB; with its single exposures it would have 1 to 20
 
-def _spectrum_items(row) -> dict:
-    "Name and request of a galaxy's spectrum."
-    return {f"spectra/{spectrum_name(row.plate, row.mjd, row.fiberid)}": spectrum_path(row.run2d, row.plate, row.mjd, row.fiberid)}
+def _spectrum_items(row, release:str) -> dict:
+    "Name and request of a galaxy's spectrum; nothing for a position that names none."
+    if not row.plate: return {}
+    return {f"spectra/{spectrum_name(row.plate, row.mjd, row.fiberid)}": spectrum_path(row.run2d, row.plate, row.mjd, row.fiberid, release)}
 
 def _cutout_items(row, size:int) -> dict:
-    "Names and requests of a galaxy's five cutouts."
+    "Names and requests of a galaxy's five cutouts; none south of PS1's sky."
+    if row.dec <= PS1_SOUTH: return {}
     return {f"cutouts/{int(row.specobjid)}/{b}.fits": f"ra={row.ra:.8f}&dec={row.dec:.8f}&size={size}&band={b}" for b in BANDS}
 
 def _fetch_spectrum(client:ArchiveClient, urls, raw:Path, row, items:dict) -> list:
@@ -1024,11 +1286,11 @@ def _fetch_cutouts(client:ArchiveClient, urls, raw:Path, row, size:int, items:di
     try: names = fetch_cutout_names(client, urls.ps1_url, row.ra, row.dec, size)
     except (ArchiveError, DamagedFileError) as error:
         status = "bad" if isinstance(error, DamagedFileError) else "failed"
-        return [Outcome(name, request, status, error=f"list of files: {error}") for name, request in items.items()]
+        return [Outcome(name, request, status, getattr(error, "attempts", 0), error=f"list of files, {error}") for name, request in items.items()]
     outcomes, max_bytes = [], 4*size**2 + (1 << 20)
     for name, request in items.items():
         band = request[-1]
-        if band not in names: outcomes.append(Outcome(name, request, "missing", error="PS1 has no image here"))
+        if band not in names: outcomes.append(Outcome(name, request, "missing", error="not in PS1's list of files"))
         else: outcomes.append(_fetch_file(client, raw, name, request, f"{urls.ps1_url.rstrip('/')}/fitscut.cgi",
             cutout_params(row.ra, row.dec, size, names[band]), max_bytes, partial(check_cutout, band=band, ra=row.ra, dec=row.dec, size=size)))
     return outcomes
@@ -1047,15 +1309,19 @@ def _source(parameters:ArchiveParameters, survey:Path | None) -> dict:
     urls = {k: getattr(parameters, k) for k in ("skyserver_url", "sas_url", "ps1_url")}
     return urls | {"survey": _survey_digest(survey) if None in urls.values() else None}
 
+def _held_source(raw:Path) -> dict | None:
+    "What `raw` says that its files are from; None if nothing, empty if that cannot be read."
+    try: return json.loads((raw/"source.json").read_text())
+    except FileNotFoundError: return None
+    except ValueError: return {}
+
 def _claim(raw:Path, source:dict):
     "Makes `raw` a folder for files from `source`, emptied if it holds those of another."
-    try: held = json.loads((raw/"source.json").read_text())
-    except FileNotFoundError: held = None
-    except ValueError: held = {}
+    held = _held_source(raw)
     if held is None and raw.is_dir() and any(raw.iterdir()):
         raise InvalidInputError(f"{raw} holds files of unknown origin (it has no source.json). Move them away and run this again.")
     if held is not None and held != source: shutil.rmtree(raw)
-    for leftover in list(raw.rglob(".*.tmp")): shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+    for leftover in (raw/".partial", *raw.glob(".*.tmp")): shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
     if held != source:
         with atomic_path(raw/"source.json") as part: part.write_text(json.dumps(source, indent=1))
 
@@ -1070,9 +1336,11 @@ def _services(parameters:ArchiveParameters, survey:Path | None):
             urls = {k: v or getattr(local, k) for k, v in urls.items()}
         yield ArchiveURLs(**urls)
 
+def _kept_answer(raw:Path, query:str) -> Path: return raw/f"query-{hashlib.sha256(query.encode()).hexdigest()[:12]}.csv"
+
 def _catalogue(client:ArchiveClient, skyserver_url:str, raw:Path, query:str) -> pd.DataFrame:
     "The catalogue as the archive answered it, asked for once: `raw` keeps the answer."
-    kept = raw/f"query-{hashlib.sha256(query.encode()).hexdigest()[:12]}.csv"
+    kept = _kept_answer(raw, query)
     if not kept.is_file():
         content = fetch_catalogue(client, skyserver_url, query)
         with atomic_path(kept) as part: part.write_bytes(content)
@@ -1089,26 +1357,30 @@ def _as_they_finish(pool:ThreadPoolExecutor, tasks, ahead:int):
             for future in done: yield future.result()
     for future in as_completed(waiting): yield future.result()
 
-def _tasks(catalogue:pd.DataFrame, size:int, raw:Path, state:DownloadState, client:ArchiveClient, urls):
-    "What is left to do: for each galaxy its spectrum, and those of its cutouts that are not there yet."
+def _files(catalogue:pd.DataFrame, size:int, release:str):
+    "For each galaxy, by its place on the sky: its row, and name and request of its spectrum and of its cutouts."
     place = np.lexsort([catalogue.ra, np.floor(catalogue.dec/0.4)])
-    for row in catalogue.iloc[place].itertuples(index=False):
-        jobs = [(_fetch_spectrum, (client, urls, raw, row), _spectrum_items(row))]
-        if row.dec > PS1_SOUTH: jobs.append((_fetch_cutouts, (client, urls, raw, row, size), _cutout_items(row, size)))
-        for function, arguments, items in jobs:
+    for row in catalogue.iloc[place].itertuples(index=False): yield row, _spectrum_items(row, release), _cutout_items(row, size)
+
+def _tasks(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls):
+    "What is left to do: for each galaxy its spectrum, and those of its cutouts that are not there yet."
+    for row, spectrum, cutouts in _files(catalogue, size, release):
+        for function, arguments, items in ((_fetch_spectrum, (client, urls, raw, row), spectrum), (_fetch_cutouts, (client, urls, raw, row, size), cutouts)):
             todo = {name: request for name, request in items.items() if not _is_kept(raw, state[name], request)}
             if todo: yield partial(function, *arguments, todo)
 
 # %% ../nbs/02_archives.ipynb #28cec06d
 _FAILURES_THAT_END_IT = 40  # galaxies in a row of which no file could be had
 
-def _fetch_all(catalogue:pd.DataFrame, size:int, raw:Path, state:DownloadState, client:ArchiveClient, urls, progress:bool):
+def _fetch_all(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls, progress:bool):
     "Downloads what is missing and records what became of it."
+    state.want(item for _, *both in _files(catalogue, size, release) for items in both for item in items.items())
+    (raw/".partial").mkdir(exist_ok=True)
     pool, failures, n_bytes = ThreadPoolExecutor(2*client.concurrency, "download"), 0, 0
-    total = len(catalogue) + len(BANDS)*int((catalogue.dec > PS1_SOUTH).sum())
+    total = int((catalogue.plate > 0).sum()) + len(BANDS)*int((catalogue.dec > PS1_SOUTH).sum())
     with tqdm(total=total, unit="file", desc="download", disable=not progress, mininterval=0.5) as bar:
         try:
-            for outcomes in _as_they_finish(pool, _tasks(catalogue, size, raw, state, client, urls), 4*client.concurrency):
+            for outcomes in _as_they_finish(pool, _tasks(catalogue, size, release, raw, state, client, urls), 4*client.concurrency):
                 for outcome in outcomes: state.record(outcome)
                 n_bytes += sum(o.size for o in outcomes)
                 bar.set_postfix_str(f"{n_bytes/1e6:.1f} MB", refresh=False), bar.update(len(outcomes))
@@ -1118,23 +1390,60 @@ def _fetch_all(catalogue:pd.DataFrame, size:int, raw:Path, state:DownloadState, 
         finally:
             client.stopping.set()
             pool.shutdown(cancel_futures=True)
+            shutil.rmtree(raw/".partial", ignore_errors=True)
         bar.update(total - bar.n)  # what was there already
 
-# %% ../nbs/02_archives.ipynb #98193dab
-def _with_outcomes(catalogue:pd.DataFrame, size:int, state:DownloadState) -> pd.DataFrame:
+# %% ../nbs/02_archives.ipynb #493aadd6
+def _lacking(row, size:int, release:str, state:DownloadState) -> list:
+    "What a galaxy does not have, in words."
+    spectrum, cutouts = _spectrum_items(row, release), _cutout_items(row, size)
+    outcomes = {("spectrum" if name in spectrum else f"image {name[-6]}"): state[name] for name in (*spectrum, *cutouts)}
+    words = ["no spectrum asked for"]*(not spectrum) + ["images outside PS1"]*(not cutouts)
+    return words + [f"{what} {o.status} ({o.cause})" for what, o in outcomes.items() if o.status != "good"]
+
+def _with_outcomes(catalogue:pd.DataFrame, size:int, release:str, state:DownloadState) -> pd.DataFrame:
     "The catalogue with the columns has_spectrum, has_images and status."
-    columns = dict(has_spectrum=[], has_images=[], status=[])
-    for row in catalogue.itertuples(index=False):
-        spectrum, problems = state[next(iter(_spectrum_items(row)))], []
-        if spectrum.status != "good": problems.append(f"spectrum {spectrum.status} ({spectrum.error})")
-        if row.dec <= PS1_SOUTH: problems.append("images outside PS1")
-        else:
-            bands = {name[-6]: state[name] for name in _cutout_items(row, size)}
-            problems += [f"image {band} {o.status} ({o.error})" for band, o in bands.items() if o.status != "good"]
-        columns["has_spectrum"].append(spectrum.status == "good")
-        columns["has_images"].append(not any(p.startswith("image") for p in problems))
-        columns["status"].append("; ".join(problems) or "complete")
-    return catalogue.assign(**columns)
+    lacking = [_lacking(row, size, release, state) for row in catalogue.itertuples(index=False)]
+    has = lambda kind: [not any(kind in word for word in words) for words in lacking]
+    return catalogue.assign(has_spectrum=has("spectrum"), has_images=has("image"), status=["; ".join(words) or "complete" for words in lacking])
+
+# %% ../nbs/02_archives.ipynb #c5a7d904
+def losses(
+    catalogue:pd.DataFrame,  # from `download`
+) -> pd.DataFrame:
+    "How many galaxies lack something for which cause, and how many for this one only; the first row counts the complete ones."
+    causes = catalogue.status.map(lambda status: sorted({re.sub(r"^image \w ", "image ", word) for word in status.split("; ")}))
+    alone = causes[causes.map(len) == 1].map(lambda words: words[0])
+    table = pd.DataFrame(dict(galaxies=causes.explode().value_counts(), only_this=alone.value_counts())).fillna(0).astype(int)
+    return table.sort_values("galaxies", ascending=False).sort_index(key=lambda cause: cause != "complete", kind="stable").rename_axis("cause")
+
+# %% ../nbs/02_archives.ipynb #52facf6c
+@contextlib.contextmanager
+def _alone(raw:Path):
+    "Refuses a second download into the same folder at the same time."
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(raw.with_name(f".{raw.name}.lock"), timeout=0): yield
+    except Timeout: raise ArchiveError(f"Another download into {raw} is under way.") from None
+
+def _split(catalogue:pd.DataFrame, parameters:ArchiveParameters, seed:int) -> pd.DataFrame:
+    "The catalogue with block and split; where no row has a spectrum nothing can be fitted, and all are test."
+    if not (catalogue.plate > 0).any(): return catalogue.assign(block=sky_blocks(catalogue.ra, catalogue.dec, parameters.block_deg), split="test")
+    block, split = split_by_sky(catalogue.ra, catalogue.dec, parameters.split, parameters.block_deg, seed)
+    return catalogue.assign(block=block, split=split)
+
+def _checked_survey(parameters:ArchiveParameters, survey) -> Path | None:
+    "The folder that a local server has to serve, or None where the parameters name all services."
+    if None not in (parameters.skyserver_url, parameters.sas_url, parameters.ps1_url): return None
+    if survey is None: raise MissingInputError("The profile names no archives, and there is no folder of a survey to serve in their place.")
+    return LocalArchive(survey).folder
+
+# %% ../nbs/02_archives.ipynb #2be276c9
+def client_for(
+    parameters:ArchiveParameters,
+) -> ArchiveClient:
+    "The client that a profile asks for."
+    return ArchiveClient(parameters.concurrency, parameters.attempts, parameters.timeout, parameters.wait, parameters.bad_attempts)
 
 # %% ../nbs/02_archives.ipynb #b56490e3
 def download(
@@ -1144,27 +1453,28 @@ def download(
     seed:int,  # chooses the subset of the selection, and the split
     survey:str | Path | None = None,  # folder that a local server stands in for the services with, where `parameters` names no URLs
     progress:bool = True,  # show a bar
-    client:ArchiveClient | None = None,  # None: one with parameters.concurrency
+    client:ArchiveClient | None = None,  # None: what the parameters ask for
 ) -> pd.DataFrame:
     """The catalogue (also raw/catalogue.parquet), with every spectrum and cutout that the archives have in `raw`. An interrupted download goes on
-    where it was. Single files that cannot be had are a status in the catalogue; raises `ArchiveError` if there is no catalogue or an archive
-    stops to answer, `MissingInputError` without a survey where one is needed."""
-    raw, survey = Path(raw), None if survey is None else Path(survey)
+    where it was. Single files that cannot be had are a status in the catalogue; raises `ArchiveError` if there is no catalogue, an archive
+    stops to answer or nothing arrives, `MissingInputError` without a survey where one is needed, and what `read_table` raises."""
+    raw, survey, release = Path(raw), _checked_survey(parameters, survey), parameters.release
     if size < 1: raise InvalidInputError(f"Cutouts of {size} pixels; expected at least 1.")
-    if None in (parameters.skyserver_url, parameters.sas_url, parameters.ps1_url):
-        if survey is None: raise MissingInputError("The profile names no archives, and there is no folder of a survey to serve in their place.")
-        LocalArchive(survey)
-    _claim(raw, _source(parameters, survey))
-    (raw/"catalogue.parquet").unlink(missing_ok=True)  # it speaks of files that are about to change
-    with _services(parameters, survey) as urls, client or ArchiveClient(parameters.concurrency) as client, DownloadState(raw/"state.sqlite") as state:
-        catalogue = _catalogue(client, urls.skyserver_url, raw, catalogue_query(parameters.n_max, seed))
-        block, split = split_by_sky(catalogue.ra, catalogue.dec, parameters.split, parameters.block_deg, seed)
-        try: _fetch_all(catalogue, size, raw, state, client, urls, progress)
+    catalogue = read_table(parameters.table) if parameters.table else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(raw))
+        _claim(raw, _source(parameters, survey))
+        (raw/"catalogue.parquet").unlink(missing_ok=True)  # it speaks of files that are about to change
+        urls, client, state = map(stack.enter_context, (_services(parameters, survey), client or client_for(parameters), DownloadState(raw/"state.sqlite")))
+        if catalogue is None: catalogue = _catalogue(client, urls.skyserver_url, raw, catalogue_query(parameters.n_max, seed))
+        catalogue = _split(catalogue, parameters, seed)
+        try: _fetch_all(catalogue, size, release, raw, state, client, urls, progress)
         except OSError as error: raise ArchiveError(f"Cannot write to {raw}: {error}. What has arrived is kept; run this again.") from error
-        catalogue = _with_outcomes(catalogue.assign(block=block, split=split), size, state)
-    if not catalogue.has_spectrum.any():
-        raise ArchiveError(f"Not one spectrum arrived. Most often: {catalogue.status.mode()[0]}. What was wrong lies in {raw/'quarantine'}.")
-    with atomic_path(raw/"catalogue.parquet") as part: catalogue.to_parquet(part, index=False)
+        catalogue = _with_outcomes(catalogue, size, release, state)
+        if not catalogue.has_spectrum.any() and ((catalogue.plate > 0).any() or not catalogue.has_images.any()):
+            raise ArchiveError(f"Not one {'spectrum' if (catalogue.plate > 0).any() else 'galaxy'} arrived. Most often: {catalogue.status.mode()[0]}. "
+                               f"What was wrong lies in {raw/'quarantine'}.")
+        with atomic_path(raw/"catalogue.parquet") as part: catalogue.to_parquet(part, index=False)
     return catalogue
 
 # %% ../nbs/02_archives.ipynb #25d304cc
@@ -1190,15 +1500,43 @@ def plot_cutouts(
 
 # %% ../nbs/02_archives.ipynb #54f64a41
 def estimate(
-    n_galaxies:int,  # with images and spectra
+    n_spectra:int,
+    n_cutouts:int,  # five for each galaxy in PS1's sky
     size:int,  # side of the cutouts, pixels
     concurrency:int = 8,  # requests at once, per host
-    n_spectra_only:int = 0,  # further galaxies outside PS1's sky
     seconds_per_request:float = 1.0,
 ) -> dict:
     "Files, requests, GB and hours of a download. Spectra and cutouts come from two hosts at the same time."
-    n_spectra, n_cutouts = n_galaxies + n_spectra_only, len(BANDS)*n_galaxies
+    n_requests = n_cutouts + n_cutouts//len(BANDS)  # and one list for each galaxy
     size_gb = (n_spectra*170e3 + n_cutouts*(4*size**2 + 20e3))/1e9
-    slower = max(n_spectra, n_cutouts + n_galaxies)
-    return dict(files=n_spectra + n_cutouts, requests=1 + n_spectra + n_cutouts + n_galaxies, gigabytes=round(size_gb, 2),
-                hours=round(slower*seconds_per_request/concurrency/3600, 2))
+    return dict(files=n_spectra + n_cutouts, requests=n_spectra + n_requests, gigabytes=round(size_gb, 2),
+                hours=round(max(n_spectra, n_requests)*seconds_per_request/concurrency/3600, 2))
+
+# %% ../nbs/02_archives.ipynb #c0bb6df0
+def _known_catalogue(parameters:ArchiveParameters, raw:Path, query:str, survey:Path | None) -> pd.DataFrame | None:
+    "The catalogue, where it can be had without asking an archive."
+    if parameters.table: return read_table(parameters.table)
+    if (kept := _kept_answer(raw, query)).is_file(): return read_skyserver_csv(kept.read_bytes())
+    return read_skyserver_csv(_run_query(LocalArchive(survey).spec_obj, query)) if survey else None
+
+# %% ../nbs/02_archives.ipynb #f8d84954
+def plan_download(
+    parameters:ArchiveParameters,  # as for `download`, like the others
+    raw:str | Path,
+    size:int,
+    seed:int,
+    survey:str | Path | None = None,
+) -> str:
+    "What a download would ask for and how long it would take, in words; changes nothing. Raises what `download` does for its inputs."
+    raw, survey = Path(raw), _checked_survey(parameters, survey)
+    catalogue = _known_catalogue(parameters, raw, catalogue_query(parameters.n_max, seed), survey)
+    n_spectra, n_cutouts, n_all, most = parameters.n_max, len(BANDS)*parameters.n_max, (1 + len(BANDS))*parameters.n_max, "at most "
+    if catalogue is not None:
+        files = [items for _, *both in _files(catalogue, size, parameters.release) for items in both]
+        same = _held_source(raw) == _source(parameters, survey) and (raw/"state.sqlite").is_file()
+        with DownloadState(raw/"state.sqlite" if same else ":memory:") as state:
+            left = [name for items in files for name, request in items.items() if not _is_kept(raw, state[name], request)]
+        n_spectra, n_cutouts, n_all, most = sum(n.startswith("spectra/") for n in left), sum(n.startswith("cutouts/") for n in left), sum(map(len, files)), ""
+    plan = estimate(n_spectra, n_cutouts, size, parameters.concurrency)
+    return (f"{most}{n_all:,} files, {n_all - plan['files']:,} of them are there or known to be missing\n{most}{plan['files']:,} to download: {plan['requests']:,} requests, "
+            f"{plan['gigabytes']:,} GB, about {plan['hours']:.1f} hours at {parameters.concurrency} requests at once of one second each")

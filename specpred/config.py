@@ -52,8 +52,14 @@ class ArchiveParameters:
     skyserver_url: str | None = None  # SQL search service of SDSS
     sas_url: str | None = None  # SDSS science archive server, the folder above dr*/
     ps1_url: str | None = None  # folder of ps1filenames.py and fitscut.cgi
+    release: str = "dr17"  # SDSS data release of the spectra
     n_max: int = 64_000  # rows of the catalogue query at most
-    concurrency: int = 8  # requests under way at once
+    table: str | None = None  # a table of one's own instead of the query: full path of a CSV, FITS, VOTable or Parquet file
+    concurrency: int = 8  # requests under way at once, per host
+    attempts: int = 6  # how often a busy archive is asked
+    bad_attempts: int = 3  # how often a file is asked for that arrives damaged
+    wait: tuple[float, float] = (1.0, 30.0)  # first and longest pause between attempts, seconds
+    timeout: float = 60.0  # seconds without a byte after which a request has failed
     split: tuple[float, float, float] = (0.6, 0.2, 0.2)  # train, valid, test as fractions of the galaxies
     block_deg: float = 2.0  # side of the sky blocks that are kept together in one split, degrees
 
@@ -373,6 +379,8 @@ def _request(stage:Stage, profile:Profile, paths:Paths, digests:_Digests) -> dic
     "Everything that decides what the stage would make."
     parameters = {"seed": profile.seed} | {name: dataclasses.asdict(getattr(profile, name)) for name in stage.parameters}
     inputs = {name: digests(getattr(paths, name)) for name in stage.reads}
+    if "archives" in stage.parameters and profile.archives.table:
+        inputs["table"] = digests(Path(profile.archives.table).expanduser()) or "missing"
     return json.loads(json.dumps(dict(parameters=parameters, inputs=inputs, code=_code_digest(stage))))
 
 def _read_json(path:Path) -> dict:
