@@ -2,14 +2,14 @@
 the loaders of 08_training; and the peak memory of the streaming loader for 1,000 and 10,000 galaxies.
 
 python benchmarks/loaders.py (4 minutes), with --quick for a look"""
-import argparse, functools, json, os, resource, subprocess, sys, tempfile, time
+import argparse, functools, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 import zarr
 from fastai.basics import ColReader, ColSplitter, DataBlock, RegressionBlock
-from fastai.vision.augment import Flip, Dihedral, aug_transforms
+from fastai.vision.augment import Dihedral, aug_transforms
 from galaxies import galaxies
 from interleaved import medians, setting, write
 from specpred.images import Augmentation, GrizyImage, augment, fit_transform, open_images, pack_arrays
@@ -40,7 +40,7 @@ def npy_loaders(folder, table, transform, augmentation, batch, workers):
     return block.dataloaders(rows, bs=batch, num_workers=workers, device="cpu").train
 
 
-def epoch(loader, counter=None):
+def epoch(loader):
     "Goes once through a loader, and touches every batch as a network would."
     for x, y in loader: x[0, 0, 0, 0].item()
 
@@ -57,7 +57,8 @@ def peak_memory(folder, n):
     table = pd.DataFrame({"specobjid": images.specobjid[:n], "split": np.where(np.arange(n) < 2, "valid", "train")} | {f"target_{k}": np.zeros(n, "f4") for k in range(1, 7)})
     loaders = batch_loaders(images, table, fit_transform(images.flux[:64], images.noise[:64]), 64, keep=False, device="cpu")
     epoch(loaders.train)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)
+    # not getrusage, which counts the memory of the process that started this one
+    print(next(int(line.split()[1])//1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 
 
 def repeat_shards(store, times):

@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_training.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, copy, random, sys, time
+import contextlib, copy, random, sys, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +23,7 @@ from .models import MODELS, load, save
 
 # %% auto #0
 __all__ = ['target_columns', 'training_table', 'choose_memory', 'ImageReader', 'Stretch', 'grizyImageBlock', 'augmentations',
-           'image_loaders', 'ImageSource', 'BatchMemory', 'BatchLoader', 'batch_loaders', 'rmse', 'pooled_metrics',
+           'image_loaders', 'BatchMemory', 'ImageSource', 'BatchLoader', 'batch_loaders', 'rmse', 'pooled_metrics',
            'EpochCheckpoint', 'learning_rate', 'train_model', 'predict_targets', 'make_loaders', 'train_models',
            'transform_of']
 
@@ -112,6 +112,20 @@ def image_loaders(
     # drop_last in training would lose most of a sample that is hardly larger than a batch
     return block.dataloaders(rows, bs=min(batch_size, n_train), val_bs=2*batch_size, num_workers=0, device=device)
 
+# %% ../nbs/08_training.ipynb #afe25093
+class BatchMemory:
+    "Gives CPU tensors of one precision, in memory whose last tensor is gone where there is such."
+    def __init__(self, dtype:str): self.dtype, self.arrays, self.lock = dtype, [], threading.Lock()
+
+    def __call__(self, shape:tuple) -> torch.Tensor:
+        with self.lock:
+            for array in self.arrays:
+                # its places in the list, in this loop and in the call; every tensor made of it, and every view of that, adds one
+                if array.shape[1:] == tuple(shape[1:]) and len(array) >= shape[0] and sys.getrefcount(array) == 3: return torch.from_numpy(array)[:shape[0]]
+            array = np.empty(shape, self.dtype)
+            if len(self.arrays) < 4: self.arrays.append(array)
+            return torch.from_numpy(array)
+
 # %% ../nbs/08_training.ipynb #32c5eab8
 class ImageSource:
     "Network input of some galaxies, from memory when it fits there, or else from the store; `reason` says which and why."
@@ -127,34 +141,23 @@ class ImageSource:
         shape = (len(self.rows), *images.shape[1:])
         place, self.reason = choose_memory(int(np.prod(shape))*self.dtype.itemsize, self.device)
         if keep is not None: place, self.reason = (place or torch.device("cpu")) if keep else None, f"asked to {'keep' if keep else 'read'} images"
-        self.values = torch.empty(shape, dtype=self.dtype, device=place) if place else None
+        self.values, self.memory = torch.empty(shape, dtype=self.dtype, device=place) if place else None, BatchMemory(images.dtype)
         for k in range(0, len(self.rows) if place else 0, 256): self.values[k:k + 256] = self.read(np.arange(k, min(k + 256, len(self.rows))))
 
     def read(self, positions) -> torch.Tensor:
         "(n, 5, size, size) network input of galaxies by their position, read from the store."
-        out = np.empty((len(positions), *self.images.shape[1:]), self.images.dtype)
-        # half precision ends at 65504, which a saturated star may exceed
-        convert = self.transform if self.dtype == torch.float32 else lambda flux: self.transform(flux).clip(-6e4, 6e4)
-        return torch.from_numpy(self.images.read_rows(self.rows[positions], convert, out))
+        def convert(flux):
+            # half precision ends at 65504, which a saturated star may exceed
+            return np.clip(self.transform.apply_(flux), -6e4, 6e4, out=flux)
+        out = self.memory((len(positions), *self.images.shape[1:]))
+        self.images.read_rows(self.rows[positions], convert, out.numpy())
+        return out
 
     def take(self, positions, device) -> tuple[torch.Tensor, np.ndarray]:
         "Images on `device`, and which of them are the galaxies at these positions: all that is kept there, or just those."
         if self.values is not None and self.values.device == device: return self.values, positions
         batch = self.read(positions) if self.values is None else self.values[torch.as_tensor(positions, device=self.values.device)]
         return batch.to(device, non_blocking=True), np.arange(len(positions))
-
-# %% ../nbs/08_training.ipynb #afe25093
-class BatchMemory:
-    "Gives float32 CPU tensors, in memory whose last tensor is gone where there is such."
-    def __init__(self): self.arrays = []
-
-    def __call__(self, shape:tuple) -> torch.Tensor:
-        for array in self.arrays:
-            # its places in the list, in this loop and in the call; every tensor made of it, and every view of that, adds one
-            if array.shape[1:] == tuple(shape[1:]) and len(array) >= shape[0] and sys.getrefcount(array) == 3: return torch.from_numpy(array)[:shape[0]]
-        array = np.empty(shape, np.float32)
-        if len(self.arrays) < 4: self.arrays.append(array)
-        return torch.from_numpy(array)
 
 # %% ../nbs/08_training.ipynb #7aa0a41f
 class BatchLoader(DataLoader):
@@ -173,7 +176,7 @@ class BatchLoader(DataLoader):
     ):
         super().__init__(positions, bs=bs, shuffle=shuffle, drop_last=drop_last, device=device or source.device)
         self.source, self.positions, self.augmentation, self.seed, self.epoch = source, np.asarray(positions), augmentation, seed, 0
-        self.targets, self.memory = torch.as_tensor(targets), BatchMemory()
+        self.targets, self.memory = torch.as_tensor(targets), BatchMemory("float32")
 
     def get_idxs(self) -> np.ndarray:
         "The order of this epoch."
