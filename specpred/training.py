@@ -52,11 +52,11 @@ def choose_memory(
     import psutil
     free = {torch.device("cpu"): psutil.virtual_memory().available}
     if device.type == "cuda": free = {device: torch.cuda.mem_get_info(device)[0]} | free
-    size = f"{n_bytes/1e9:.2f} GB of images"
+    size = f"{n_bytes/1e6:,.0f} MB of images"
     for place, available in free.items():
         name = "host" if place.type == "cpu" else "GPU"
-        if n_bytes < available/2: return place, f"{size} are kept in {name} memory, of which {available/1e9:.1f} GB are free"
-    return None, f"{size} are read from disk batch by batch: {', '.join(f'{a/1e9:.1f} GB' for a in free.values())} of memory is free, less than twice that"
+        if n_bytes < available/2: return place, f"{size} are kept in {name} memory, of which {available/1e6:,.0f} MB are free"
+    return None, f"{size} are read from disk batch by batch: {' and '.join(f'{a/1e6:,.0f} MB' for a in free.values())} of memory are free, less than twice that"
 
 # %% ../nbs/08_training.ipynb #e0ea3bfd
 class ImageReader:

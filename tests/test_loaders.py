@@ -122,7 +122,7 @@ def test_images_go_where_there_is_room(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10e9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4e9, 8e9))
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_memory(10**9, gpu)[0] == gpu and "GPU memory, of which 4.0 GB" in choose_memory(10**9, gpu)[1]
+    assert choose_memory(10**9, gpu)[0] == gpu and "GPU memory, of which 4,000 MB" in choose_memory(10**9, gpu)[1]
     assert choose_memory(3*10**9, gpu)[0] == cpu and choose_memory(3*10**9, cpu)[0] == cpu
     place, reason = choose_memory(6*10**9, gpu)
     assert place is None and "read from disk batch by batch" in reason
