@@ -43,10 +43,10 @@ def setting(chosen):
             f"median {'CPU ' if chosen.cpu_time else ''}time of {chosen.repeats} interleaved rounds, load average {os.getloadavg()[0]:.1f}.")
 
 
-def write(heading, lines):
-    "Replaces the section of that heading in deconv.md, or adds it."
-    text = RESULTS.read_text() if RESULTS.exists() else "# What deconvolution costs\n\nMade by `deconv_layers.py` and `models.py`; ratios within one row of runs are what to compare.\n"
+def write(heading, lines, results=RESULTS, title="# What deconvolution costs\n\nMade by `deconv_layers.py` and `models.py`; ratios within one row of runs are what to compare.\n"):
+    "Replaces the section of that heading in a file of results, deconv.md, or adds it."
+    text = results.read_text() if results.exists() else title
     before, found, after = text.partition(f"\n## {heading}\n")
     rest = after.partition("\n## ")[1:] if found else ("", "")
-    RESULTS.write_text(before.rstrip("\n") + "\n" + f"\n## {heading}\n\n" + "\n".join(lines) + "\n" + "".join(rest))
+    results.write_text(before.rstrip("\n") + "\n" + f"\n## {heading}\n\n" + "\n".join(lines) + "\n" + "".join(rest))
     print("\n".join(lines))

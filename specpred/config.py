@@ -68,6 +68,7 @@ class ImageParameters:
     "The cutouts (03_images)."
     size: int = 224  # side of a cutout, pixels of 0.25 arcsec
     max_mask_fraction: float = 0.2  # a galaxy with more masked pixels than this in any band is left out
+    dtype: str = "float16"  # of the stored pixels, in units of the sky's noise; or "float32", in nJy
 
 @dataclass(frozen=True)
 class SpectraParameters:
@@ -108,7 +109,9 @@ class TrainingParameters:
     lr: float = 3e-2  # one-cycle's largest learning rate
     lr_deconv: float = 3e-3  # the same for models whose every layer is deconvolved
     weight_decay: float = 1e-2
-    stretch: str = "asinh"  # of the images, or "linear" as published
+    stretch: str = "asinh"  # of the images; "linear" as published; or "image", which divides each by its own brightness
+    max_shift: int = 0  # augmentation by moves of up to so many pixels; none as published
+    loader: str = "batches"  # whole batches from memory or the store; or "fastai", a DataBlock, item by item
 
 @dataclass(frozen=True)
 class EvaluationParameters:

@@ -4,20 +4,26 @@
 
 # %% ../nbs/03_images.ipynb #d33aac5b
 from __future__ import annotations
-import dataclasses, hashlib, os, shutil, warnings
+import hashlib, json, os, shutil, warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+import google_crc32c
 import numpy as np
 import torch, zarr
 from astropy.io import fits
 from fastai.torch_core import TensorImage
+from fastcore.basics import patch
+from numcodecs import blosc
 from .archives import linear_counts
 from .config import DamagedFileError, InvalidInputError, MissingInputError, atomic_path, random_generator, start_stage
 
 # %% auto #0
-__all__ = ['BANDS', 'PIXEL_SCALE', 'COUNT_NJY', 'SHARD', 'counts_to_njy', 'Cutout', 'read_cutout', 'central_crop', 'Galaxy',
-           'read_galaxy', 'composite', 'GrizyImage', 'sky_statistics', 'aperture_magnitudes', 'pack_images',
-           'find_rows', 'ImageStore', 'open_images', 'ImageTransform', 'fit_transform']
+__all__ = ['BANDS', 'PIXEL_SCALE', 'COUNT_NJY', 'SHARD', 'STRETCHES', 'counts_to_njy', 'Cutout', 'read_cutout', 'central_crop',
+           'Galaxy', 'read_galaxy', 'composite', 'GrizyImage', 'sky_statistics', 'aperture_magnitudes', 'storage_scale',
+           'check_images', 'pack_images', 'append_images', 'pack_arrays', 'find_rows', 'ImageStore', 'open_images',
+           'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Augmentation', 'augment']
 
 # %% ../nbs/03_images.ipynb #6d7afe45
 BANDS = "grizy"
@@ -90,6 +96,7 @@ def read_galaxy(
     for band, cutout in zip(BANDS, cutouts):
         if cutout.band not in (None, band): raise DamagedFileError(f"{folder}/{band}.fits holds the {cutout.band} band by its header")
         if cutout.mask.all(): raise DamagedFileError(f"{folder}/{band}.fits has no finite pixel")
+    if len(shapes := {c.counts.shape for c in cutouts}) > 1: raise DamagedFileError(f"the five bands in {folder} have different shapes: {sorted(shapes)}")
     exptime = np.array([c.exptime for c in cutouts], np.float32)
     counts, mask = (np.stack([central_crop(getattr(c, name), size) for c in cutouts]) for name in ("counts", "mask"))
     return Galaxy(counts_to_njy(counts, exptime[:, None, None]).astype(np.float32), mask, exptime)
@@ -117,6 +124,15 @@ class GrizyImage(TensorImage):
         ax.set(title=title or "", xticks=[], yticks=[])
         return ax
 
+    def _repr_png_(self):
+        "What a notebook shows of an image that is the last value of a cell."
+        import io
+        from PIL import Image
+        if self.ndim != 3: return None
+        picture = io.BytesIO()
+        Image.fromarray(composite(self.detach().cpu().numpy())[::-1]).save(picture, "png")
+        return picture.getvalue()
+
 # %% ../nbs/03_images.ipynb #d79242d4
 def sky_statistics(
     flux:np.ndarray,  # (..., height, width)
@@ -141,37 +157,166 @@ def aperture_magnitudes(
     total = flux[..., inside].sum(-1, dtype=np.float64)
     return 31.4 - 2.5/np.log(10)*(np.arcsinh(total/(2*floor)) + np.log(floor))
 
+# %% ../nbs/03_images.ipynb #7a982406
+def storage_scale(
+    flux:np.ndarray,  # (5, height, width) nJy
+    noise:np.ndarray,  # (5,) nJy a pixel
+    dtype:str,  # "float16" or "float32"
+) -> np.ndarray:
+    "(5,) float32 unit in which the store holds each band, nJy: the sky's noise in half precision, 1 nJy in single precision."
+    if dtype == "float32": return np.ones(len(BANDS), np.float32)
+    if dtype != "float16": raise InvalidInputError(f"images are stored as 'float16' or 'float32', not {dtype!r}")
+    scale = np.maximum(noise, np.abs(flux).max(axis=(1, 2))/6e4)
+    return np.where(scale > 0, scale, 1).astype(np.float32)
+
 # %% ../nbs/03_images.ipynb #509208b8
 SHARD = 256  # galaxies in one file of the store
 
-def _empty_store(folder:Path, n:int, size:int):
+_COLUMNS = {"specobjid": ("uint64", (), 0), "usable": ("bool", (), False), "mask_fraction": ("float32", (5,), 1), "exptime": ("float32", (5,), 0),
+    "sky": ("float32", (5,), 0), "noise": ("float32", (5,), 0), "scale": ("float32", (5,), 1)}  # dtype, shape of a row, value before it is written
+
+def _create_store(folder:Path, n:int, size:int, dtype:str):
     "A store with its arrays, none of them filled."
     group = zarr.open_group(folder, mode="w", zarr_format=3)
-    chunk, shard = min(16, n), min(SHARD, -(-n//16)*16)
-    if shard % chunk: shard = chunk
-    group.create_array("flux", shape=(n, 5, size, size), dtype="float32", chunks=(chunk, 5, size, size), shards=(shard, 5, size, size),
-        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"))
-    for name, dtype, shape in (("specobjid", "uint64", (n,)), ("usable", "bool", (n,)), ("mask_fraction", "float32", (n, 5)),
-            ("exptime", "float32", (n, 5)), ("sky", "float32", (n, 5)), ("noise", "float32", (n, 5))):
-        group.create_array(name, shape=shape, dtype=dtype)
-    group.attrs.update(bands=BANDS, unit="nJy", pixel_scale_arcsec=PIXEL_SCALE, size=size, problems={})
+    flux = group.create_array("flux", shape=(n, 5, size, size), dtype=dtype, chunks=(1, 5, size, size), shards=(SHARD, 5, size, size),
+        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), zarr.codecs.Crc32cCodec()],
+        dimension_names=("galaxy", "band", "y", "x"), config={"write_empty_chunks": True})
+    flux.attrs.update(unit="nJy", bands=BANDS, comment="multiply by scale(galaxy, band)")
+    for name, (kind, row, fill) in _COLUMNS.items():
+        group.create_array(name, shape=(n, *row), dtype=kind, fill_value=fill, dimension_names=("galaxy", "band")[:1 + len(row)])
+    group.attrs.update(bands=BANDS, unit="nJy", pixel_scale_arcsec=PIXEL_SCALE, size=size, problems={}, shards={})
     return group
 
-# %% ../nbs/03_images.ipynb #e587e587
-def _read_rows(folders:list[Path], size:int):
-    "Arrays for a run of galaxies, and for those that cannot be read the reason, by position."
-    n = len(folders)
-    rows = dict(flux=np.zeros((n, 5, size, size), np.float32), usable=np.zeros(n, bool), **{
-        name: np.full((n, 5), fill, np.float32) for name, fill in (("mask_fraction", 1), ("exptime", 0), ("sky", 0), ("noise", 0))})
-    problems = {}
-    for k, folder in enumerate(folders):
-        try: galaxy = read_galaxy(folder, size)
-        except (MissingInputError, DamagedFileError, InvalidInputError) as error: problems[k] = str(error); continue
-        rows["flux"][k], rows["exptime"][k] = galaxy.flux, galaxy.exptime
-        rows["mask_fraction"][k] = galaxy.mask.mean((1, 2))
+# %% ../nbs/03_images.ipynb #7f8a2323
+def _rows_of(galaxies:list, dtype:str, max_mask_fraction:float) -> tuple[dict, dict]:
+    "Arrays for a run of galaxies, and for those that are not usable the reason, by position. A galaxy that could not be read is given as that reason."
+    problems = {k: g for k, g in enumerate(galaxies) if isinstance(g, str)}
+    size = next((g.flux.shape[-1] for g in galaxies if isinstance(g, Galaxy)), 0)
+    n, rows = len(galaxies), {"flux": np.zeros((len(galaxies), 5, size, size), dtype)}
+    for name, (kind, row, fill) in _COLUMNS.items():
+        if name != "specobjid": rows[name] = np.full((n, *row), fill, kind)
+    for k, galaxy in enumerate(galaxies):
+        if k in problems: continue
+        rows["exptime"][k], rows["mask_fraction"][k] = galaxy.exptime, galaxy.mask.mean((1, 2))
         rows["sky"][k], rows["noise"][k] = sky_statistics(galaxy.flux)
-        rows["usable"][k] = True
+        rows["scale"][k] = storage_scale(galaxy.flux, rows["noise"][k], dtype)
+        rows["flux"][k] = galaxy.flux/rows["scale"][k][:, None, None]
+        if (worst := rows["mask_fraction"][k].max()) > max_mask_fraction: problems[k] = f"{worst:.0%} of a band is masked"
+        rows["usable"][k] = k not in problems
     return rows, problems
+
+def _read_rows(specobjids, raw_cutouts:Path, size:int, dtype:str, max_mask_fraction:float) -> tuple[dict, dict]:
+    "The same for galaxies whose cutouts lie in folders named by specobjid."
+    galaxies = []
+    for specobjid in specobjids:
+        try: galaxies.append(read_galaxy(raw_cutouts/str(specobjid), size))
+        except (MissingInputError, DamagedFileError, InvalidInputError) as error: galaxies.append(str(error))
+    return _rows_of(galaxies, dtype, max_mask_fraction)
+
+# %% ../nbs/03_images.ipynb #b12026e5
+def _open_group(path:Path):
+    "The zarr group of an image store. Raises `DamagedFileError` for anything else."
+    try:
+        group = zarr.open_group(path, mode="r")
+        if group.attrs["bands"] != BANDS: raise DamagedFileError(f"{path} has bands {group.attrs['bands']}, expected {BANDS}; rerun 03_images")
+        shape = group["flux"].shape
+        if shape[1] != len(BANDS) or shape[2] != shape[3] or any(group[name].shape[0] != shape[0] for name in _COLUMNS):
+            raise DamagedFileError(f"{path} contradicts itself: flux has shape {shape}; rerun 03_images")
+        group.attrs["shards"], group.attrs["settings"]
+        return group
+    except (KeyError, IndexError, OSError, ValueError) as error:
+        raise DamagedFileError(f"{path} is not an image store: {error}; rerun 03_images") from None
+
+# %% ../nbs/03_images.ipynb #cb7cd7aa
+def _shard_file(folder:Path, shard:int) -> Path: return folder/f"flux/c/{shard}/0/0/0"
+
+def _checksum(path:Path) -> int:
+    "CRC-32C of a file, read a piece at a time."
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**22): value = google_crc32c.extend(value, piece)
+    return value
+
+def _shard_damage(folder:Path, shard:int, record:dict, whole:bool) -> str | None:
+    "What is wrong with a shard, as far as its length tells, or with `whole` its checksum; None when nothing is."
+    path = _shard_file(folder, shard)
+    if not path.is_file(): return "the file is gone"
+    if (length := path.stat().st_size) != record["bytes"]: return f"it has {length} bytes instead of {record['bytes']}"
+    if whole and _checksum(path) != record["crc32c"]: return "its checksum is wrong"
+
+def check_images(
+    path:Path,  # an image store
+) -> dict[str, str]:
+    "Reads all of a store and names its damaged shards, with what is wrong; empty when it is sound."
+    path = Path(path)
+    records = _open_group(path).attrs["shards"]
+    damage = {int(k): _shard_damage(path, int(k), record, whole=True) for k, record in records.items()}
+    return {str(_shard_file(path, k)): text for k, text in sorted(damage.items()) if text}
+
+# %% ../nbs/03_images.ipynb #e5ae17fd
+def _unfinished(folder:Path, group) -> list[tuple[int, int]]:
+    "Runs of rows that have yet to be written, at most one in each shard."
+    spans, (n, size) = [], (group["flux"].shape[0], group["flux"].shards[0])
+    for shard, start in enumerate(range(0, n, size)):
+        record = group.attrs["shards"].get(str(shard))
+        kept = record["rows"] if record and not _shard_damage(folder, shard, record, whole=True) else 0
+        if not kept: _shard_file(folder, shard).unlink(missing_ok=True)
+        if start + kept < min(start + size, n): spans.append((start + kept, min(start + size, n)))
+    return spans
+
+def _write_shard(folder:Path, group, start:int, results:list):
+    "Writes a run of rows in one shard, then records that they are there."
+    stop, problems = start, {}
+    for rows, wrong in results:
+        problems |= {stop + k: text for k, text in wrong.items()}
+        stop += len(rows["usable"])
+    size = group["flux"].shape[-1]
+    for name in results[0][0]:
+        parts = [rows[name] for rows, _ in results]
+        if name == "flux": parts = [p if p.shape[-1] == size else np.zeros((len(p), 5, size, size), p.dtype) for p in parts]
+        group[name][start:stop] = np.concatenate(parts)
+    ids = group["specobjid"][start:stop]
+    old = {k: v for k, v in group.attrs["problems"].items() if k not in set(map(str, ids))}
+    shard = start//group["flux"].shards[0]
+    file = _shard_file(folder, shard)
+    record = dict(rows=stop - shard*group["flux"].shards[0], bytes=file.stat().st_size, crc32c=_checksum(file))
+    group.attrs.update(problems=old | {str(ids[k - start]): text for k, text in problems.items()}, shards=group.attrs["shards"] | {str(shard): record})
+
+# %% ../nbs/03_images.ipynb #0b0f9704
+def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path | None):
+    "The unfinished store of an interrupted call for the same rows; or a new one, which begins with the rows of the store `keep`."
+    request = hashlib.sha256(specobjids.tobytes() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    try:
+        group = zarr.open_group(partial, mode="r+")
+        if group.attrs.get("request") == request: return group
+    except (OSError, ValueError): pass  # there is none, or not even its first file was complete
+    shutil.rmtree(partial, ignore_errors=True)
+    if keep is None: group = _create_store(partial, len(specobjids), settings["size"], settings["dtype"])
+    else:
+        # links, not copies: zarr replaces files instead of changing them, so the old store stays what it is
+        shutil.copytree(keep, partial, copy_function=os.link)
+        group = zarr.open_group(partial, mode="r+")
+        for name in ("flux", *_COLUMNS): group[name].resize((len(specobjids), *group[name].shape[1:]))
+    group["specobjid"][:] = specobjids
+    group.attrs.update(request=request, settings=settings)
+    return group
+
+def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, n_jobs:int=1, progress:bool=False) -> dict[str, str]:
+    "Fills a store with what `read` gives for runs of specobjids."
+    from joblib import Parallel, delayed
+    from tqdm.auto import tqdm
+    if len(np.unique(specobjids)) < len(specobjids): raise InvalidInputError("a galaxy is listed twice; every specobjid has one row in a store")
+    partial = store.with_name(f".{store.name}.partial")
+    group = _open_partial(partial, specobjids, settings, keep)
+    spans = _unfinished(partial, group)
+    todo = sum(stop - start for start, stop in spans)
+    with Parallel(n_jobs=n_jobs) as parallel, tqdm(total=len(specobjids), initial=len(specobjids) - todo, unit="galaxy", desc="packing", disable=not progress) as bar:
+        for start, stop in spans:
+            results = parallel(delayed(read)(specobjids[k:min(k + 16, stop)]) for k in range(start, stop, 16))
+            _write_shard(partial, group, start, results)
+            bar.update(stop - start)
+    with atomic_path(store) as part: partial.rename(part)
+    return dict(_open_group(store).attrs["problems"])
 
 # %% ../nbs/03_images.ipynb #bbb7f8da
 def pack_images(
@@ -180,55 +325,53 @@ def pack_images(
     store:Path,  # the .zarr to make
     size:int,  # side of the images, pixels
     max_mask_fraction:float = 0.2,  # more in any band makes a row unusable
+    dtype:str = "float16",  # or "float32"
     n_jobs:int = -1,  # processes; -1: all cores
     progress:bool = True,
 ) -> dict[str, str]:
     """Packs the cutouts of many galaxies into one Zarr store; returns what was wrong with the rows that are not `usable`.
 
-    Goes on from where an interrupted call for the same galaxies stopped."""
-    from joblib import Parallel, delayed
-    from tqdm.auto import tqdm
+    Goes on from where an interrupted call for the same galaxies stopped. The store gets its name when it is whole."""
     specobjids = np.asarray(specobjids, np.uint64)
     if len(specobjids) == 0: raise InvalidInputError("no galaxy has all five images; look at the status column of the catalogue")
-    partial = store.with_name(f".{store.name}.partial")
-    group = _resume_store(partial, specobjids, size, max_mask_fraction)
-    starts = range(group.attrs["done"], len(specobjids), SHARD)
-    with Parallel(n_jobs=n_jobs) as parallel, tqdm(total=len(specobjids), initial=group.attrs["done"], unit="galaxy", desc="packing", disable=not progress) as bar:
-        for start in starts:
-            ids = specobjids[start:start + SHARD]
-            parts = [ids[k:k + 16] for k in range(0, len(ids), 16)]
-            results = parallel(delayed(_read_rows)([raw_cutouts/str(i) for i in part], size) for part in parts)
-            _write_shard(group, start, parts, results, max_mask_fraction)
-            bar.update(len(ids))
-    with atomic_path(store) as part: partial.rename(part)
-    return dict(zarr.open_group(store, mode="r").attrs["problems"])
+    settings = dict(size=int(size), dtype=dtype, max_mask_fraction=float(max_mask_fraction))
+    storage_scale(np.zeros((5, 1, 1)), np.ones(5), dtype)  # complains before any file is read
+    return _pack(specobjids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), Path(store), settings, None, n_jobs, progress)
 
-# %% ../nbs/03_images.ipynb #83ba3744
-def _resume_store(partial:Path, specobjids, size, max_mask_fraction):
-    "The unfinished store of an interrupted call for the same rows, or a new one."
-    request = hashlib.sha256(specobjids.tobytes() + f"{size} {max_mask_fraction}".encode()).hexdigest()
-    try:
-        group = zarr.open_group(partial, mode="r+")
-        if group.attrs.get("request") == request: return group
-    except (OSError, ValueError): pass  # there is none, or not even its first file was complete
-    shutil.rmtree(partial, ignore_errors=True)
-    group = _empty_store(partial, len(specobjids), size)
-    group["specobjid"][:] = specobjids
-    group.attrs.update(done=0, request=request)
-    return group
+def append_images(
+    specobjids,  # (n,) of the galaxies to add; none: only damaged shards are read from cutouts again
+    raw_cutouts:Path,
+    store:Path,  # an existing store
+    n_jobs:int = -1,
+    progress:bool = True,
+) -> dict[str, str]:
+    "Adds galaxies at the end of a store, and replaces damaged shards. The old store stays in place until the longer one is whole."
+    store, group = Path(store), _open_group(Path(store))
+    settings = dict(group.attrs["settings"])
+    ids = np.concatenate([group["specobjid"][:], np.asarray(specobjids, np.uint64)])
+    return _pack(ids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), store, settings, store, n_jobs, progress)
 
-def _write_shard(group, start, parts, results, max_mask_fraction):
-    "Writes the rows of one shard, then records that they are there."
-    stop = start + sum(map(len, parts))
-    for name in results[0][0]: group[name][start:stop] = np.concatenate([rows[name] for rows, _ in results])
-    problems = dict(group.attrs["problems"])
-    for part, (rows, wrong) in zip(parts, results):
-        masked = np.flatnonzero(rows["usable"] & (rows["mask_fraction"].max(1) > max_mask_fraction))
-        wrong |= {int(k): f"{rows['mask_fraction'][k].max():.0%} of a band is masked" for k in masked}
-        problems |= {str(part[k]): text for k, text in wrong.items()}
-    wrong = np.array([str(i) in problems for i in np.concatenate(parts)])
-    group["usable"][start:stop] = ~wrong
-    group.attrs.update(problems=problems, done=stop)
+# %% ../nbs/03_images.ipynb #6f1d1fb2
+def pack_arrays(
+    specobjids,  # (N,) uint64
+    flux:np.ndarray,  # (N, 5, size, size) nJy, NaN where there are no data
+    store:Path,  # the .zarr to make
+    exptime:np.ndarray | None = None,  # (N, 5) seconds, for the record
+    max_mask_fraction:float = 0.2,
+    dtype:str = "float16",
+) -> dict[str, str]:
+    "Packs images in memory into a store; returns what was wrong with the rows that are not `usable`. Raises `InvalidInputError`."
+    specobjids = np.asarray(specobjids, np.uint64)
+    if flux.ndim != 4 or flux.shape[1] != len(BANDS) or flux.shape[2] != flux.shape[3] or len(flux) != len(specobjids) or not len(flux):
+        raise InvalidInputError(f"expected images ({len(specobjids)}, 5, size, size), bands g, r, i, z, y; got {flux.shape}")
+    position = {int(s): k for k, s in enumerate(specobjids)}
+    def galaxy(k):
+        mask = ~np.isfinite(flux[k])
+        empty = [b for b, band in zip(BANDS, mask) if band.all()]
+        if empty: return f"band {', '.join(empty)} has no finite pixel"
+        return Galaxy(np.where(mask, 0, flux[k]).astype(np.float32), mask, np.ones(5, np.float32) if exptime is None else exptime[k])
+    settings = dict(size=flux.shape[-1], dtype=dtype, max_mask_fraction=float(max_mask_fraction))
+    return _pack(specobjids, lambda ids: _rows_of([galaxy(position[int(s)]) for s in ids], dtype, max_mask_fraction), Path(store), settings)
 
 # %% ../nbs/03_images.ipynb #909d69f3
 def find_rows(
@@ -245,35 +388,128 @@ def find_rows(
 # %% ../nbs/03_images.ipynb #28ccef02
 @dataclass
 class ImageStore:
-    "The images of a sample; `flux` stays on disk until rows are asked for."
-    flux: zarr.Array  # (N, 5, size, size) nJy
+    "The images of a sample, which stay on disk until rows are asked for. Columns have one row a galaxy."
+    path: Path
+    shape: tuple[int, int, int, int]  # (N, 5, size, size)
+    dtype: str  # of the stored numbers, "float16" or "float32"
+    shard: int  # galaxies in a shard
     specobjid: np.ndarray  # (N,) uint64
     usable: np.ndarray  # (N,) bool
-    noise: np.ndarray  # (N, 5) nJy a pixel
+    mask_fraction: np.ndarray  # (N, 5)
     exptime: np.ndarray  # (N, 5) seconds
+    sky: np.ndarray  # (N, 5) level of the border, nJy a pixel
+    noise: np.ndarray  # (N, 5) nJy a pixel
+    scale: np.ndarray  # (N, 5) nJy, unit of the stored numbers
+    damaged: dict[int, str]  # shards that cannot be read, and why
 
-    def rows(self, specobjids) -> np.ndarray: return find_rows(self.specobjid, specobjids)
+    def __post_init__(self): self._tables = {}
+    def __len__(self) -> int: return self.shape[0]
+
+    def rows(self, specobjids) -> np.ndarray:
+        "(n,) positions of galaxies. Raises `InvalidInputError` for a galaxy that is not there."
+        return find_rows(self.specobjid, specobjids)
 
     def read(self, specobjids) -> np.ndarray:
-        "(n, 5, size, size) float32 nJy of these galaxies, in this order."
-        rows = self.rows(specobjids)
-        unique, back = np.unique(rows, return_inverse=True)
-        return self.flux.oindex[unique][back]
+        "(n, 5, size, size) float32 nJy of these galaxies, in this order. Raises `DamagedFileError` that names a damaged shard."
+        return self.read_rows(self.rows(specobjids))
 
+# %% ../nbs/03_images.ipynb #70ce1c86
+@patch
+def _table(self:ImageStore, shard:int) -> np.ndarray:
+    "(galaxies, 2) begin and length of every galaxy of a shard, in bytes."
+    if shard not in self._tables:
+        if shard in self.damaged: raise self._damage(shard, self.damaged[shard])
+        with open(_shard_file(self.path, shard), "rb") as file:
+            file.seek(-(16*self.shard + 4), os.SEEK_END)
+            table = file.read()
+        if google_crc32c.value(table[:-4]) != int.from_bytes(table[-4:], "little"): raise self._damage(shard, "its table of contents is damaged")
+        self._tables[shard] = np.frombuffer(table[:-4], "<u8").reshape(-1, 2)
+    return self._tables[shard]
+
+@patch
+def _damage(self:ImageStore, shard:int, text:str) -> DamagedFileError:
+    first, last = shard*self.shard, min((shard + 1)*self.shard, len(self)) - 1
+    return DamagedFileError(f"{_shard_file(self.path, shard)} is damaged: {text}. Rows {first} to {last} of the store cannot be read; "
+        "append_images([], …) reads them from their cutouts again, and so does running 03_images again")
+
+@patch
+def _fill(self:ImageStore, row:int, out:np.ndarray, space:np.ndarray):
+    "Reads the stored numbers of one galaxy into `out`, (5, size, size), by way of the bytes in `space`."
+    shard, place = divmod(int(row), self.shard)
+    begin, length = map(int, self._table(shard)[place])
+    packed = space[:length]
+    with open(_shard_file(self.path, shard), "rb", buffering=0) as file:
+        file.seek(begin)
+        arrived = file.readinto(packed)
+    if arrived != length or google_crc32c.value(packed[:-4]) != int.from_bytes(packed[-4:].tobytes(), "little"):
+        raise self._damage(shard, f"the checksum of galaxy {self.specobjid[row]} is wrong")
+    blosc.decompress(packed[:-4], out)
+
+# %% ../nbs/03_images.ipynb #ca29b9c4
+def _cast(source:np.ndarray, target:np.ndarray):
+    "Copies between contiguous arrays of half or single precision. torch converts thirty times faster than numpy; in pieces so small that it starts no threads."
+    source, target = torch.from_numpy(source.reshape(-1)), torch.from_numpy(target.reshape(-1))
+    for k in range(0, len(source), 2**14): target[k:k + 2**14] = source[k:k + 2**14]
+
+# %% ../nbs/03_images.ipynb #8cab99cb
+@patch
+def read_rows(
+    self:ImageStore,
+    rows,  # (n,) positions
+    convert = None,  # applied to each (5, size, size) image in nJy, which it may change, e.g. `ImageTransform.apply_`
+    out:np.ndarray | None = None,  # (n, 5, size, size) array for the result
+) -> np.ndarray:
+    "Images by position: float32 nJy, or what `convert` makes of them, decoded and converted in threads."
+    rows = np.atleast_1d(np.asarray(rows))
+    if out is None: out = np.empty((len(rows), *self.shape[1:]), np.float32)
+    def some(positions):
+        stored, flux, space = np.empty(self.shape[1:], self.dtype), np.empty(self.shape[1:], np.float32), np.empty(4*int(np.prod(self.shape[1:])) + 1024, np.uint8)
+        for k in positions:
+            self._fill(rows[k], stored, space)
+            _cast(stored, flux)
+            flux *= self.scale[rows[k]][:, None, None]
+            _cast(flux if convert is None else convert(flux), out[k])
+    # threads of the moment: a pool kept in the store would not survive a fork into loader processes
+    n_threads = min(os.cpu_count(), len(rows))
+    if n_threads < 2: some(range(len(rows)))
+    else:
+        with ThreadPoolExecutor(n_threads) as pool: list(pool.map(some, [range(k, len(rows), n_threads) for k in range(n_threads)]))
+    return out
+
+@patch(as_prop=True)
+def flux(self:ImageStore) -> "_Flux":
+    "The images as an array that is read when it is indexed: `store.flux[:8]` is (8, 5, size, size) float32 nJy."
+    return _Flux(self)
+
+class _Flux:
+    def __init__(self, store): self.store, self.shape, self.dtype = store, store.shape, np.dtype("float32")
+    def __len__(self): return self.shape[0]
+    def __getitem__(self, rows):
+        chosen = np.arange(len(self))[rows]
+        return self.store.read_rows(chosen).reshape(*chosen.shape, *self.shape[1:])
+
+# %% ../nbs/03_images.ipynb #b7a1f6cf
 def open_images(path:Path) -> ImageStore:
-    "Opens a store that `pack_images` made. Raises `DamagedFileError` for anything else."
-    try:
-        group = zarr.open_group(path, mode="r")
-        if group.attrs["bands"] != BANDS: raise DamagedFileError(f"{path} has bands {group.attrs['bands']}, expected {BANDS}")
-        return ImageStore(group["flux"], *(group[name][:] for name in ("specobjid", "usable", "noise", "exptime")))
-    except (KeyError, OSError, ValueError) as error: raise DamagedFileError(f"{path} is not an image store: {error}; rerun 03_images") from None
+    "Opens a store that `pack_images` made. Raises `DamagedFileError` for anything else; a damaged shard only makes its galaxies unusable."
+    path, group = Path(path), _open_group(Path(path))
+    columns, flux, records = {name: group[name][:] for name in _COLUMNS}, group["flux"], group.attrs["shards"]
+    missing = dict(bytes=-1)
+    damage = {k: _shard_damage(path, k, records.get(str(k), missing), whole=False) for k in range(-(-flux.shape[0]//flux.shards[0]))}
+    damage = {k: text for k, text in damage.items() if text}
+    store = ImageStore(path, flux.shape, str(flux.dtype), flux.shards[0], **columns, damaged=damage)
+    for k, text in damage.items():
+        store.usable[k*store.shard:(k + 1)*store.shard] = False
+        warnings.warn(str(store._damage(k, text)))
+    return store
 
-# %% ../nbs/03_images.ipynb #b143dad9
+# %% ../nbs/03_images.ipynb #02a9dca6
+STRETCHES = ("linear", "asinh", "image")
+
 @dataclass(frozen=True)
 class ImageTransform:
     "Stretch and standardisation between nJy and network input."
-    stretch: str  # "asinh" or "linear"
-    softening: tuple[float, ...]  # (5,) nJy, of the asinh stretch
+    stretch: str  # one of STRETCHES
+    softening: tuple[float, ...]  # (5,) nJy, of the asinh stretch; a typical root mean square for "image"
     mean: tuple[float, ...]  # (5,) of the stretched training images
     std: tuple[float, ...]  # (5,)
 
@@ -285,32 +521,138 @@ class ImageTransform:
 
     def __call__(self, flux):
         "(..., 5, height, width) nJy, array or tensor, to network input of the same kind and shape."
+        return self.apply_(flux.clone() if isinstance(flux, torch.Tensor) else flux.copy())
+
+    def apply_(self, flux):
+        "The same in place, which is faster by the time that fresh memory takes; returns its argument."
         softening, mean, std = self._numbers(flux)
-        asinh = torch.asinh if isinstance(flux, torch.Tensor) else np.arcsinh
-        return ((asinh(flux/softening) if self.stretch == "asinh" else flux) - mean)/std
+        stretched = _stretch_(flux, self.stretch, softening)
+        stretched -= mean
+        stretched /= std
+        return stretched
 
     def inverse(self, values):
-        "Network input back to nJy."
+        "Network input back to nJy; with the stretch \"image\" to an image of typical brightness."
         softening, mean, std = self._numbers(values)
-        sinh = torch.sinh if isinstance(values, torch.Tensor) else np.sinh
-        return sinh(values*std + mean)*softening if self.stretch == "asinh" else values*std + mean
+        stretched = values*std + mean
+        if self.stretch == "linear": return stretched
+        return softening*(stretched if self.stretch == "image" else (torch.sinh if isinstance(values, torch.Tensor) else np.sinh)(stretched))
 
-    def to_dict(self) -> dict: return dataclasses.asdict(self)
+# %% ../nbs/03_images.ipynb #0477567d
+def _stretch_(flux, stretch:str, softening):
+    "Images before standardisation, in place."
+    if stretch == "asinh":
+        flux /= softening
+        (torch.asinh if isinstance(flux, torch.Tensor) else np.arcsinh)(flux, out=flux)
+    elif stretch == "image":
+        rms = (flux**2).mean((-3, -2, -1))**.5
+        flux /= (rms + (rms == 0))[..., None, None, None]  # an empty image stays empty
+    return flux
 
-    @classmethod
-    def from_dict(cls, values:dict) -> "ImageTransform":
-        return cls(values["stretch"], *(tuple(map(float, values[name])) for name in ("softening", "mean", "std")))
-
-# %% ../nbs/03_images.ipynb #90d1af08
 def fit_transform(
     flux:np.ndarray,  # (N, 5, height, width) nJy, training galaxies only
     noise:np.ndarray,  # (N, 5) noise a pixel, nJy
-    stretch:str = "asinh",  # "asinh" or "linear"
-    factor:float = 3.,  # softening in units of the band's median noise
+    stretch:str = "asinh",  # one of STRETCHES
+    factor:float = 3.,  # softening of the asinh stretch in units of the band's median noise
 ) -> ImageTransform:
     "The transform whose output has mean 0 and standard deviation 1 per band over these galaxies."
-    if stretch not in ("asinh", "linear"): raise InvalidInputError(f"stretch is 'asinh' or 'linear', not {stretch!r}")
-    softening = tuple(float(s) for s in factor*np.median(noise, axis=0))
-    stretched = np.arcsinh(flux/np.float32(softening)[:, None, None]) if stretch == "asinh" else flux
+    if stretch not in STRETCHES: raise InvalidInputError(f"stretch is one of {', '.join(STRETCHES)}, not {stretch!r}")
+    softening = factor*np.median(noise, axis=0)
+    if stretch == "image": softening = np.full(len(BANDS), np.median(np.sqrt(np.mean(flux**2, axis=(1, 2, 3)))))
+    stretched = _stretch_(np.array(flux, np.float32), stretch, softening.astype(np.float32)[:, None, None])
     mean, std = stretched.mean((0, 2, 3), dtype=np.float64), stretched.std((0, 2, 3), dtype=np.float64)
-    return ImageTransform(stretch, softening, tuple(mean.tolist()), tuple(std.tolist()))
+    return ImageTransform(stretch, *(tuple(v.tolist()) for v in (softening.astype(float), mean, std)))
+
+# %% ../nbs/03_images.ipynb #90c0d416
+def turn(
+    image:torch.Tensor,  # (..., height, width)
+    code:int,  # 0 to 7: 1 mirrors x, 2 mirrors y, 4 exchanges x and y before that
+) -> torch.Tensor:
+    "One of the eight flips and quarter turns of a square."
+    if code & 4: image = image.transpose(-1, -2)
+    mirrored = [axis for axis, bit in ((-1, 1), (-2, 2)) if code & bit]
+    if not mirrored: return image
+    if image.dtype != torch.float16: return image.flip(mirrored)
+    return image.view(torch.int16).flip(mirrored).view(torch.float16)  # torch mirrors integers twice as fast
+
+# %% ../nbs/03_images.ipynb #4c10850a
+def shift(
+    image:torch.Tensor,  # (..., height, width)
+    dy:int,  # pixels
+    dx:int,
+) -> torch.Tensor:
+    "The image moved by whole pixels, mirrored at its edges."
+    for axis, d in ((-2, dy), (-1, dx)):
+        if d:
+            last = image.shape[axis] - 1
+            source = last - (last - (torch.arange(last + 1, device=image.device) - d).abs()).abs()
+            image = image.index_select(axis, source)
+    return image
+
+# %% ../nbs/03_images.ipynb #9dbd6ed8
+def rotate(
+    images:torch.Tensor,  # (n, 5, size, size)
+    degrees:torch.Tensor,  # (n,)
+) -> torch.Tensor:
+    "Images rotated about their centres, bilinear, mirrored at the edges."
+    side = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+    cos, sin = (f(torch.deg2rad(degrees))[:, None, None] for f in (torch.cos, torch.sin))
+    return _sample(images, torch.stack([cos*side - sin*side[:, None], sin*side + cos*side[:, None]], -1))
+
+def _sample(images:torch.Tensor, grid:torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+
+# %% ../nbs/03_images.ipynb #b143dad9
+@dataclass(frozen=True)
+class Augmentation:
+    "Random changes of training images."
+    turns: bool = True  # the eight flips and quarter turns
+    max_rotate: float = 10.  # degrees
+    p_rotate: float = 0.75  # part of the images that are rotated
+    max_shift: int = 0  # pixels; the seeing of Pan-STARRS1 is about 4
+
+    def draw(self, n:int, rng:np.random.Generator) -> dict[str, np.ndarray]:
+        "What happens to each of n images: `code` (n,) of `turn`, `shift` (n, 2) pixels, `degrees` (n,), 0 where it is not rotated."
+        code = rng.integers(0, 8, n)*int(self.turns)
+        moves = rng.integers(-self.max_shift, self.max_shift + 1, (n, 2))
+        angles = rng.uniform(-self.max_rotate, self.max_rotate, n)*(rng.random(n) < self.p_rotate)
+        return dict(code=code, shift=moves, degrees=angles.astype(np.float32))
+
+# %% ../nbs/03_images.ipynb #e1a13aa6
+def _groups(keys:np.ndarray, device):
+    "Positions to work on together, and their common key: one at a time on a CPU, all with the same key on a GPU."
+    if device.type == "cpu": return ((k, key) for k, key in enumerate(keys))
+    unique, group = np.unique(keys, axis=0, return_inverse=True)
+    return ((torch.as_tensor(np.flatnonzero(group.ravel() == g), device=device), key) for g, key in enumerate(unique))
+
+def augment(
+    images:torch.Tensor,  # (N, 5, size, size), half or single precision
+    rows,  # (n,) which of them
+    drawn:dict,  # n draws of an `Augmentation`
+    out:torch.Tensor | None = None,  # (n, 5, size, size) float32 for the result
+) -> torch.Tensor:
+    "(n, 5, size, size) float32: the chosen images, turned, shifted and rotated."
+    if out is None: out = torch.empty(len(rows), *images.shape[1:], device=images.device)
+    rows = np.asarray(rows) if images.device.type == "cpu" else torch.as_tensor(rows, device=images.device)
+    for where, (code, dy, dx) in _groups(np.column_stack([drawn["code"], drawn["shift"]]).tolist(), images.device):
+        out[where] = shift(turn(images[rows[where]], int(code)), int(dy), int(dx))
+    rotated = np.flatnonzero(drawn["degrees"])
+    if images.device.type == "cpu": _rotate_in_threads(out, rotated, drawn["degrees"])
+    elif len(rotated):
+        part = torch.as_tensor(rotated, device=out.device)
+        out[part] = rotate(out[part], torch.as_tensor(drawn["degrees"][rotated], device=out.device))
+    return out
+
+# %% ../nbs/03_images.ipynb #db0ea63f
+def _rotate_in_threads(images:torch.Tensor, rows, degrees):
+    "Replaces these rows of a CPU tensor by rotated ones. `grid_sample` works on one image in one thread."
+    pixels, size, n_threads = images.numpy(), images.shape[-1], os.cpu_count()
+    side = np.linspace(-1, 1, size, dtype=np.float32)
+    def some(rows):
+        grid = np.empty((1, size, size, 2), np.float32)
+        for k in rows:
+            cos, sin = np.cos(np.deg2rad(degrees[k])), np.sin(np.deg2rad(degrees[k]))
+            np.subtract(cos*side, sin*side[:, None], out=grid[0, ..., 0])
+            np.add(sin*side, cos*side[:, None], out=grid[0, ..., 1])
+            np.copyto(pixels[k], _sample(images[k:k + 1], torch.from_numpy(grid))[0].numpy())
+    with ThreadPoolExecutor(n_threads) as pool: list(pool.map(some, [rows[k::n_threads] for k in range(n_threads)]))

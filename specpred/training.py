@@ -4,23 +4,28 @@
 
 # %% ../nbs/08_training.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, random, time
+import contextlib, copy, random, sys, threading, time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.basics import (AccumMetric, Callback, ColReader, ColSplitter, DataBlock, Learner, RegressionBlock, Transform,
-    TransformBlock, ranger)
+from fastai.basics import (AccumMetric, Callback, ColReader, ColSplitter, DataBlock, DataLoader, DataLoaders, Learner, RegressionBlock,
+    Transform, TransformBlock, default_device, patch, ranger)
 from fastai.callback.schedule import *  # adds fit_one_cycle to Learner
 from fastai.vision.augment import aug_transforms
-from .config import InvalidInputError, Paths, TrainingParameters, WeightsError, atomic_path, seed_everything, start_stage, versions
-from .images import BANDS, GrizyImage, ImageStore, ImageTransform, fit_transform, open_images
+from fastai.vision.data import get_grid
+from .config import (InvalidInputError, Paths, TrainingParameters, WeightsError, atomic_path, random_generator, seed_everything,
+    start_stage, versions)
+from .images import BANDS, Augmentation, GrizyImage, ImageStore, ImageTransform, augment, fit_transform, open_images
 from .models import MODELS, load, save
 
 # %% auto #0
-__all__ = ['target_columns', 'training_table', 'ImageReader', 'Stretch', 'grizyImageBlock', 'augmentations', 'image_loaders',
-           'rmse', 'pooled_metrics', 'EpochCheckpoint', 'learning_rate', 'train_model', 'predict_targets',
-           'train_models', 'transform_of']
+__all__ = ['target_columns', 'training_table', 'choose_memory', 'ImageReader', 'Stretch', 'grizyImageBlock', 'augmentations',
+           'image_loaders', 'BatchMemory', 'ImageSource', 'BatchLoader', 'batch_loaders', 'rmse', 'pooled_metrics',
+           'EpochCheckpoint', 'learning_rate', 'train_model', 'predict_targets', 'make_loaders', 'train_models',
+           'transform_of']
 
 # %% ../nbs/08_training.ipynb #e941737a
 def target_columns(table) -> list[str]:
@@ -38,18 +43,33 @@ def training_table(
     if empty: raise InvalidInputError(f"no galaxy with images and a spectrum is left in {', '.join(empty)}; the sample has {len(table)}")
     return table
 
+# %% ../nbs/08_training.ipynb #e6e66dae
+def choose_memory(
+    n_bytes:int,  # size of the images
+    device:torch.device,  # that the training runs on
+) -> tuple[torch.device | None, str]:
+    "Where to keep images: in the memory of `device`, or of the host, when they take less than half of what is free there, or nowhere (None); and that in words."
+    import psutil
+    free = {torch.device("cpu"): psutil.virtual_memory().available}
+    if device.type == "cuda": free = {device: torch.cuda.mem_get_info(device)[0]} | free
+    size = f"{n_bytes/1e6:,.0f} MB of images"
+    for place, available in free.items():
+        name = "host" if place.type == "cpu" else "GPU"
+        if n_bytes < available/2: return place, f"{size} are kept in {name} memory, of which {available/1e6:,.0f} MB are free"
+    return None, f"{size} are read from disk batch by batch: {' and '.join(f'{a/1e6:,.0f} MB' for a in free.values())} of memory are free, less than twice that"
+
 # %% ../nbs/08_training.ipynb #e0ea3bfd
 class ImageReader:
     "Gives the image of a row of the sample's table, from memory when the sample fits there."
     def __init__(self, images:ImageStore, specobjids):
-        import psutil
         rows = images.rows(specobjids)
-        self.row = {int(s): int(r) for s, r in zip(specobjids, rows)}
-        self.resident = images.flux.nbytes < psutil.virtual_memory().available/2
-        self.flux = images.flux[:] if self.resident else images.flux
+        place, _ = choose_memory(4*len(rows)*int(np.prod(images.shape[1:])), torch.device("cpu"))
+        self.images, self.row = images, {int(s): int(r) for s, r in zip(specobjids, rows)}
+        self.kept = dict(zip(self.row, images.read_rows(rows))) if place else {}
 
     def __call__(self, row) -> GrizyImage:
-        return GrizyImage(torch.as_tensor(self.flux[self.row[int(row.specobjid)]]))
+        specobjid = int(row.specobjid)
+        return GrizyImage(torch.as_tensor(self.kept[specobjid] if self.kept else self.images.read_rows([self.row[specobjid]])[0]))
 
 # %% ../nbs/08_training.ipynb #3f4c3124
 class Stretch(Transform):
@@ -81,7 +101,7 @@ def image_loaders(
     batch_size:int = 128,
     device=None,  # default: a GPU if there is one
 ) -> "DataLoaders":
-    "fastai `DataLoaders` over the train and valid rows of the table."
+    "fastai `DataLoaders` over the train and valid rows of the table, through a `DataBlock`."
     rows = table[table.split != "test"].reset_index(drop=True)
     rows["is_valid"] = rows.split == "valid"
     columns = target_columns(rows)
@@ -91,6 +111,127 @@ def image_loaders(
     n_train = int((~rows.is_valid).sum())
     # drop_last in training would lose most of a sample that is hardly larger than a batch
     return block.dataloaders(rows, bs=min(batch_size, n_train), val_bs=2*batch_size, num_workers=0, device=device)
+
+# %% ../nbs/08_training.ipynb #afe25093
+class BatchMemory:
+    "Gives CPU tensors of one precision, in memory whose last tensor is gone where there is such."
+    def __init__(self, dtype:str): self.dtype, self.arrays, self.lock = dtype, [], threading.Lock()
+
+    def __call__(self, shape:tuple) -> torch.Tensor:
+        with self.lock:
+            for array in self.arrays:
+                # its places in the list, in this loop and in the call; every tensor made of it, and every view of that, adds one
+                if array.shape[1:] == tuple(shape[1:]) and len(array) >= shape[0] and sys.getrefcount(array) == 3: return torch.from_numpy(array)[:shape[0]]
+            array = np.empty(shape, self.dtype)
+            if len(self.arrays) < 4: self.arrays.append(array)
+            return torch.from_numpy(array)
+
+# %% ../nbs/08_training.ipynb #32c5eab8
+class ImageSource:
+    "Network input of some galaxies, from memory when it fits there, or else from the store; `reason` says which and why."
+    def __init__(self,
+        images:ImageStore,
+        specobjids,  # (N,) the galaxies
+        transform:ImageTransform,
+        device=None,  # that the training runs on; default: a GPU if there is one
+        keep:bool | None = None,  # in memory; None: when it fits
+    ):
+        self.images, self.rows, self.transform = images, images.rows(specobjids), transform
+        self.device, self.dtype = torch.device(device or default_device()), getattr(torch, images.dtype)
+        shape = (len(self.rows), *images.shape[1:])
+        place, self.reason = choose_memory(int(np.prod(shape))*self.dtype.itemsize, self.device)
+        if keep is not None: place, self.reason = (place or torch.device("cpu")) if keep else None, f"asked to {'keep' if keep else 'read'} images"
+        self.values, self.memory = torch.empty(shape, dtype=self.dtype, device=place) if place else None, BatchMemory(images.dtype)
+        for k in range(0, len(self.rows) if place else 0, 256): self.values[k:k + 256] = self.read(np.arange(k, min(k + 256, len(self.rows))))
+
+    def read(self, positions) -> torch.Tensor:
+        "(n, 5, size, size) network input of galaxies by their position, read from the store."
+        def convert(flux):
+            # half precision ends at 65504, which a saturated star may exceed
+            return np.clip(self.transform.apply_(flux), -6e4, 6e4, out=flux)
+        out = self.memory((len(positions), *self.images.shape[1:]))
+        self.images.read_rows(self.rows[positions], convert, out.numpy())
+        return out
+
+    def take(self, positions, device) -> tuple[torch.Tensor, np.ndarray]:
+        "Images on `device`, and which of them are the galaxies at these positions: all that is kept there, or just those."
+        if self.values is not None and self.values.device == device: return self.values, positions
+        batch = self.read(positions) if self.values is None else self.values[torch.as_tensor(positions, device=self.values.device)]
+        return batch.to(device, non_blocking=True), np.arange(len(positions))
+
+# %% ../nbs/08_training.ipynb #7aa0a41f
+class BatchLoader(DataLoader):
+    "Batches of images and targets, augmented as a whole on the device that trains."
+    n_inp = 1
+    def __init__(self,
+        source:ImageSource,
+        positions:np.ndarray,  # (n,) of this loader's galaxies in the source
+        targets:np.ndarray,  # (n, n_targets)
+        bs:int = 64,  # galaxies in a batch
+        augmentation:Augmentation = Augmentation(turns=False, p_rotate=0.),  # default: none
+        shuffle:bool = False,
+        drop_last:bool = False,  # leave an incomplete batch out
+        seed:int = 0,
+        device=None,
+    ):
+        super().__init__(positions, bs=bs, shuffle=shuffle, drop_last=drop_last, device=device or source.device)
+        self.source, self.positions, self.augmentation, self.seed, self.epoch = source, np.asarray(positions), augmentation, seed, 0
+        self.targets, self.memory = torch.as_tensor(targets), BatchMemory("float32")
+
+    def get_idxs(self) -> np.ndarray:
+        "The order of this epoch."
+        return random_generator(self.seed, "order", self.epoch).permutation(self.n) if self.shuffle else np.arange(self.n)
+
+    def new(self, **changes) -> "BatchLoader":
+        "The same loader with some attributes changed, e.g. `shuffle=False`."
+        other = copy.copy(self)
+        for name, value in changes.items(): setattr(other, name, value)
+        return other
+
+# %% ../nbs/08_training.ipynb #70ce1c86
+@patch
+def __iter__(self:BatchLoader):
+    drawn = self.augmentation.draw(self.n, random_generator(self.seed, "augmentation", self.epoch))
+    order = np.asarray(self.get_idxs())
+    parts = [order[k:k + self.bs] for k in range(0, self.n, self.bs)][:len(self)]
+    take = lambda part: self.source.take(self.positions[part], self.device)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque(reader.submit(take, part) for part in parts[:2])
+        for k, part in enumerate(parts):
+            images, rows = ahead.popleft().result()
+            if k + 2 < len(parts): ahead.append(reader.submit(take, parts[k + 2]))
+            out = self.memory((len(part), *images.shape[1:])) if images.device.type == "cpu" else None
+            batch = GrizyImage(augment(images, rows, {name: values[part] for name, values in drawn.items()}, out))
+            del images, out
+            yield batch, self.targets[part].to(self.device)
+            del batch
+    self.epoch += 1
+
+@patch
+def show_batch(self:BatchLoader, b=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Shows images of a batch as composites."
+    images = self.source.transform.inverse((self.one_batch() if b is None else b)[0][:max_n])
+    for ax, image in zip(get_grid(len(images), nrows, ncols, figsize=figsize), images): GrizyImage(image).show(ctx=ax)
+
+# %% ../nbs/08_training.ipynb #c7f46917
+def batch_loaders(
+    images:ImageStore,
+    table:pd.DataFrame,  # from `training_table`
+    transform:ImageTransform,
+    batch_size:int = 128,
+    augmentation:Augmentation = Augmentation(),  # of the training galaxies; default: the published one
+    seed:int = 0,  # of order and augmentation
+    device=None,  # default: a GPU if there is one
+    keep:bool | None = None,  # images in memory; None: when they fit
+) -> DataLoaders:
+    "fastai `DataLoaders` over the train and valid rows of the table that make whole batches."
+    rows = table[table.split != "test"]
+    source = ImageSource(images, rows.specobjid.to_numpy(), transform, device, keep)
+    targets = rows[target_columns(rows)].to_numpy(np.float32)
+    train, valid = (np.flatnonzero(rows.split == s) for s in ("train", "valid"))
+    # a sample hardly larger than a batch would lose most of itself with the last batch
+    return DataLoaders(BatchLoader(source, train, targets[train], min(batch_size, len(train)), augmentation, shuffle=True, drop_last=True, seed=seed),
+        BatchLoader(source, valid, targets[valid], 2*batch_size), device=source.device)
 
 # %% ../nbs/08_training.ipynb #2f685924
 def rmse(
@@ -148,6 +289,7 @@ class EpochCheckpoint(Callback):
 
     def before_epoch(self):
         self.started, self.losses = time.time(), []
+        self.dls.train.epoch = self.epoch  # a `BatchLoader` draws order and augmentation from it
         # fastai draws from the generators when it starts to fit, so they are set when the first epoch begins
         if self.epoch == len(self.history) and hasattr(self, "_random"): _set_random_state(self.dls, self.__dict__.pop("_random"))
 
@@ -173,7 +315,7 @@ def learning_rate(
 
 def train_model(
     name:str,  # a key of `specpred.models.MODELS`
-    dls,  # from `image_loaders`
+    dls,  # from `batch_loaders` or `image_loaders`
     parameters:TrainingParameters,
     seed:int,  # for weights, shuffling and augmentation
     checkpoint:Path,  # where the state after each epoch goes
@@ -181,7 +323,8 @@ def train_model(
 ) -> tuple["Learner", pd.DataFrame]:
     "Trains one model from its last checkpoint, or from the start; returns the learner and its history, one row an epoch."
     n_targets = dls.one_batch()[1].shape[1]
-    dls.train.rng.seed(seed_everything(seed, "training", name))
+    dls.train.seed = seed_everything(seed, "training", name)  # for a `BatchLoader`
+    dls.train.rng.seed(dls.train.seed)  # for fastai's
     saver = EpochCheckpoint(checkpoint)
     learn = Learner(dls, MODELS[name](c_in=5, n_out=n_targets), loss_func=rmse, opt_func=ranger, metrics=pooled_metrics(n_targets), wd=parameters.weight_decay)
     start = saver.resume(learn)
@@ -205,6 +348,20 @@ def predict_targets(
     parts = [model(transform(torch.as_tensor(flux[k:k + batch_size], device=device))).cpu().numpy() for k in range(0, len(flux), batch_size)]
     return np.concatenate(parts)
 
+def make_loaders(
+    images:ImageStore,
+    table:pd.DataFrame,  # from `training_table`
+    transform:ImageTransform,
+    parameters:TrainingParameters,
+    progress:bool = True,  # say where the images are kept
+) -> DataLoaders:
+    "The loaders that the profile asks for."
+    if parameters.loader == "fastai": return image_loaders(images, table, transform, parameters.batch_size)
+    if parameters.loader != "batches": raise InvalidInputError(f"training.loader is 'batches' or 'fastai', not {parameters.loader!r}")
+    dls = batch_loaders(images, table, transform, parameters.batch_size, Augmentation(max_shift=parameters.max_shift))
+    if progress: print(dls.train.source.reason)
+    return dls
+
 def train_models(
     images:ImageStore,
     table:pd.DataFrame,  # from `training_table`
@@ -215,17 +372,19 @@ def train_models(
     progress:bool = True,
 ) -> pd.DataFrame:
     "Trains all models and seeds that have no weights yet; returns the last row of each history."
-    train, valid = (table[table.split == s] for s in ("train", "valid"))
-    transform = fit_transform(images.read(train.specobjid), images.noise[images.rows(train.specobjid)], parameters.stretch)
-    columns, last = target_columns(table), []
+    train = table[table.split == "train"]
+    # 2000 are enough for five means, whatever the size of the sample
+    some = train.specobjid.to_numpy()[random_generator(seed, "transform").permutation(len(train))[:2000]]
+    transform = fit_transform(images.read(some), images.noise[images.rows(some)], parameters.stretch)
+    dls, last = None, []
     for name in parameters.models:
         for k in range(parameters.seeds):
             weights, checkpoint = paths.weights(name, seed + k), paths.weights(name, seed + k).with_suffix(".checkpoint")
             if not weights.exists():
-                seed_everything(seed + k, "loaders")
-                dls = image_loaders(images, table, transform, parameters.batch_size)
+                dls = dls or make_loaders(images, table, transform, parameters, progress)
                 learn, history = train_model(name, dls, parameters, seed + k, checkpoint, progress)
-                residuals = predict_targets(learn.model, images.read(valid.specobjid), transform) - valid[columns].to_numpy()
+                with learn.no_bar(): predicted, targets = learn.get_preds(ds_idx=1)
+                residuals = (predicted - targets).numpy()
                 with atomic_path(paths.history(name, seed + k)) as part: history.to_csv(part, index=False)
                 _save_trained(learn, name, weights, transform, residuals, target_stats, images, parameters, seed + k)
                 checkpoint.unlink(missing_ok=True)
@@ -235,7 +394,7 @@ def train_models(
 # %% ../nbs/08_training.ipynb #320088a0
 def _save_trained(learn, name, weights, transform, residuals, target_stats, images, parameters, seed):
     "Weights with all that prediction needs: normalisation, image size, and how wrong the model is on the valid galaxies."
-    provenance = dict(seed=seed, epochs=parameters.epochs, image_size=images.flux.shape[-1], stretch=transform.stretch, softening=transform.softening,
+    provenance = dict(seed=seed, epochs=parameters.epochs, image_size=images.shape[-1], stretch=transform.stretch, softening=transform.softening,
         residual_covariance=np.cov(residuals.T).tolist(), residual_mean=residuals.mean(0).tolist(), versions=versions())
     save(learn.model, weights, name=name, arguments=dict(c_in=5, n_out=residuals.shape[1]), image_stats=dict(mean=transform.mean, std=transform.std),
         target_stats=target_stats, channels=BANDS, provenance=provenance)

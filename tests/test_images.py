@@ -1,6 +1,9 @@
 "Packing of cutouts: interrupted, damaged and foreign input."
+import warnings
 import numpy as np
 import pytest
+import torch
+import xarray
 import zarr
 from astropy.io import fits
 from specpred import images
@@ -27,10 +30,10 @@ def test_an_interrupted_packing_goes_on_from_its_last_shard(tmp_path, monkeypatc
     pack(tmp_path/"whole.zarr")
 
     write_shard, starts, interrupt_at = images._write_shard, [], 16
-    def interrupted(group, start, *rest):
+    def interrupted(folder, group, start, *rest):
         if start == interrupt_at: raise KeyboardInterrupt
         starts.append(start)
-        write_shard(group, start, *rest)
+        write_shard(folder, group, start, *rest)
     monkeypatch.setattr(images, "_write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt): pack(tmp_path/"cut.zarr")
     assert not (tmp_path/"cut.zarr").exists()
@@ -55,7 +58,9 @@ def test_another_request_does_not_take_over_a_partial_store(tmp_path, monkeypatc
     (lambda p: fits.writeto(p, np.zeros((16, 16), "f4"), overwrite=True), "EXPTIME"),
     (lambda p: fits.writeto(p, np.zeros((16, 16), "f4"), fits.Header({"EXPTIME": -1.}), overwrite=True), "EXPTIME is -1"),
     (lambda p: fits.writeto(p, np.full((16, 16), np.nan, "f4"), fits.Header({"EXPTIME": 1.}), overwrite=True), "no finite pixel"),
-    (lambda p: fits.writeto(p, np.zeros((8, 8), "f4"), fits.Header({"EXPTIME": 1.}), overwrite=True), "cannot be cropped"),
+    (lambda p: [fits.writeto(q, np.zeros((8, 8), "f4"), fits.Header({"EXPTIME": 1.}), overwrite=True) for q in p.parent.iterdir()], "cannot be cropped"),
+    (lambda p: fits.writeto(p, np.zeros((20, 20), "f4"), fits.Header({"EXPTIME": 1.}), overwrite=True), "different shapes"),
+    (lambda p: fits.writeto(p, np.zeros((16, 16), "f4"), fits.Header({"EXPTIME": 1., "FILTER": "z.00000"}), overwrite=True), "holds the z band"),
     (lambda p: p.unlink(), "has no r.fits")])
 def test_a_bad_galaxy_is_named_and_the_others_are_used(tmp_path, spoil, say):
     write_cutouts(tmp_path/"raw", 3)
@@ -70,3 +75,132 @@ def test_what_is_no_store_is_said_to_be_none(tmp_path):
     with pytest.raises(DamagedFileError, match="rerun 03_images"): images.open_images(tmp_path/"a.zarr")
     with pytest.raises(InvalidInputError, match="no galaxy has all five images"):
         images.pack_images(np.array([], np.uint64), tmp_path, tmp_path/"b.zarr", 8)
+
+
+def some_flux(n, size=12, seed=1):
+    return np.random.default_rng(seed).normal(100, 30, (n, 5, size, size)).astype("f4")
+
+
+@pytest.fixture
+def three_shards(tmp_path, monkeypatch):
+    "A store of 40 galaxies in three shards, and their images."
+    monkeypatch.setattr(images, "SHARD", 16)
+    flux = some_flux(40)
+    images.pack_arrays(np.arange(40), flux, tmp_path/"a.zarr")
+    return tmp_path/"a.zarr", flux
+
+
+def open_quietly(store):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return images.open_images(store)
+
+
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil, seen_at_once", [
+    (lambda p: p.unlink(), True),
+    (lambda p: p.write_bytes(p.read_bytes()[:-50]), True),
+    (lambda p: flip_a_bit(p, 100), False),
+    (lambda p: flip_a_bit(p, -20), False)])
+def test_a_damaged_shard_is_named_and_the_others_can_be_read(three_shards, spoil, seen_at_once):
+    store, flux = three_shards
+    spoil(store/"flux/c/1/0/0/0")
+    assert list(images.check_images(store)) == [str(store/"flux/c/1/0/0/0")]
+    opened = open_quietly(store)
+    assert opened.usable.sum() == (24 if seen_at_once else 40)
+    with pytest.raises(DamagedFileError, match="flux/c/1/0/0/0 is damaged.*Rows 16 to 31"): opened.read(np.arange(40))
+    good = np.r_[0:16, 32:40]
+    np.testing.assert_allclose(opened.read(good), flux[good], rtol=1e-3)
+
+
+def test_a_warning_names_a_shard_that_is_gone(three_shards):
+    store, _ = three_shards
+    (store/"flux/c/2/0/0/0").unlink()
+    with pytest.warns(UserWarning, match="flux/c/2/0/0/0 is damaged: the file is gone"): images.open_images(store)
+
+
+def test_damaged_shards_are_read_from_cutouts_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "SHARD", 16)
+    write_cutouts(tmp_path/"raw", 40)
+    images.pack_images(np.arange(40), tmp_path/"raw", tmp_path/"a.zarr", 12, n_jobs=1, progress=False)
+    before = everything(tmp_path/"a.zarr")
+    flip_a_bit(tmp_path/"a.zarr/flux/c/2/0/0/0", 50)
+    images.append_images([], tmp_path/"raw", tmp_path/"a.zarr", n_jobs=1, progress=False)
+    after = everything(tmp_path/"a.zarr")
+    assert not images.check_images(tmp_path/"a.zarr")
+    for name in before: np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_appending_equals_packing_at_once_and_leaves_the_old_store_until_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "SHARD", 16)
+    write_cutouts(tmp_path/"raw", 40)
+    (tmp_path/"raw/30/g.fits").unlink()
+    pack = lambda ids, store: images.pack_images(np.arange(ids), tmp_path/"raw", store, 12, n_jobs=1, progress=False)
+    pack(40, tmp_path/"whole.zarr"), pack(20, tmp_path/"a.zarr")
+    content = lambda: {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path/"a.zarr").rglob("*") if p.is_file()}
+    old, write_shard = content(), images._write_shard
+    def interrupted(folder, group, start, *rest):
+        if start == 32: raise KeyboardInterrupt
+        write_shard(folder, group, start, *rest)
+    monkeypatch.setattr(images, "_write_shard", interrupted)
+    append = lambda: images.append_images(np.arange(20, 40), tmp_path/"raw", tmp_path/"a.zarr", n_jobs=1, progress=False)
+    with pytest.raises(KeyboardInterrupt): append()
+    assert content() == old
+    monkeypatch.setattr(images, "_write_shard", write_shard)
+    assert list(append()) == ["30"]
+    whole, appended = everything(tmp_path/"whole.zarr"), everything(tmp_path/"a.zarr")
+    for name in whole: np.testing.assert_array_equal(whole[name], appended[name])
+    with pytest.raises(InvalidInputError, match="listed twice"): append()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_xarray_reads_a_store(tmp_path, dtype):
+    flux = some_flux(5)
+    images.pack_arrays(np.arange(5), flux, tmp_path/"a.zarr", dtype=dtype)
+    data = xarray.open_zarr(tmp_path/"a.zarr", consolidated=False)
+    assert data.flux.dims == ("galaxy", "band", "y", "x") and data.flux.dtype == dtype and data.attrs["bands"] == "grizy"
+    np.testing.assert_allclose(data.flux.astype("f4")*data.scale, flux, rtol=1e-3 if dtype == "float16" else 0)
+    assert (data.usable.values == True).all() and data.noise.dims == ("galaxy", "band")
+    np.testing.assert_array_equal((data.flux.astype("f4")*data.scale).values, images.open_images(tmp_path/"a.zarr").flux[:])
+
+
+def test_half_precision_keeps_faint_sky_and_saturated_stars(tmp_path):
+    rng = np.random.default_rng(0)
+    flux = rng.normal(0, [[[.01]], [[1]], [[50]], [[1e5]], [[1e-4]]], (2, 5, 40, 40)).astype("f4")
+    flux[1, :, 20, 20] = 1e9
+    images.pack_arrays([1, 2], flux, tmp_path/"a.zarr")
+    store = images.open_images(tmp_path/"a.zarr")
+    assert np.isfinite(store.flux[:]).all()
+    sky = np.abs(store.read([1])[0] - flux[0])/store.noise[0][:, None, None]
+    assert np.sqrt((sky**2).mean()) < 5e-4
+    np.testing.assert_allclose(store.read([2])[0, :, 20, 20], 1e9, rtol=1e-3)
+
+
+def test_arrays_of_wrong_shape_and_empty_bands(tmp_path):
+    for wrong in (some_flux(3)[:, :4], some_flux(3)[0], some_flux(2), some_flux(3)[..., :10]):
+        with pytest.raises(InvalidInputError, match="expected images"): images.pack_arrays(np.arange(3), wrong, tmp_path/"a.zarr")
+    flux = some_flux(3)
+    flux[1, 4] = np.nan
+    assert images.pack_arrays(np.arange(3), flux, tmp_path/"a.zarr") == {"1": "band y has no finite pixel"}
+    assert images.open_images(tmp_path/"a.zarr").usable.tolist() == [True, False, True]
+    with pytest.raises(InvalidInputError, match="float16"): images.pack_arrays(np.arange(3), flux, tmp_path/"b.zarr", dtype="int8")
+
+
+def test_a_store_with_another_order_of_bands_is_refused(tmp_path):
+    images.pack_arrays(np.arange(3), some_flux(3), tmp_path/"a.zarr")
+    zarr.open_group(tmp_path/"a.zarr", mode="r+").attrs["bands"] = "yzirg"
+    with pytest.raises(DamagedFileError, match="has bands yzirg, expected grizy"): images.open_images(tmp_path/"a.zarr")
+
+
+def test_rotation_is_what_grid_sample_of_an_affine_grid_gives():
+    batch, degrees = torch.as_tensor(some_flux(3, 33)), torch.tensor([-10., 3., 7.])
+    cos, sin, zero = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees)), torch.zeros(3)
+    matrix = torch.stack([torch.stack([cos, -sin, zero], -1), torch.stack([sin, cos, zero], -1)], 1)
+    grid = torch.nn.functional.affine_grid(matrix, batch.shape, align_corners=True)
+    expected = torch.nn.functional.grid_sample(batch, grid, padding_mode="reflection", align_corners=True)
+    torch.testing.assert_close(images.rotate(batch, degrees), expected, rtol=1e-4, atol=1e-2)
