@@ -192,6 +192,45 @@ def test_fill_completes_others_as_the_fit_would_have():
     np.testing.assert_allclose(fill(complete[:5], missing[:5], fitted).normalised, fitted.normalised[:5], rtol=1e-3)
 
 
+def galaxy_like(n, bins=300, seed=4):
+    rng = np.random.default_rng(seed)
+    shapes = np.cumsum(rng.standard_normal((8, bins)), 1)/20
+    flux = (4 + rng.standard_normal((n, 8))*0.8**np.arange(8) @ shapes + 0.05*rng.standard_normal((n, bins)))*rng.lognormal(0, 1, (n, 1))
+    return flux.astype(np.float32), np.arange(bins) < rng.integers(0, bins//3, (n, 1))
+
+
+@pytest.mark.parametrize("kind", ["memmap", "zarr", "torch on the cpu"])
+def test_pca_does_not_depend_on_where_spectra_lie_or_are_computed(tmp_path, kind):
+    import zarr
+    x, missing = galaxy_like(2600)  # three blocks
+    chosen = np.random.default_rng(5).random(len(x)) < 0.8
+    here = iterative_pca(x[chosen], missing[chosen], 5, 8)
+    arguments = dict(rows=chosen)
+    if kind == "memmap":
+        flux, gaps = np.memmap(tmp_path/"flux", np.float32, "w+", shape=x.shape), np.memmap(tmp_path/"missing", bool, "w+", shape=x.shape)
+        arguments["out"] = np.memmap(tmp_path/"out", np.float64, "w+", shape=(chosen.sum(), x.shape[1]))
+    elif kind == "zarr":
+        group = zarr.open_group(tmp_path/"store.zarr", mode="w")
+        flux, gaps = (group.create_array(name, shape=x.shape, chunks=(1024, 300), dtype=a.dtype) for name, a in (("flux", x), ("missing", missing)))
+        arguments["out"] = group.create_array("out", shape=(int(chosen.sum()), 300), chunks=(1024, 300), dtype="f8")
+    else: flux, gaps, arguments["device"] = x, missing, "cpu"
+    if kind != "torch on the cpu": flux[:], gaps[:] = x, missing
+    there = iterative_pca(flux, gaps, 5, 8, **arguments)
+    for name in ("normalised", "norms", "coefficients", "mean", "eigenvectors", "eigenvalues"):
+        np.testing.assert_allclose(getattr(there, name)[:], getattr(here, name), rtol=1e-8, atol=1e-9, err_msg=name)
+    told = fill(flux, gaps, there, rows=~chosen, device=arguments.get("device"))
+    np.testing.assert_allclose(told.normalised, fill(x[~chosen], missing[~chosen], here).normalised, rtol=1e-7)
+
+
+def test_pca_names_rows_of_the_whole_table():
+    x, missing = galaxy_like(60)
+    rows = np.arange(60) >= 20
+    x[41, 299] = np.nan
+    with pytest.raises(InvalidInputError, match="row 41, first in bin 299"): iterative_pca(x, missing, 3, 2, rows=rows)
+    for bad in (rows[:30], np.arange(60)):
+        with pytest.raises(InvalidInputError, match="booleans"): iterative_pca(x, missing, 3, 2, rows=bad)
+
+
 def good_sample(n=40, bins=60):
     rng = np.random.default_rng(3)
     return 3 + rng.standard_normal((n, 2)) @ np.cumsum(rng.standard_normal((2, bins)), 1)/10 + 0.01*rng.standard_normal((n, bins)), np.zeros((n, bins), bool)
