@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from .config import DamagedFileError, InvalidInputError, MissingInputError, SpectraParameters, atomic_path
 
 # %% auto #0
-__all__ = ['PIXEL_MASK_BITS', 'DLOGLAM', 'mask_bits', 'SDSSSpectrum', 'read_sdss', 'LogGrid', 'RebinnedSpectra', 'to_rest_frame',
-           'rebin', 'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill',
-           'spectrum_file', 'prepare_files', 'build_store', 'SpectraStore', 'load_store']
+__all__ = ['PIXEL_MASK_BITS', 'DLOGLAM', 'EXTINCTION_LAWS', 'mask_bits', 'SDSSSpectrum', 'read_sdss', 'from_specutils',
+           'extinction', 'galactic_ebv', 'deredden', 'LogGrid', 'RebinnedSpectra', 'to_rest_frame', 'rebin',
+           'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill', 'spectrum_file',
+           'prepare_files', 'build_store', 'SpectraStore', 'load_store']
 
 # %% ../nbs/04_spectra.ipynb #05d6e035
 PIXEL_MASK_BITS = dict(NOPLUG=0, BADTRACE=1, BADFLAT=2, BADARC=3, MANYBADCOLUMNS=4, MANYREJECTED=5, LARGESHIFT=6, BADSKYFIBER=7,
@@ -61,13 +62,18 @@ def _table_layout(header:bytes) -> tuple[np.dtype | None, int, int]:
     if record.itemsize != sizes[0]: raise ValueError("columns do not add up to a row")
     return record, sizes[1], size + number("PCOUNT")
 
-# %% ../nbs/04_spectra.ipynb #64042226
-def _tables(path:Path, n:int) -> list[np.ndarray]:
-    "The first `n` binary tables of a FITS file, as arrays of records. Raises `MissingInputError` or `DamagedFileError`."
+# %% ../nbs/04_spectra.ipynb #05fcf065
+def _content(path:Path) -> bytes:
+    "The bytes of a FITS file. Raises `MissingInputError` or `DamagedFileError`."
     try: data = path.read_bytes()
     except FileNotFoundError: raise MissingInputError(f"There is no spectrum {path}.") from None
-    tables, start, padded = [], 0, lambda size: -(-size//2880)*2880
+    except OSError as error: raise DamagedFileError(f"{path} cannot be read ({error}).") from None
     if not data.startswith(b"SIMPLE  ="): raise DamagedFileError(f"{path} is not a FITS file.")
+    return data
+
+def _tables(data:bytes, path:Path, n:int) -> list[np.ndarray]:
+    "The first `n` binary tables of a FITS file, as arrays of records. Raises `DamagedFileError`."
+    tables, start, padded = [], 0, lambda size: -(-size//2880)*2880
     while len(tables) < n:
         end = data.find(_END, start)
         while end >= 0 and (end - start) % 80: end = data.find(_END, end + 1)
@@ -82,13 +88,15 @@ def _tables(path:Path, n:int) -> list[np.ndarray]:
         start += padded(size)
     return tables
 
-# %% ../nbs/04_spectra.ipynb #720e7c4c
+# %% ../nbs/04_spectra.ipynb #8b95f953
+DLOGLAM = 1e-4  # SDSS's pixels, dex
+
 @dataclass(frozen=True, eq=False)
 class SDSSSpectrum:
     "One spectrum as SDSS published it: n pixels of `DLOGLAM` dex, observed frame, vacuum."
     flux: np.ndarray  # (n,) 1e-17 erg/s/cm2/Angstrom
     ivar: np.ndarray  # (n,) inverse variance of flux; 0 where there is no measurement
-    and_mask: np.ndarray  # (n,) SDSS's bits, see `mask_bits`
+    and_mask: np.ndarray  # (n,) SDSS's bits that are set in all exposures, see `mask_bits`
     loglam0: float  # log10 of the first pixel's wavelength (its centre), Angstrom
     redshift: float
     zwarning: int
@@ -99,20 +107,26 @@ class SDSSSpectrum:
     plate: int
     mjd: int
     fiberid: int
+    or_mask: np.ndarray | None = None  # (n,) bits that are set in any exposure
+    model: np.ndarray | None = None  # (n,) SDSS's best-fitting template, unit of flux
 
     @property
     def loglam(self) -> np.ndarray: return self.loglam0 + DLOGLAM*np.arange(len(self.flux))
     @property
     def wavelength(self) -> np.ndarray: return 10**self.loglam
 
-DLOGLAM = 1e-4  # SDSS's pixels, dex
+    def to_specutils(self) -> "specutils.Spectrum":
+        "The same as a `specutils.Spectrum` with units: flux and uncertainty, wavelength, a mask of unmeasured pixels, redshift; what else is known in `meta`."
+        return _to_specutils(self)
 
 # %% ../nbs/04_spectra.ipynb #dbb0b033
 def read_sdss(
-    path:str | os.PathLike,  # spec-PPPP-MMMMM-FFFF.fits, full or lite, legacy or BOSS
+    path:str | os.PathLike,  # spec-PPPP-MMMMM-FFFF.fits, full or lite, legacy or BOSS, or spSpec-MMMMM-PPPP-FFF.fit
 ) -> SDSSSpectrum:
-    "Reads a spectrum of SDSS data release 8 or later. Raises `MissingInputError` when there is no file, `DamagedFileError` when it is cut off or something else."
-    pixels, found = _tables(Path(path), 2)
+    "Reads a spectrum of any of SDSS's data releases. Raises `MissingInputError` when there is no file, `DamagedFileError` when it is cut off or something else."
+    data = _content(Path(path))
+    if int(_primary_value(data, "NAXIS", 0)) == 2: return _read_spspec(path, data)
+    pixels, found = _tables(data, path, 2)
     absent = {"flux", "loglam", "ivar", "and_mask"} - set(pixels.dtype.names) or \
         {"z", "zwarning", "class", "subclass", "plug_ra", "plug_dec", "plate", "mjd", "fiberid"} - set(found.dtype.names)
     if absent: raise DamagedFileError(f"{path} is no SDSS spectrum: it has no column {', '.join(sorted(absent))}.")
@@ -121,11 +135,119 @@ def read_sdss(
     loglam0 = round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6)
     if not np.allclose(loglam, loglam0 + DLOGLAM*np.arange(len(loglam)), rtol=0, atol=0.05*DLOGLAM):
         raise DamagedFileError(f"{path}: loglam does not run in steps of {DLOGLAM} dex.")
-    first, native = found[0], lambda name, kind: pixels[name].astype(kind)
+    first, native = found[0], lambda name, kind: pixels[name].astype(kind) if name in pixels.dtype.names else None
     text = lambda name: first[name].decode("latin1").strip()
     return SDSSSpectrum(native("flux", np.float32), native("ivar", np.float32), native("and_mask", np.uint32), loglam0,
         float(first["z"]), int(first["zwarning"]), text("class"), text("subclass"), float(first["plug_ra"]), float(first["plug_dec"]),
-        int(first["plate"]), int(first["mjd"]), int(first["fiberid"]))
+        int(first["plate"]), int(first["mjd"]), int(first["fiberid"]), native("or_mask", np.uint32), native("model", np.float32))
+
+# %% ../nbs/04_spectra.ipynb #0eb0cc52
+_SPEC_CLASS = {0: "UNKNOWN", 1: "STAR", 2: "GALAXY", 3: "QSO", 4: "QSO", 5: "SKY", 6: "STAR"}  # SPEC_CLN of data releases 1 to 7
+
+def _primary_value(data:bytes, key:str, default=None) -> str:
+    "A value of the first header, as text."
+    card = b"\0"
+    for start in range(0, len(data), 80):
+        card = data[start:start + 80]
+        if card == _END: break
+        if card.startswith(f"{key:8}=".encode()): return _value(card.decode("latin1"))
+    if default is None: raise KeyError(key)
+    return default
+
+def _read_spspec(path, data:bytes) -> SDSSSpectrum:
+    "A spectrum of data release 7 or earlier."
+    try:
+        number = lambda key, default=None: float(_primary_value(data, key, default))
+        n, n_rows, step = int(number("NAXIS1")), int(number("NAXIS2")), number("COEFF1")
+        start = next(i for i in range(0, len(data), 2880) if any(data[j:j + 80] == _END for j in range(i, i + 2880, 80))) + 2880
+        if number("BITPIX") != -32 or n_rows < 4: raise ValueError(f"an image of {n_rows} rows is no spSpec")
+        if abs(step - DLOGLAM) > 1e-9: raise ValueError(f"its pixels are {step} dex wide")
+        image = np.frombuffer(data, ">f4", n*n_rows, start).reshape(n_rows, n)
+        facts = [number(key) for key in ("Z", "RAOBJ", "DECOBJ", "PLATEID", "MJD", "FIBERID")]
+        kind, warning, loglam0 = _SPEC_CLASS.get(int(number("SPEC_CLN")), "UNKNOWN"), int(number("Z_WARNIN", 0)), number("COEFF0")
+    except (KeyError, ValueError, StopIteration) as error: raise DamagedFileError(f"{path} is no complete spSpec file ({error}).") from None
+    error, mask = image[2], np.nan_to_num(image[3]).astype(np.int64).astype(np.uint32)
+    ivar = np.divide(1, error.astype(float)**2, where=error > 0, out=np.zeros(n)).astype(np.float32)
+    return SDSSSpectrum(image[0].astype(np.float32), ivar, mask, loglam0, facts[0], warning, kind, "", *facts[1:3], *(int(f) for f in facts[3:]), mask,
+        image[4].astype(np.float32) if n_rows > 4 else None)
+
+# %% ../nbs/04_spectra.ipynb #a336d98b
+_META = ("zwarning", "object_class", "subclass", "ra", "dec", "plate", "mjd", "fiberid", "and_mask", "or_mask", "model")
+
+def _flux_unit():
+    from astropy import units
+    return units.Unit(1e-17*units.erg/units.s/units.cm**2/units.AA)
+
+def _to_specutils(spectrum:SDSSSpectrum):
+    from astropy import units
+    from astropy.nddata import InverseVariance
+    from specutils import Spectrum
+    unit = _flux_unit()
+    return Spectrum(flux=spectrum.flux*unit, spectral_axis=spectrum.wavelength*units.AA, uncertainty=InverseVariance(spectrum.ivar/unit**2),
+        mask=~(spectrum.ivar > 0), redshift=spectrum.redshift, meta={name: getattr(spectrum, name) for name in _META})
+
+# %% ../nbs/04_spectra.ipynb #69fe173c
+def from_specutils(
+    spectrum,  # specutils.Spectrum, one-dimensional, on pixels of `DLOGLAM` dex
+) -> SDSSSpectrum:
+    "An `SDSSSpectrum` from a `specutils.Spectrum` with any units of wavelength and flux density. Raises `InvalidInputError` when its pixels are not SDSS's or its units no flux density."
+    from astropy import units
+    from astropy.nddata import InverseVariance
+    try:
+        wavelength = spectrum.spectral_axis.to_value(units.AA, units.spectral())
+        factor = (np.ones(len(wavelength))*spectrum.flux.unit).to_value(_flux_unit(), units.spectral_density(wavelength*units.AA))
+        flux, told = spectrum.flux.value*factor, spectrum.uncertainty
+        with np.errstate(divide="ignore"): ivar = np.ones(len(flux)) if told is None else told.represent_as(InverseVariance).array/factor**2
+    except (units.UnitConversionError, AttributeError, TypeError) as error: raise InvalidInputError(f"This is no spectrum of a flux density ({error}).") from error
+    if flux.ndim != 1: raise InvalidInputError(f"Give one spectrum at a time; the flux has the shape {flux.shape}.")
+    loglam = np.log10(wavelength)
+    if not np.allclose(np.diff(loglam), DLOGLAM, rtol=0, atol=0.05*DLOGLAM): raise InvalidInputError(f"Its pixels are not {DLOGLAM} dex wide; `rebin` takes other ones.")
+    ivar = np.where(np.zeros(len(flux), bool) if spectrum.mask is None else spectrum.mask, 0, np.nan_to_num(ivar))
+    known = dict(zwarning=0, object_class="", subclass="", ra=np.nan, dec=np.nan, plate=0, mjd=0, fiberid=0, and_mask=np.zeros(len(flux), np.uint32)) | \
+        {name: spectrum.meta[name] for name in _META if name in spectrum.meta}
+    return SDSSSpectrum(flux.astype(np.float32), ivar.astype(np.float32), loglam0=round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6),
+        redshift=float(spectrum.redshift.value), **known)
+
+# %% ../nbs/04_spectra.ipynb #f901b345
+EXTINCTION_LAWS = ("F99", "CCM89")
+_R_V, _LAMBDA_R = 3.1, 6165.  # Angstrom, SDSS's r
+
+@lru_cache(maxsize=2)
+def _law(name:str) -> tuple[np.ndarray, np.ndarray]:
+    "log10 of wavelengths (Angstrom) and A/A_V there."
+    if name not in EXTINCTION_LAWS: raise InvalidInputError(f"There is no extinction law {name!r}; choose {' or '.join(EXTINCTION_LAWS)}.")
+    from astropy import units
+    from dust_extinction import parameter_averages
+    loglam = np.arange(3.48, 4.1, 5e-4)
+    return loglam, getattr(parameter_averages, name)(_R_V)(10**loglam*units.AA)
+
+def extinction(
+    loglam,  # log10 of observed wavelengths, Angstrom, 3.48 to 4.1, any shape
+    ebv,  # E(B-V), magnitudes, broadcast with loglam
+    law:str = "F99",  # one of `EXTINCTION_LAWS`
+) -> np.ndarray:
+    "Extinction A(lambda) of the Milky Way, magnitudes, R_V = 3.1. Raises `InvalidInputError` for an unknown law."
+    return np.asarray(ebv)*_R_V*np.interp(loglam, *_law(law))
+
+def galactic_ebv(
+    extinction_r,  # the catalogue's extinction in r, magnitudes
+    law:str = "F99",
+) -> np.ndarray:
+    "E(B-V) for which `law` has this extinction at SDSS's r band."
+    return np.asarray(extinction_r)/extinction(np.log10(_LAMBDA_R), 1., law)
+
+def deredden(
+    flux,  # (N, n) or (n,) observed flux densities
+    ivar,  # the same shape
+    loglam,  # the same shape, or (n,): log10 of the observed wavelengths, Angstrom
+    ebv,  # (N,) or a number, magnitudes
+    law:str = "F99",
+) -> tuple[np.ndarray, np.ndarray]:
+    "Flux and inverse variance without the Milky Way's dust. Raises `InvalidInputError` for a law that is unknown or an E(B-V) that is no number from -0.1 to 10."
+    ebv = np.asarray(ebv, float)
+    if not ((ebv > -0.1) & (ebv < 10)).all(): raise InvalidInputError("E(B-V) must lie between -0.1 and 10 magnitudes. Is it the right column of the catalogue?")
+    factor = 10**(0.4*extinction(loglam, ebv[..., None], law))
+    return flux*factor, ivar/factor**2
 
 # %% ../nbs/04_spectra.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -152,7 +274,7 @@ class LogGrid:
         "Widths in Angstrom, (n_bins,)."
         return np.diff(self.edges)
 
-# %% ../nbs/04_spectra.ipynb #4330d41c
+# %% ../nbs/04_spectra.ipynb #720e7c4c
 @dataclass(frozen=True, eq=False)
 class RebinnedSpectra:
     "N spectra on a common rest-frame grid; NaN where not a single pixel was measured."
@@ -249,15 +371,19 @@ def prepare(
     grid:LogGrid = LogGrid(),
     error:str = "propagated",  # see `rebin`; with "published" the noise spikes, too, are found as published
     bad_bits = (),  # names of SDSS bits whose pixels are discarded, see `mask_bits`
+    ebv = None,  # (N,) E(B-V) of the Milky Way to correct for; None: no correction
+    law:str = "F99",  # of the extinction, see `deredden`
 ) -> RebinnedSpectra:
-    "SDSS spectra on a common rest-frame grid, with the noise spikes among the missing bins."
+    "SDSS spectra on a common rest-frame grid, with the noise spikes among the missing bins. Raises `InvalidInputError` for bits or a law that do not exist."
     n = max(len(s.flux) for s in spectra)
     flux, ivar = np.zeros((2, len(spectra), n), np.float32)
     discard = np.uint32(mask_bits(bad_bits))
     for i, s in enumerate(spectra):
         flux[i, :len(s.flux)], ivar[i, :len(s.flux)] = s.flux, np.where(s.and_mask & discard, 0, s.ivar)
     redshift = [s.redshift for s in spectra] if redshift is None else redshift
-    found = rebin(flux, ivar, np.array([s.loglam0 for s in spectra]), redshift, grid, error=error)
+    first = np.array([s.loglam0 for s in spectra])
+    if ebv is not None: flux, ivar = deredden(flux, ivar, first[:, None] + DLOGLAM*np.arange(n), ebv, law)
+    found = rebin(flux, ivar, first, redshift, grid, error=error)
     return RebinnedSpectra(found.flux, found.error, noise_spikes(found, spare_lines=error != "published"), found.max_native_error)
 
 # %% ../nbs/04_spectra.ipynb #e59c1fa1
@@ -413,7 +539,7 @@ def _determined(source:_Source, rows:slice, x, missing, mean, vectors):
         bad = (np.arange(source.n) if source.rows is None else np.flatnonzero(source.rows))[rows.start + undetermined.args[0]]
         raise InvalidInputError(f"The measured bins of {_listed(bad, 'row')} cannot tell the eigenspectra apart. Leave such spectra out.") from None
 
-# %% ../nbs/04_spectra.ipynb #46376598
+# %% ../nbs/04_spectra.ipynb #4330d41c
 @dataclass(frozen=True, eq=False)
 class SpectrumBasis:
     "What `fill` needs to complete a spectrum."
@@ -530,7 +656,7 @@ def spectrum_file(
     return Path(folder)/f"spec-{plate:04d}-{mjd:05d}-{fiberid:04d}.fits"
 
 def prepare_files(
-    catalogue,  # table with plate, mjd, fiberid, redshift
+    catalogue,  # table with plate, mjd, fiberid, redshift, and extinction_r if that is to be corrected
     folder,  # of the files
     parameters:SpectraParameters,
 ) -> tuple[RebinnedSpectra | None, np.ndarray, list[str]]:
@@ -544,7 +670,8 @@ def prepare_files(
             except MissingInputError: reasons.append("no file")
             except DamagedFileError: reasons.append("damaged file")
     if not spectra: return None, np.array([], int), reasons
-    made = prepare(spectra, catalogue["redshift"].to_numpy()[rows], grid, parameters.error)
+    ebv = None if parameters.extinction == "none" else galactic_ebv(catalogue["extinction_r"].to_numpy()[rows], parameters.extinction)
+    made = prepare(spectra, catalogue["redshift"].to_numpy()[rows], grid, parameters.error, parameters.bad_bits, ebv, parameters.extinction)
     usable = made.missing.mean(1) <= parameters.max_missing
     reasons += [f"more than {parameters.max_missing:.0%} of the bins missing"]*int((~usable).sum())
     kept = RebinnedSpectra(made.flux[usable], made.error[usable], made.missing[usable], made.max_native_error[usable])
@@ -562,6 +689,8 @@ def build_store(
     "Makes the store of rest-frame spectra (see `SpectraStore`) and returns how many rows were left out, by reason. Raises `InvalidInputError` when no training spectrum is left."
     import zarr
     columns = dict(flux="f4", error="f4", missing="?", filled="f4")
+    if parameters.extinction != "none" and "extinction_r" not in catalogue:
+        raise InvalidInputError(f"The catalogue has no column extinction_r, which the correction for dust ({parameters.extinction}) needs; set spectra.extinction=none.")
     listed = catalogue[catalogue["has_spectrum"].to_numpy(bool)].reset_index(drop=True)
     left_out = Counter({"no spectrum": len(catalogue) - len(listed)} if len(catalogue) > len(listed) else {})
     with atomic_path(path) as part:
@@ -603,9 +732,9 @@ def _fit_store(group, catalogue, parameters:SpectraParameters, progress:bool):
         norm=norm, mean=basis.mean, eigenvectors=basis.eigenvectors, eigenvalues=basis.eigenvalues)
     for name, values in small.items(): group.create_array(name, data=values)
     group.attrs.update(wavelength_unit="Angstrom, vacuum, rest frame", flux_unit="1e-17 erg/s/cm2/Angstrom", error=parameters.error,
-        loglam0=parameters.loglam0, dloglam=parameters.dloglam, n_iter=parameters.n_iter, n_fitted=int(train.sum()))
+        bad_bits=list(parameters.bad_bits), extinction=parameters.extinction, loglam0=parameters.loglam0, dloglam=parameters.dloglam, n_iter=parameters.n_iter, n_fitted=int(train.sum()))
 
-# %% ../nbs/04_spectra.ipynb #1f77135a
+# %% ../nbs/04_spectra.ipynb #46376598
 @dataclass(frozen=True, eq=False)
 class SpectraStore:
     "The arrays of a store of N rest-frame spectra; fluxes and errors in 1e-17 erg/s/cm2/Angstrom, NaN where nothing was measured."
