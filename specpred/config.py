@@ -79,6 +79,8 @@ class SpectraParameters:
     n_components: int = 10  # eigenspectra of the iterative PCA
     n_iter: int = 20  # its iterations, of filling by the mean and of filling by PCA alike
     error: str = "propagated"  # error of a bin: "propagated", or "published" (mean error of its native pixels)
+    bad_bits: tuple[str, ...] = ()  # names of SDSS mask bits whose pixels are discarded, e.g. "BRIGHTSKY"
+    extinction: str = "none"  # law of the Milky Way's extinction to correct for: "none", "F99" or "CCM89"
     min_error: float = 0.125  # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom
     max_missing: float = 0.5  # a spectrum with a larger fraction of missing bins is left out
 

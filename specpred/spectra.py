@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from .config import DamagedFileError, InvalidInputError, MissingInputError, SpectraParameters, atomic_path
 
 # %% auto #0
-__all__ = ['PIXEL_MASK_BITS', 'DLOGLAM', 'mask_bits', 'SDSSSpectrum', 'read_sdss', 'LogGrid', 'RebinnedSpectra', 'to_rest_frame',
-           'rebin', 'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill',
-           'spectrum_file', 'prepare_files', 'build_store', 'SpectraStore', 'load_store']
+__all__ = ['PIXEL_MASK_BITS', 'DLOGLAM', 'EXTINCTION_LAWS', 'mask_bits', 'SDSSSpectrum', 'read_sdss', 'from_specutils',
+           'extinction', 'galactic_ebv', 'deredden', 'LogGrid', 'RebinnedSpectra', 'to_rest_frame', 'rebin',
+           'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill', 'spectrum_file',
+           'prepare_files', 'build_store', 'SpectraStore', 'load_store']
 
 # %% ../nbs/04_spectra.ipynb #05d6e035
 PIXEL_MASK_BITS = dict(NOPLUG=0, BADTRACE=1, BADFLAT=2, BADARC=3, MANYBADCOLUMNS=4, MANYREJECTED=5, LARGESHIFT=6, BADSKYFIBER=7,
@@ -61,13 +62,18 @@ def _table_layout(header:bytes) -> tuple[np.dtype | None, int, int]:
     if record.itemsize != sizes[0]: raise ValueError("columns do not add up to a row")
     return record, sizes[1], size + number("PCOUNT")
 
-# %% ../nbs/04_spectra.ipynb #64042226
-def _tables(path:Path, n:int) -> list[np.ndarray]:
-    "The first `n` binary tables of a FITS file, as arrays of records. Raises `MissingInputError` or `DamagedFileError`."
+# %% ../nbs/04_spectra.ipynb #05fcf065
+def _content(path:Path) -> bytes:
+    "The bytes of a FITS file. Raises `MissingInputError` or `DamagedFileError`."
     try: data = path.read_bytes()
     except FileNotFoundError: raise MissingInputError(f"There is no spectrum {path}.") from None
-    tables, start, padded = [], 0, lambda size: -(-size//2880)*2880
+    except OSError as error: raise DamagedFileError(f"{path} cannot be read ({error}).") from None
     if not data.startswith(b"SIMPLE  ="): raise DamagedFileError(f"{path} is not a FITS file.")
+    return data
+
+def _tables(data:bytes, path:Path, n:int) -> list[np.ndarray]:
+    "The first `n` binary tables of a FITS file, as arrays of records. Raises `DamagedFileError`."
+    tables, start, padded = [], 0, lambda size: -(-size//2880)*2880
     while len(tables) < n:
         end = data.find(_END, start)
         while end >= 0 and (end - start) % 80: end = data.find(_END, end + 1)
@@ -82,13 +88,15 @@ def _tables(path:Path, n:int) -> list[np.ndarray]:
         start += padded(size)
     return tables
 
-# %% ../nbs/04_spectra.ipynb #720e7c4c
+# %% ../nbs/04_spectra.ipynb #8b95f953
+DLOGLAM = 1e-4  # SDSS's pixels, dex
+
 @dataclass(frozen=True, eq=False)
 class SDSSSpectrum:
     "One spectrum as SDSS published it: n pixels of `DLOGLAM` dex, observed frame, vacuum."
     flux: np.ndarray  # (n,) 1e-17 erg/s/cm2/Angstrom
     ivar: np.ndarray  # (n,) inverse variance of flux; 0 where there is no measurement
-    and_mask: np.ndarray  # (n,) SDSS's bits, see `mask_bits`
+    and_mask: np.ndarray  # (n,) SDSS's bits that are set in all exposures, see `mask_bits`
     loglam0: float  # log10 of the first pixel's wavelength (its centre), Angstrom
     redshift: float
     zwarning: int
@@ -99,20 +107,26 @@ class SDSSSpectrum:
     plate: int
     mjd: int
     fiberid: int
+    or_mask: np.ndarray | None = None  # (n,) bits that are set in any exposure
+    model: np.ndarray | None = None  # (n,) SDSS's best-fitting template, unit of flux
 
     @property
     def loglam(self) -> np.ndarray: return self.loglam0 + DLOGLAM*np.arange(len(self.flux))
     @property
     def wavelength(self) -> np.ndarray: return 10**self.loglam
 
-DLOGLAM = 1e-4  # SDSS's pixels, dex
+    def to_specutils(self) -> "specutils.Spectrum":
+        "The same as a `specutils.Spectrum` with units: flux and uncertainty, wavelength, a mask of unmeasured pixels, redshift; what else is known in `meta`."
+        return _to_specutils(self)
 
 # %% ../nbs/04_spectra.ipynb #dbb0b033
 def read_sdss(
-    path:str | os.PathLike,  # spec-PPPP-MMMMM-FFFF.fits, full or lite, legacy or BOSS
+    path:str | os.PathLike,  # spec-PPPP-MMMMM-FFFF.fits, full or lite, legacy or BOSS, or spSpec-MMMMM-PPPP-FFF.fit
 ) -> SDSSSpectrum:
-    "Reads a spectrum of SDSS data release 8 or later. Raises `MissingInputError` when there is no file, `DamagedFileError` when it is cut off or something else."
-    pixels, found = _tables(Path(path), 2)
+    "Reads a spectrum of any of SDSS's data releases. Raises `MissingInputError` when there is no file, `DamagedFileError` when it is cut off or something else."
+    data = _content(Path(path))
+    if int(_primary_value(data, "NAXIS", 0)) == 2: return _read_spspec(path, data)
+    pixels, found = _tables(data, path, 2)
     absent = {"flux", "loglam", "ivar", "and_mask"} - set(pixels.dtype.names) or \
         {"z", "zwarning", "class", "subclass", "plug_ra", "plug_dec", "plate", "mjd", "fiberid"} - set(found.dtype.names)
     if absent: raise DamagedFileError(f"{path} is no SDSS spectrum: it has no column {', '.join(sorted(absent))}.")
@@ -121,11 +135,119 @@ def read_sdss(
     loglam0 = round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6)
     if not np.allclose(loglam, loglam0 + DLOGLAM*np.arange(len(loglam)), rtol=0, atol=0.05*DLOGLAM):
         raise DamagedFileError(f"{path}: loglam does not run in steps of {DLOGLAM} dex.")
-    first, native = found[0], lambda name, kind: pixels[name].astype(kind)
+    first, native = found[0], lambda name, kind: pixels[name].astype(kind) if name in pixels.dtype.names else None
     text = lambda name: first[name].decode("latin1").strip()
     return SDSSSpectrum(native("flux", np.float32), native("ivar", np.float32), native("and_mask", np.uint32), loglam0,
         float(first["z"]), int(first["zwarning"]), text("class"), text("subclass"), float(first["plug_ra"]), float(first["plug_dec"]),
-        int(first["plate"]), int(first["mjd"]), int(first["fiberid"]))
+        int(first["plate"]), int(first["mjd"]), int(first["fiberid"]), native("or_mask", np.uint32), native("model", np.float32))
+
+# %% ../nbs/04_spectra.ipynb #0eb0cc52
+_SPEC_CLASS = {0: "UNKNOWN", 1: "STAR", 2: "GALAXY", 3: "QSO", 4: "QSO", 5: "SKY", 6: "STAR"}  # SPEC_CLN of data releases 1 to 7
+
+def _primary_value(data:bytes, key:str, default=None) -> str:
+    "A value of the first header, as text."
+    card = b"\0"
+    for start in range(0, len(data), 80):
+        card = data[start:start + 80]
+        if card == _END: break
+        if card.startswith(f"{key:8}=".encode()): return _value(card.decode("latin1"))
+    if default is None: raise KeyError(key)
+    return default
+
+def _read_spspec(path, data:bytes) -> SDSSSpectrum:
+    "A spectrum of data release 7 or earlier."
+    try:
+        number = lambda key, default=None: float(_primary_value(data, key, default))
+        n, n_rows, step = int(number("NAXIS1")), int(number("NAXIS2")), number("COEFF1")
+        start = next(i for i in range(0, len(data), 2880) if any(data[j:j + 80] == _END for j in range(i, i + 2880, 80))) + 2880
+        if number("BITPIX") != -32 or n_rows < 4: raise ValueError(f"an image of {n_rows} rows is no spSpec")
+        if abs(step - DLOGLAM) > 1e-9: raise ValueError(f"its pixels are {step} dex wide")
+        image = np.frombuffer(data, ">f4", n*n_rows, start).reshape(n_rows, n)
+        facts = [number(key) for key in ("Z", "RAOBJ", "DECOBJ", "PLATEID", "MJD", "FIBERID")]
+        kind, warning, loglam0 = _SPEC_CLASS.get(int(number("SPEC_CLN")), "UNKNOWN"), int(number("Z_WARNIN", 0)), number("COEFF0")
+    except (KeyError, ValueError, StopIteration) as error: raise DamagedFileError(f"{path} is no complete spSpec file ({error}).") from None
+    error, mask = image[2], np.nan_to_num(image[3]).astype(np.int64).astype(np.uint32)
+    ivar = np.divide(1, error.astype(float)**2, where=error > 0, out=np.zeros(n)).astype(np.float32)
+    return SDSSSpectrum(image[0].astype(np.float32), ivar, mask, loglam0, facts[0], warning, kind, "", *facts[1:3], *(int(f) for f in facts[3:]), mask,
+        image[4].astype(np.float32) if n_rows > 4 else None)
+
+# %% ../nbs/04_spectra.ipynb #a336d98b
+_META = ("zwarning", "object_class", "subclass", "ra", "dec", "plate", "mjd", "fiberid", "and_mask", "or_mask", "model")
+
+def _flux_unit():
+    from astropy import units
+    return units.Unit(1e-17*units.erg/units.s/units.cm**2/units.AA)
+
+def _to_specutils(spectrum:SDSSSpectrum):
+    from astropy import units
+    from astropy.nddata import InverseVariance
+    from specutils import Spectrum
+    unit = _flux_unit()
+    return Spectrum(flux=spectrum.flux*unit, spectral_axis=spectrum.wavelength*units.AA, uncertainty=InverseVariance(spectrum.ivar/unit**2),
+        mask=~(spectrum.ivar > 0), redshift=spectrum.redshift, meta={name: getattr(spectrum, name) for name in _META})
+
+# %% ../nbs/04_spectra.ipynb #69fe173c
+def from_specutils(
+    spectrum,  # specutils.Spectrum, one-dimensional, on pixels of `DLOGLAM` dex
+) -> SDSSSpectrum:
+    "An `SDSSSpectrum` from a `specutils.Spectrum` with any units of wavelength and flux density. Raises `InvalidInputError` when its pixels are not SDSS's or its units no flux density."
+    from astropy import units
+    from astropy.nddata import InverseVariance
+    try:
+        wavelength = spectrum.spectral_axis.to_value(units.AA, units.spectral())
+        factor = (np.ones(len(wavelength))*spectrum.flux.unit).to_value(_flux_unit(), units.spectral_density(wavelength*units.AA))
+        flux, told = spectrum.flux.value*factor, spectrum.uncertainty
+        with np.errstate(divide="ignore"): ivar = np.ones(len(flux)) if told is None else told.represent_as(InverseVariance).array/factor**2
+    except (units.UnitConversionError, AttributeError, TypeError) as error: raise InvalidInputError(f"This is no spectrum of a flux density ({error}).") from error
+    if flux.ndim != 1: raise InvalidInputError(f"Give one spectrum at a time; the flux has the shape {flux.shape}.")
+    loglam = np.log10(wavelength)
+    if not np.allclose(np.diff(loglam), DLOGLAM, rtol=0, atol=0.05*DLOGLAM): raise InvalidInputError(f"Its pixels are not {DLOGLAM} dex wide; `rebin` takes other ones.")
+    ivar = np.where(np.zeros(len(flux), bool) if spectrum.mask is None else spectrum.mask, 0, np.nan_to_num(ivar))
+    known = dict(zwarning=0, object_class="", subclass="", ra=np.nan, dec=np.nan, plate=0, mjd=0, fiberid=0, and_mask=np.zeros(len(flux), np.uint32)) | \
+        {name: spectrum.meta[name] for name in _META if name in spectrum.meta}
+    return SDSSSpectrum(flux.astype(np.float32), ivar.astype(np.float32), loglam0=round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6),
+        redshift=float(spectrum.redshift.value), **known)
+
+# %% ../nbs/04_spectra.ipynb #f901b345
+EXTINCTION_LAWS = ("F99", "CCM89")
+_R_V, _LAMBDA_R = 3.1, 6165.  # Angstrom, SDSS's r
+
+@lru_cache(maxsize=2)
+def _law(name:str) -> tuple[np.ndarray, np.ndarray]:
+    "log10 of wavelengths (Angstrom) and A/A_V there."
+    if name not in EXTINCTION_LAWS: raise InvalidInputError(f"There is no extinction law {name!r}; choose {' or '.join(EXTINCTION_LAWS)}.")
+    from astropy import units
+    from dust_extinction import parameter_averages
+    loglam = np.arange(3.48, 4.1, 5e-4)
+    return loglam, getattr(parameter_averages, name)(_R_V)(10**loglam*units.AA)
+
+def extinction(
+    loglam,  # log10 of observed wavelengths, Angstrom, 3.48 to 4.1, any shape
+    ebv,  # E(B-V), magnitudes, broadcast with loglam
+    law:str = "F99",  # one of `EXTINCTION_LAWS`
+) -> np.ndarray:
+    "Extinction A(lambda) of the Milky Way, magnitudes, R_V = 3.1. Raises `InvalidInputError` for an unknown law."
+    return np.asarray(ebv)*_R_V*np.interp(loglam, *_law(law))
+
+def galactic_ebv(
+    extinction_r,  # the catalogue's extinction in r, magnitudes
+    law:str = "F99",
+) -> np.ndarray:
+    "E(B-V) for which `law` has this extinction at SDSS's r band."
+    return np.asarray(extinction_r)/extinction(np.log10(_LAMBDA_R), 1., law)
+
+def deredden(
+    flux,  # (N, n) or (n,) observed flux densities
+    ivar,  # the same shape
+    loglam,  # the same shape, or (n,): log10 of the observed wavelengths, Angstrom
+    ebv,  # (N,) or a number, magnitudes
+    law:str = "F99",
+) -> tuple[np.ndarray, np.ndarray]:
+    "Flux and inverse variance without the Milky Way's dust. Raises `InvalidInputError` for a law that is unknown or an E(B-V) that is no number from -0.1 to 10."
+    ebv = np.asarray(ebv, float)
+    if not ((ebv > -0.1) & (ebv < 10)).all(): raise InvalidInputError("E(B-V) must lie between -0.1 and 10 magnitudes. Is it the right column of the catalogue?")
+    factor = 10**(0.4*extinction(loglam, ebv[..., None], law))
+    return flux*factor, ivar/factor**2
 
 # %% ../nbs/04_spectra.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -152,7 +274,7 @@ class LogGrid:
         "Widths in Angstrom, (n_bins,)."
         return np.diff(self.edges)
 
-# %% ../nbs/04_spectra.ipynb #4330d41c
+# %% ../nbs/04_spectra.ipynb #720e7c4c
 @dataclass(frozen=True, eq=False)
 class RebinnedSpectra:
     "N spectra on a common rest-frame grid; NaN where not a single pixel was measured."
@@ -249,59 +371,99 @@ def prepare(
     grid:LogGrid = LogGrid(),
     error:str = "propagated",  # see `rebin`; with "published" the noise spikes, too, are found as published
     bad_bits = (),  # names of SDSS bits whose pixels are discarded, see `mask_bits`
+    ebv = None,  # (N,) E(B-V) of the Milky Way to correct for; None: no correction
+    law:str = "F99",  # of the extinction, see `deredden`
 ) -> RebinnedSpectra:
-    "SDSS spectra on a common rest-frame grid, with the noise spikes among the missing bins."
+    "SDSS spectra on a common rest-frame grid, with the noise spikes among the missing bins. Raises `InvalidInputError` for bits or a law that do not exist."
     n = max(len(s.flux) for s in spectra)
     flux, ivar = np.zeros((2, len(spectra), n), np.float32)
     discard = np.uint32(mask_bits(bad_bits))
     for i, s in enumerate(spectra):
         flux[i, :len(s.flux)], ivar[i, :len(s.flux)] = s.flux, np.where(s.and_mask & discard, 0, s.ivar)
     redshift = [s.redshift for s in spectra] if redshift is None else redshift
-    found = rebin(flux, ivar, np.array([s.loglam0 for s in spectra]), redshift, grid, error=error)
+    first = np.array([s.loglam0 for s in spectra])
+    if ebv is not None: flux, ivar = deredden(flux, ivar, first[:, None] + DLOGLAM*np.arange(n), ebv, law)
+    found = rebin(flux, ivar, first, redshift, grid, error=error)
     return RebinnedSpectra(found.flux, found.error, noise_spikes(found, spare_lines=error != "published"), found.max_native_error)
 
-# %% ../nbs/04_spectra.ipynb #5725d447
-_BLOCK = 512  # rows that are worked on at once: 4 MB of 1000 bins, what a processor's cache holds
+# %% ../nbs/04_spectra.ipynb #e59c1fa1
+_BLOCK, _GPU_BLOCK = 1024, 16_384  # rows that are worked on at once: as many as the chunks of the store have, and as many as keep a GPU busy
+_GPU_WORTHWHILE = 20_000  # smaller samples are done before torch is imported
 
-def _blocks(n:int): return (slice(i, min(i + _BLOCK, n)) for i in range(0, n, _BLOCK))
+class _Source:
+    "Spectra and what is missing of them, arrays in memory or on disk, given out block by block, as doubles, where the computing is done."
+    def __init__(self, flux, missing, rows=None, device=None):
+        self.flux, self.missing, self.rows, self.device, self.xp = flux, missing, rows, device, np
+        self.n = flux.shape[0] if rows is None else int(np.sum(rows))
+        if device is None and self.n >= _GPU_WORTHWHILE:
+            import torch
+            self.device = "cuda" if torch.cuda.is_available() else None
+        if self.device is not None:
+            import torch
+            self.xp = torch
 
-def _checked(flux, missing, n_components:int, norm:str) -> tuple[np.ndarray, np.ndarray]:
-    "The two arrays, or an `InvalidInputError` that names bins or rows."
-    flux, missing = np.atleast_2d(flux), np.atleast_2d(missing)
+    def to(self, values:np.ndarray):
+        values = values if values.dtype == bool else np.asarray(values, float)
+        return values if self.device is None else self.xp.as_tensor(np.ascontiguousarray(values)).to(self.device)
+
+    def back(self, values) -> np.ndarray: return values if self.device is None else values.cpu().numpy()
+
+    def __iter__(self):
+        "Yields positions among the chosen rows (slice), flux with 0 where missing, and missing, both (block, n_bins)."
+        step, done = _BLOCK if self.device is None else _GPU_BLOCK, 0
+        for start in range(0, self.flux.shape[0], step):
+            flux, missing = (np.asarray(a[start:start + step]) for a in (self.flux, self.missing))
+            if self.rows is not None: flux, missing = (a[self.rows[start:start + step]] for a in (flux, missing))
+            if not len(flux): continue
+            missing = self.to(missing)
+            yield slice(done, done + len(flux)), self.xp.where(missing, 0., self.to(flux)), missing
+            done += len(flux)
+
+# %% ../nbs/04_spectra.ipynb #3a941e09
+def _check_shapes(flux, missing, n_components:int, norm:str, rows):
+    "The two arrays (lists become arrays), or an `InvalidInputError`."
+    flux, missing = (a if hasattr(a, "dtype") and a.ndim == 2 else np.atleast_2d(a) for a in (flux, missing))
     if norm not in ("l1", "l2"): raise InvalidInputError(f"norm={norm!r}: choose 'l1' or 'l2'.")
     if flux.ndim != 2 or flux.shape != missing.shape or missing.dtype != bool:
         raise InvalidInputError(f"flux and missing must be matrices of one shape, missing of booleans; got {flux.shape} and {missing.shape} of {missing.dtype}.")
     if not 1 <= n_components < flux.shape[1]: raise InvalidInputError(f"n_components={n_components}: must be from 1 to {flux.shape[1] - 1}.")
-    bad = np.flatnonzero((~np.isfinite(flux) & ~missing).any(1))
-    if len(bad): raise InvalidInputError(f"flux is not finite in bins that are not missing, in {_listed(bad, 'row')}, first in bin "
-        f"{np.flatnonzero(~np.isfinite(flux[bad[0]]) & ~missing[bad[0]])[0]}. Mark such bins as missing.")
-    empty = np.flatnonzero(missing.all(1))
-    if len(empty): raise InvalidInputError(f"All bins are missing in {_listed(empty, 'row')}. Leave such spectra out.")
-    few = np.flatnonzero((~missing).sum(1) < n_components)
-    if len(few): raise InvalidInputError(f"Fewer measured bins than the {n_components} coefficients to fit in {_listed(few, 'row')}. Leave such spectra out.")
-    dark = np.flatnonzero(~(np.where(missing, 0, flux) != 0).any(1))
-    if len(dark): raise InvalidInputError(f"All measured bins are exactly 0 in {_listed(dark, 'row')}: they have no norm. Leave such spectra out.")
+    if rows is not None and (np.shape(rows) != flux.shape[:1] or np.asarray(rows).dtype != bool):
+        raise InvalidInputError(f"rows must be {flux.shape[0]} booleans, one a spectrum; got the shape {np.shape(rows)}.")
     return flux, missing
 
-# %% ../nbs/04_spectra.ipynb #317c97d9
-def _row_norms(x:np.ndarray, norm:str) -> np.ndarray:
-    return np.abs(x).sum(1) if norm == "l1" else np.sqrt(np.einsum("ij,ij->i", x, x))
+def _check_values(source:_Source, n_components:int, norm:str) -> tuple[np.ndarray, np.ndarray]:
+    "First pass: in how many spectra each bin was measured, and sums of |flux| or flux^2 (N). Raises `InvalidInputError` that names rows."
+    named = np.arange(source.n) if source.rows is None else np.flatnonzero(source.rows)
+    counts, own = 0, np.empty(source.n)
+    for rows, flux, missing in source:
+        which, measured = named[rows], (~missing).sum(1)
+        bad = np.flatnonzero(source.back(~source.xp.isfinite(flux)).any(1))
+        if len(bad): raise InvalidInputError(f"flux is not finite in bins that are not missing, in {_listed(which[bad], 'row')}, first in bin "
+            f"{np.flatnonzero(~np.isfinite(source.back(flux[bad[0]])))[0]}. Mark such bins as missing.")
+        own[rows] = source.back((abs(flux) if norm == "l1" else flux**2).sum(1))
+        for wrong, words in ((measured == 0, "All bins are missing in {}. Leave such spectra out."),
+                (measured < n_components, f"Fewer measured bins than the {n_components} coefficients to fit in {{}}. Leave such spectra out."),
+                (source.to(own[rows]) == 0, "All measured bins are exactly 0 in {}: they have no norm. Leave such spectra out.")):
+            if (bad := np.flatnonzero(source.back(wrong))).size: raise InvalidInputError(words.format(_listed(which[bad], "row")))
+        counts = counts + source.back((~missing).sum(0))
+    return counts, own
 
-def _fill_with_mean(flux, missing, n_iter:int, norm:str, mean=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "First part: filled spectra (N, n) float64, the factors that the measured bins were divided by, and the mean (given, or that of the measured bins)."
+# %% ../nbs/04_spectra.ipynb #a748d746
+def _row_norms(x, norm:str): return abs(x).sum(1) if norm == "l1" else (x**2).sum(1)**0.5
+
+def _fill_with_mean(source:_Source, counts, own:np.ndarray, n_iter:int, norm:str) -> tuple[np.ndarray, np.ndarray]:
+    "First part: the numbers (N) that the measured bins are divided by, and the mean of the measured bins (n_bins)."
     power = 1 if norm == "l1" else 2
-    filled, own, learn = np.empty(flux.shape), np.empty(len(flux)), mean is None
-    for rows in _blocks(len(flux)):
-        filled[rows] = np.where(missing[rows], 0, flux[rows])
-        own[rows] = (np.abs(filled[rows])**power).sum(1)
-    # missing bins hold the mean of the turn before, unscaled
-    scale, counts, gap = np.ones(len(flux)), (~missing).sum(0), np.zeros(len(flux))
+    scale, mean = np.ones(source.n), np.zeros(len(counts))
     for _ in range(n_iter):
-        scale = scale/(scale**power*own + gap)**(1/power)
-        if learn: mean = scale @ filled/counts
-        gap = np.concatenate([missing[rows] @ np.abs(mean)**power for rows in _blocks(len(flux))])
-    for rows in _blocks(len(flux)): filled[rows] = np.where(missing[rows], mean, filled[rows]*scale[rows, None])
-    return filled, 1/scale, mean
+        gaps, total = source.to(abs(mean)**power), 0
+        for rows, flux, missing in source:
+            # missing bins hold the mean of the turn before, unscaled
+            gap = source.back(source.xp.where(missing, gaps, 0.).sum(1))
+            scale[rows] = scale[rows]/(scale[rows]**power*own[rows] + gap)**(1/power)
+            total = total + source.back(source.to(scale[rows]) @ flux)
+        mean = total/counts
+    return 1/scale, mean
 
 # %% ../nbs/04_spectra.ipynb #2f50c784
 def _orthonormal(x, against=None):
@@ -314,49 +476,70 @@ def _orthonormal(x, against=None):
         except np.linalg.LinAlgError: x = np.linalg.qr(x)[0]
     return x
 
-def _leading_eigenvectors(x:np.ndarray, mean:np.ndarray, k:int, start:np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    "The `k` largest eigenvalues of (x - mean)^T (x - mean) with their eigenvectors (n, k + some), to continue from."
-    def apply(v):  # centred rows sum to 0, so that subtracting the mean on one side is enough
-        shift, total = mean @ v, 0
-        for rows in _blocks(len(x)): total = total + x[rows].T @ (x[rows] @ v - shift)
-        return total
-    n, width, depth = x.shape[1], k + 6, 4
+def _leading_eigenvectors(matrix:np.ndarray, k:int, start:np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    "The `k` largest eigenvalues of a symmetric matrix with their eigenvectors (n, k + some), to continue from."
+    n, width, depth = len(matrix), k + 6, 4
     if width*depth < n//2:
         v = start if start is not None else _orthonormal(np.random.default_rng(0).standard_normal((n, width)))
         for _ in range(25):
-            basis, images = v, apply(v)
+            basis, images = v, matrix @ v
             for _ in range(depth - 1):
                 block = _orthonormal(images[:, -width:], basis)
-                basis, images = np.hstack([basis, block]), np.hstack([images, apply(block)])
+                basis, images = np.hstack([basis, block]), np.hstack([images, matrix @ block])
             small = basis.T @ images
             values, turn = np.linalg.eigh((small + small.T)/2)
             values, turn = values[::-1][:width], turn[:, ::-1][:, :width]
             v = basis @ turn
             residual = np.linalg.norm((images @ turn - v*values)[:, :k], axis=0).max()
             if residual <= 1e-9*values[0]: return values[:k], _orthonormal(v)
-    values, v = np.linalg.eigh(apply(np.eye(n)))  # small, or hardly distinct eigenvalues: all of them
+    values, v = np.linalg.eigh(matrix)  # small, or hardly distinct eigenvalues: all of them
     return values[::-1][:k], v[:, ::-1][:, :width]
 
-# %% ../nbs/04_spectra.ipynb #832c702c
-def _fit_and_fill(filled:np.ndarray, missing:np.ndarray, mean:np.ndarray, vectors:np.ndarray) -> np.ndarray:
-    "Coefficients (N, k) of `vectors` (k, n) fitted to the measured bins of each row; the missing ones are replaced in place."
+# %% ../nbs/04_spectra.ipynb #083ae3d6
+def _fit_and_fill(xp, x, missing, mean, vectors):
+    "Coefficients (rows, k) of `vectors` (k, n) fitted to the measured bins of normalised spectra, and the completed spectra. Raises `_Undetermined`."
     k = len(vectors)
     upper = np.triu_indices(k)
+    measured = 1.*~missing if xp is np else (~missing).double()
     products = (vectors[upper[0]]*vectors[upper[1]]).T
-    coefficients = np.empty((len(filled), k))
-    for rows in _blocks(len(filled)):
-        measured = (~missing[rows]).astype(float)
-        normal = np.empty((len(measured), k, k))
-        normal[:, upper[0], upper[1]] = normal[:, upper[1], upper[0]] = measured @ products
-        right = (measured*(filled[rows] - mean)) @ vectors.T
-        try: coefficients[rows] = np.linalg.solve(normal, right[..., None])[..., 0]
-        except np.linalg.LinAlgError:
-            bad = rows.start + np.flatnonzero(np.linalg.matrix_rank(normal) < k)
-            raise InvalidInputError(f"The measured bins of {_listed(bad, 'row')} cannot tell the eigenspectra apart. Leave such spectra out.") from None
-        np.copyto(filled[rows], coefficients[rows] @ vectors + mean, where=missing[rows])
-    return coefficients
+    normal = xp.zeros((len(x), k, k), dtype=x.dtype, **({} if xp is np else dict(device=x.device)))
+    normal[:, upper[0], upper[1]] = normal[:, upper[1], upper[0]] = measured @ products
+    right = (x - mean*measured) @ vectors.T
+    try: coefficients = xp.linalg.solve(normal, right[..., None])[..., 0]
+    except (np.linalg.LinAlgError, RuntimeError):
+        ranks = np.linalg.matrix_rank(normal if xp is np else normal.cpu().numpy())
+        raise _Undetermined(np.flatnonzero(ranks < k)) from None
+    return coefficients, xp.where(missing, coefficients @ vectors + mean, x)
 
-# %% ../nbs/04_spectra.ipynb #46376598
+class _Undetermined(Exception):
+    "Positions in a block of spectra whose measured bins cannot tell the eigenspectra apart."
+
+# %% ../nbs/04_spectra.ipynb #4f08c60c
+def _one_turn(source:_Source, norms:np.ndarray, mean:np.ndarray, vectors:np.ndarray | None, norm:str) -> tuple[np.ndarray, np.ndarray]:
+    "Completes all spectra (by the mean, or by eigenvectors), normalises them, adding to `norms`, and returns their mean and covariance sums."
+    xp, n_bins = source.xp, len(mean)
+    centre, v = source.to(mean), None if vectors is None else source.to(vectors)
+    total, squares = np.zeros(n_bins), source.to(np.zeros((n_bins, n_bins)))
+    for rows, flux, missing in source:
+        x = flux/source.to(norms[rows])[:, None]
+        if v is None: x = xp.where(missing, centre, x)
+        else: _, x = _determined(source, rows, x, missing, centre, v)
+        length = _row_norms(x, norm)
+        x = x/length[:, None] - centre
+        norms[rows] *= source.back(length)
+        total += source.back(x.sum(0))
+        squares += x.T @ x
+    shift = total/source.n
+    return mean + shift, source.back(squares) - source.n*np.outer(shift, shift)
+
+def _determined(source:_Source, rows:slice, x, missing, mean, vectors):
+    "`_fit_and_fill`, with an error that names the rows."
+    try: return _fit_and_fill(source.xp, x, missing, mean, vectors)
+    except _Undetermined as undetermined:
+        bad = (np.arange(source.n) if source.rows is None else np.flatnonzero(source.rows))[rows.start + undetermined.args[0]]
+        raise InvalidInputError(f"The measured bins of {_listed(bad, 'row')} cannot tell the eigenspectra apart. Leave such spectra out.") from None
+
+# %% ../nbs/04_spectra.ipynb #4330d41c
 @dataclass(frozen=True, eq=False)
 class SpectrumBasis:
     "What `fill` needs to complete a spectrum."
@@ -392,54 +575,75 @@ class FilledSpectra:
     @property
     def eigenvalues(self) -> np.ndarray: return self.basis.eigenvalues
 
+# %% ../nbs/04_spectra.ipynb #3e09bb63
+def _fit_basis(source:_Source, n_components:int, n_iter:int, norm:str, progress:bool) -> tuple[SpectrumBasis, np.ndarray]:
+    "The basis and the norms (N) of the spectra that it was fitted on."
+    counts, own = _check_values(source, n_components, norm)
+    nowhere = np.flatnonzero(counts == 0)
+    if len(nowhere): raise InvalidInputError(f"No spectrum has {_listed(nowhere, 'bin')}. Add spectra of other redshifts or take a shorter grid.")
+    if source.n <= n_components: raise InvalidInputError(f"{source.n} spectra are too few for {n_components} eigenvectors.")
+    norms, mean = _fill_with_mean(source, counts, own, n_iter, norm)
+    vectors = None
+    for _ in tqdm(range(n_iter), "iterative PCA", disable=not progress):
+        mean, covariance = _one_turn(source, norms, mean, None if vectors is None else vectors[:, :n_components].T, norm)
+        values, vectors = _leading_eigenvectors(covariance, n_components, vectors)
+    leading = vectors[:, :n_components].T
+    sign = np.sign(np.take_along_axis(leading, np.abs(leading).argmax(1)[:, None], 1))  # an eigenvector's sign is free: largest element positive
+    return SpectrumBasis(mean, sign*leading, np.sqrt(np.maximum(values, 0)), n_iter, norm, source.n), norms
+
+def _complete(source:_Source, norms:np.ndarray, basis:SpectrumBasis, out) -> np.ndarray:
+    "Writes the completed, normalised spectra to `out` and returns the coefficients (N, k)."
+    coefficients, mean, vectors = np.empty((source.n, len(basis.eigenvectors))), source.to(basis.mean), source.to(basis.eigenvectors)
+    for rows, flux, missing in source:
+        found, x = _determined(source, rows, flux/source.to(norms[rows])[:, None], missing, mean, vectors)
+        coefficients[rows], out[rows] = source.back(found), source.back(x)
+    return coefficients
+
 # %% ../nbs/04_spectra.ipynb #89f9e150
 def iterative_pca(
-    flux,  # (N, n_bins) spectra; what stands in missing bins does not matter
+    flux,  # (N, n_bins) spectra, in memory or on disk (Zarr, numpy.memmap); what stands in missing bins does not matter
     missing,  # (N, n_bins) bool
     n_components:int = 10,  # eigenvectors to fill with
     n_iter:int = 20,  # turns of filling with the mean, and turns of filling with eigenvectors
     norm:str = "l2",  # of a spectrum: "l2" or "l1"
     progress:bool = False,  # show a progress bar
+    rows = None,  # (N,) bool: the spectra to take, e.g. those of the training split; None: all
+    device:str | None = None,  # torch's name of a device; None: a GPU if there is one and the sample is large, numpy otherwise
+    out = None,  # array (number of rows, n_bins), e.g. on disk, for the normalised spectra; None: one in memory
 ) -> FilledSpectra:
-    "Eigenspectra of incomplete spectra, and the spectra completed with them: the recipe of Portillo et al. (2020, section 2). Raises `InvalidInputError` that names rows or bins for a bin that no spectrum has, an empty spectrum, or NaN."
-    flux, missing = _checked(flux, missing, n_components, norm)
-    nowhere = np.flatnonzero(missing.all(0))
-    if len(nowhere): raise InvalidInputError(f"No spectrum has {_listed(nowhere, 'bin')}. Add spectra of other redshifts or take a shorter grid.")
-    if len(flux) <= n_components: raise InvalidInputError(f"{len(flux)} spectra are too few for {n_components} eigenvectors.")
-    filled, norms, mean = _fill_with_mean(flux, missing, n_iter, norm)
-    vectors = None
-    for _ in tqdm(range(n_iter), "iterative PCA", disable=not progress):
-        total = 0
-        for rows in _blocks(len(filled)):
-            length = _row_norms(filled[rows], norm)
-            filled[rows] /= length[:, None]
-            norms[rows] *= length
-            total = total + filled[rows].sum(0)
-        mean = total/len(filled)
-        values, vectors = _leading_eigenvectors(filled, mean, n_components, vectors)
-        leading = vectors[:, :n_components].T
-        coefficients = _fit_and_fill(filled, missing, mean, leading)
-    sign = np.sign(np.take_along_axis(leading, np.abs(leading).argmax(1)[:, None], 1))  # an eigenvector's sign is free: largest element positive
-    basis = SpectrumBasis(mean, sign*leading, np.sqrt(np.maximum(values, 0)), n_iter, norm, len(filled))
-    return FilledSpectra(filled, norms, coefficients*sign[:, 0], basis)
+    "Eigenspectra of incomplete spectra, and the spectra completed with them: the recipe of Portillo et al. (2020, section 2). Beside the result, memory does not grow with N. Raises `InvalidInputError` that names rows or bins for a bin that no spectrum has, an empty spectrum, or NaN."
+    source = _Source(*_check_shapes(flux, missing, n_components, norm, rows), rows, device)
+    basis, norms = _fit_basis(source, n_components, n_iter, norm, progress)
+    out = np.empty((source.n, len(basis.mean))) if out is None else out
+    return FilledSpectra(out, norms, _complete(source, norms, basis, out), basis)
 
 # %% ../nbs/04_spectra.ipynb #6780dd03
 def fill(
-    flux,  # (N, n_bins) spectra
+    flux,  # (N, n_bins) spectra, in memory or on disk
     missing,  # (N, n_bins) bool
     basis:SpectrumBasis | FilledSpectra,  # of `iterative_pca`, on other spectra
+    rows = None,  # (N,) bool: the spectra to complete; None: all
+    device:str | None = None,  # as for `iterative_pca`
+    out = None,  # array (number of rows, n_bins) for the normalised spectra; None: one in memory
 ) -> FilledSpectra:
     "Completes and normalises spectra with a basis that was fitted on others. Raises `InvalidInputError` as `iterative_pca` does."
     basis = getattr(basis, "basis", basis)
-    flux, missing = _checked(flux, missing, len(basis.eigenvectors), basis.norm)
+    source = _Source(*_check_shapes(flux, missing, len(basis.eigenvectors), basis.norm, rows), rows, device)
     if flux.shape[1] != len(basis.mean): raise InvalidInputError(f"The spectra have {flux.shape[1]} bins, the basis has {len(basis.mean)}.")
-    filled, norms, _ = _fill_with_mean(flux, missing, basis.n_iter, basis.norm, basis.mean)
-    for _ in range(basis.n_iter):
-        length = _row_norms(filled, basis.norm)
-        filled /= length[:, None]
-        norms *= length
-        coefficients = _fit_and_fill(filled, missing, basis.mean, basis.eigenvectors)
-    return FilledSpectra(filled, norms, coefficients, basis)
+    _, own = _check_values(source, len(basis.eigenvectors), basis.norm)
+    norms, out = np.empty(source.n), np.empty((source.n, len(basis.mean))) if out is None else out
+    power, mean, vectors = 1 if basis.norm == "l1" else 2, source.to(basis.mean), source.to(basis.eigenvectors)
+    for block, flux, missing in source:
+        scale, gap = 1, source.back(source.xp.where(missing, abs(mean)**power, 0.).sum(1))
+        # the first time, a gap holds nothing
+        for turn in range(basis.n_iter): scale = scale/(scale**power*own[block] + (gap if turn else 0))**(1/power)
+        x = source.xp.where(missing, mean, flux*source.to(scale)[:, None])
+        for _ in range(basis.n_iter):
+            length = _row_norms(x, basis.norm)[:, None]
+            _, x = _determined(source, block, source.xp.where(missing, 0., x/length), missing, mean, vectors)
+            scale = scale/source.back(length[:, 0])
+        norms[block] = 1/scale
+    return FilledSpectra(out, norms, _complete(source, norms, basis, out), basis)
 
 # %% ../nbs/04_spectra.ipynb #3a05e27f
 def spectrum_file(
@@ -452,7 +656,7 @@ def spectrum_file(
     return Path(folder)/f"spec-{plate:04d}-{mjd:05d}-{fiberid:04d}.fits"
 
 def prepare_files(
-    catalogue,  # table with plate, mjd, fiberid, redshift
+    catalogue,  # table with plate, mjd, fiberid, redshift, and extinction_r if that is to be corrected
     folder,  # of the files
     parameters:SpectraParameters,
 ) -> tuple[RebinnedSpectra | None, np.ndarray, list[str]]:
@@ -466,7 +670,8 @@ def prepare_files(
             except MissingInputError: reasons.append("no file")
             except DamagedFileError: reasons.append("damaged file")
     if not spectra: return None, np.array([], int), reasons
-    made = prepare(spectra, catalogue["redshift"].to_numpy()[rows], grid, parameters.error)
+    ebv = None if parameters.extinction == "none" else galactic_ebv(catalogue["extinction_r"].to_numpy()[rows], parameters.extinction)
+    made = prepare(spectra, catalogue["redshift"].to_numpy()[rows], grid, parameters.error, parameters.bad_bits, ebv, parameters.extinction)
     usable = made.missing.mean(1) <= parameters.max_missing
     reasons += [f"more than {parameters.max_missing:.0%} of the bins missing"]*int((~usable).sum())
     kept = RebinnedSpectra(made.flux[usable], made.error[usable], made.missing[usable], made.max_native_error[usable])
@@ -484,6 +689,8 @@ def build_store(
     "Makes the store of rest-frame spectra (see `SpectraStore`) and returns how many rows were left out, by reason. Raises `InvalidInputError` when no training spectrum is left."
     import zarr
     columns = dict(flux="f4", error="f4", missing="?", filled="f4")
+    if parameters.extinction != "none" and "extinction_r" not in catalogue:
+        raise InvalidInputError(f"The catalogue has no column extinction_r, which the correction for dust ({parameters.extinction}) needs; set spectra.extinction=none.")
     listed = catalogue[catalogue["has_spectrum"].to_numpy(bool)].reset_index(drop=True)
     left_out = Counter({"no spectrum": len(catalogue) - len(listed)} if len(catalogue) > len(listed) else {})
     with atomic_path(path) as part:
@@ -508,25 +715,26 @@ def _fit_store(group, catalogue, parameters:SpectraParameters, progress:bool):
     train = catalogue["split"].to_numpy() == "train"
     if not train.any(): raise InvalidInputError("No spectrum of the training split could be used, so that there is nothing to fit the eigenspectra on.")
     flux, missing, norm = group["flux"], group["missing"], np.empty(len(train))
-    fit = iterative_pca(flux[:][train], missing[:][train], parameters.n_components, parameters.n_iter, progress=progress)
-    position = np.cumsum(train) - 1
+    basis, norm[train] = _fit_basis(_Source(flux, missing, train), parameters.n_components, parameters.n_iter, "l2", progress)
     for start in range(0, len(train), 1024):
-        rows = np.arange(start, min(start + 1024, len(train)))
-        own, other = rows[train[rows]], rows[~train[rows]]
-        block = np.empty((len(rows), parameters.n_bins), np.float32)
-        block[own - start], norm[own] = fit.normalised[position[own]], fit.norms[position[own]]
-        if len(other):
-            told = fill(flux[start:start + 1024][other - start], missing[start:start + 1024][other - start], fit)
-            block[other - start], norm[other] = told.normalised, told.norms
-        group["filled"][start:start + len(rows)] = block
+        rows = slice(start, start + 1024)
+        block, own, x, gaps = np.empty((len(train[rows]), parameters.n_bins)), train[rows], flux[rows], missing[rows]
+        if own.any():
+            made = np.empty((own.sum(), parameters.n_bins))
+            _complete(_Source(x, gaps, own), norm[rows][own], basis, made)
+            block[own] = made
+        if not own.all():
+            told = fill(x, gaps, basis, ~own)
+            block[~own], norm[rows][~own] = told.normalised, told.norms
+        group["filled"][rows] = block
     grid = LogGrid(parameters.n_bins, parameters.loglam0, parameters.dloglam)
     small = dict(wavelength=grid.wavelength, specobjid=catalogue["specobjid"].to_numpy(np.uint64), redshift=catalogue["redshift"].to_numpy(float),
-        norm=norm, mean=fit.mean, eigenvectors=fit.eigenvectors, eigenvalues=fit.eigenvalues)
+        norm=norm, mean=basis.mean, eigenvectors=basis.eigenvectors, eigenvalues=basis.eigenvalues)
     for name, values in small.items(): group.create_array(name, data=values)
     group.attrs.update(wavelength_unit="Angstrom, vacuum, rest frame", flux_unit="1e-17 erg/s/cm2/Angstrom", error=parameters.error,
-        loglam0=parameters.loglam0, dloglam=parameters.dloglam, n_iter=parameters.n_iter, n_fitted=int(train.sum()))
+        bad_bits=list(parameters.bad_bits), extinction=parameters.extinction, loglam0=parameters.loglam0, dloglam=parameters.dloglam, n_iter=parameters.n_iter, n_fitted=int(train.sum()))
 
-# %% ../nbs/04_spectra.ipynb #1f77135a
+# %% ../nbs/04_spectra.ipynb #46376598
 @dataclass(frozen=True, eq=False)
 class SpectraStore:
     "The arrays of a store of N rest-frame spectra; fluxes and errors in 1e-17 erg/s/cm2/Angstrom, NaN where nothing was measured."

@@ -5,8 +5,8 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpectraParameters
-from specpred.spectra import (LogGrid, RebinnedSpectra, build_store, fill, iterative_pca, load_store, mask_bits, noise_spikes, prepare, read_sdss,
-    rebin, to_rest_frame)
+from specpred.spectra import (DLOGLAM, LogGrid, RebinnedSpectra, SDSSSpectrum, build_store, deredden, extinction, fill, from_specutils, galactic_ebv, iterative_pca,
+    load_store, mask_bits, noise_spikes, prepare, read_sdss, rebin, to_rest_frame)
 
 REFERENCE = Path(__file__).parent/"reference"
 
@@ -192,6 +192,45 @@ def test_fill_completes_others_as_the_fit_would_have():
     np.testing.assert_allclose(fill(complete[:5], missing[:5], fitted).normalised, fitted.normalised[:5], rtol=1e-3)
 
 
+def galaxy_like(n, bins=300, seed=4):
+    rng = np.random.default_rng(seed)
+    shapes = np.cumsum(rng.standard_normal((8, bins)), 1)/20
+    flux = (4 + rng.standard_normal((n, 8))*0.8**np.arange(8) @ shapes + 0.05*rng.standard_normal((n, bins)))*rng.lognormal(0, 1, (n, 1))
+    return flux.astype(np.float32), np.arange(bins) < rng.integers(0, bins//3, (n, 1))
+
+
+@pytest.mark.parametrize("kind", ["memmap", "zarr", "torch on the cpu"])
+def test_pca_does_not_depend_on_where_spectra_lie_or_are_computed(tmp_path, kind):
+    import zarr
+    x, missing = galaxy_like(2600)  # three blocks
+    chosen = np.random.default_rng(5).random(len(x)) < 0.8
+    here = iterative_pca(x[chosen], missing[chosen], 5, 8)
+    arguments = dict(rows=chosen)
+    if kind == "memmap":
+        flux, gaps = np.memmap(tmp_path/"flux", np.float32, "w+", shape=x.shape), np.memmap(tmp_path/"missing", bool, "w+", shape=x.shape)
+        arguments["out"] = np.memmap(tmp_path/"out", np.float64, "w+", shape=(chosen.sum(), x.shape[1]))
+    elif kind == "zarr":
+        group = zarr.open_group(tmp_path/"store.zarr", mode="w")
+        flux, gaps = (group.create_array(name, shape=x.shape, chunks=(1024, 300), dtype=a.dtype) for name, a in (("flux", x), ("missing", missing)))
+        arguments["out"] = group.create_array("out", shape=(int(chosen.sum()), 300), chunks=(1024, 300), dtype="f8")
+    else: flux, gaps, arguments["device"] = x, missing, "cpu"
+    if kind != "torch on the cpu": flux[:], gaps[:] = x, missing
+    there = iterative_pca(flux, gaps, 5, 8, **arguments)
+    for name in ("normalised", "norms", "coefficients", "mean", "eigenvectors", "eigenvalues"):
+        np.testing.assert_allclose(getattr(there, name)[:], getattr(here, name), rtol=1e-8, atol=1e-9, err_msg=name)
+    told = fill(flux, gaps, there, rows=~chosen, device=arguments.get("device"))
+    np.testing.assert_allclose(told.normalised, fill(x[~chosen], missing[~chosen], here).normalised, rtol=1e-7)
+
+
+def test_pca_names_rows_of_the_whole_table():
+    x, missing = galaxy_like(60)
+    rows = np.arange(60) >= 20
+    x[41, 299] = np.nan
+    with pytest.raises(InvalidInputError, match="row 41, first in bin 299"): iterative_pca(x, missing, 3, 2, rows=rows)
+    for bad in (rows[:30], np.arange(60)):
+        with pytest.raises(InvalidInputError, match="booleans"): iterative_pca(x, missing, 3, 2, rows=bad)
+
+
 def good_sample(n=40, bins=60):
     rng = np.random.default_rng(3)
     return 3 + rng.standard_normal((n, 2)) @ np.cumsum(rng.standard_normal((2, bins)), 1)/10 + 0.01*rng.standard_normal((n, bins)), np.zeros((n, bins), bool)
@@ -220,6 +259,107 @@ def test_pca_refuses_shapes_and_numbers():
 def test_mask_bits_by_name():
     assert mask_bits(["NODATA", "BRIGHTSKY"]) == 2**24 | 2**23
     with pytest.raises(InvalidInputError, match="NODATUM"): mask_bits(["NODATUM"])
+
+
+def some_spectrum(n=3000, seed=6):
+    rng = np.random.default_rng(seed)
+    ivar = np.where(rng.random(n) < 0.02, 0, rng.uniform(0.5, 2, n))
+    bits = np.where(ivar == 0, mask_bits(["NODATA"]), 0).astype(np.uint32)
+    return SDSSSpectrum(rng.normal(10, 3, n).astype(np.float32), ivar.astype(np.float32), bits, 3.5812, 0.1234, 0, "GALAXY", "STARFORMING", 150.1, 2.2, 266, 51602, 17,
+        bits | mask_bits(["BRIGHTSKY"]), rng.normal(10, 1, n).astype(np.float32))
+
+
+def write_spspec(path, spectrum, n_rows=5, **cards):
+    from astropy.io import fits
+    error = np.where(spectrum.ivar > 0, np.maximum(spectrum.ivar, 1e-9)**-0.5, 0)
+    hdu = fits.PrimaryHDU(np.stack([spectrum.flux, 0*error, error, spectrum.and_mask, spectrum.model])[:n_rows].astype(np.float32))
+    hdu.header.update(dict(COEFF0=spectrum.loglam0, COEFF1=1e-4, Z=spectrum.redshift, RAOBJ=150.1, DECOBJ=2.2, PLATEID=266, MJD=51602, FIBERID=17, SPEC_CLN=2) | cards)
+    hdu.writeto(path)
+
+
+def test_files_of_the_old_layout(tmp_path):
+    spectrum = some_spectrum()
+    for n_rows in (4, 5):
+        write_spspec(tmp_path/f"spSpec-51602-0266-01{n_rows}.fit", spectrum, n_rows)
+        found = read_sdss(tmp_path/f"spSpec-51602-0266-01{n_rows}.fit")
+        np.testing.assert_array_equal(found.flux, spectrum.flux)
+        np.testing.assert_allclose(found.ivar, spectrum.ivar, rtol=1e-5)
+        np.testing.assert_array_equal(found.and_mask, spectrum.and_mask)
+        assert (found.model is None) == (n_rows == 4)
+        assert (found.loglam0, found.redshift, found.object_class, found.plate, found.mjd, found.fiberid, found.ra, found.dec) == (3.5812, 0.1234, "GALAXY", 266, 51602, 17, 150.1, 2.2)
+    whole = (tmp_path/"spSpec-51602-0266-015.fit").read_bytes()
+    (tmp_path/"cut.fit").write_bytes(whole[:20_000])
+    write_spspec(tmp_path/"coarse.fit", spectrum, COEFF1=2e-4)
+    write_spspec(tmp_path/"rows.fit", spectrum, 2)
+    write_spspec(tmp_path/"nan.fit", spectrum, Z="unknown")
+    for name in ("cut", "coarse", "rows", "nan"):
+        with pytest.raises(DamagedFileError): read_sdss(tmp_path/f"{name}.fit")
+
+
+def test_there_and_back_to_specutils():
+    from astropy import units as u
+    from astropy.nddata import StdDevUncertainty
+    from specutils import Spectrum
+    spectrum = some_spectrum()
+    theirs = spectrum.to_specutils()
+    assert theirs.flux.unit.is_equivalent(u.erg/u.s/u.cm**2/u.AA) and (theirs.mask == (spectrum.ivar == 0)).all()
+    np.testing.assert_allclose(theirs.spectral_axis.to_value(u.nm)*10, spectrum.wavelength)
+    back = from_specutils(theirs)
+    for name in SDSSSpectrum.__dataclass_fields__: np.testing.assert_allclose(getattr(back, name), getattr(spectrum, name), rtol=1e-6) if not isinstance(getattr(back, name), str) \
+        else (getattr(back, name) == getattr(spectrum, name))
+    plain = Spectrum(flux=np.array([1., 0, 2])*u.Jy, spectral_axis=6000*10**(DLOGLAM*np.arange(3))*u.AA, uncertainty=StdDevUncertainty([0.1, 0.2, 0.1]*u.Jy))
+    found = from_specutils(plain)
+    per_jansky = 1e17*1e-23*2.99792458e18/6000**2
+    np.testing.assert_allclose(found.flux[0], per_jansky, rtol=1e-4), np.testing.assert_allclose(found.ivar[0], (0.1*per_jansky)**-2, rtol=1e-4)
+    assert found.flux[1] == 0 and found.redshift == 0
+
+
+def test_specutils_spectra_that_are_none_of_sdss():
+    from astropy import units as u
+    from specutils import Spectrum
+    linear = Spectrum(flux=np.ones(50)*u.Jy, spectral_axis=np.linspace(5000, 6000, 50)*u.AA)
+    counts = Spectrum(flux=np.ones(50)*u.count, spectral_axis=6000*10**(DLOGLAM*np.arange(50))*u.AA)
+    for wrong in (linear, counts, 17):
+        with pytest.raises(InvalidInputError): from_specutils(wrong)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(["F99", "CCM89"]), st.floats(0, 1), seeds)
+def test_dust_is_undone_and_signal_to_noise_stays(law, ebv, seed):
+    rng = np.random.default_rng(seed)
+    flux, ivar, loglam = rng.normal(5, 1, (3, 3800)), rng.uniform(0, 2, (3, 3800)), 3.58 + 1e-4*np.arange(3800)
+    clean, surer = deredden(flux*10**(-0.4*extinction(loglam, ebv, law)), ivar, loglam, [ebv]*3, law)
+    np.testing.assert_allclose(clean, flux, rtol=1e-10)
+    np.testing.assert_allclose(clean**2*surer, (flux*10**(-0.4*extinction(loglam, ebv, law)))**2*ivar, rtol=1e-10)
+    assert np.all(np.diff(extinction(loglam, 1., law)) < 0)  # blue light loses more
+    assert extinction(np.log10(6165.), galactic_ebv(0.1, law), law) == pytest.approx(0.1)
+
+
+def test_the_law_is_the_mocks_own():
+    from specpred.mock_survey import milky_way_curve
+    loglam = np.linspace(3.585, 3.96, 200)
+    np.testing.assert_allclose(extinction(loglam, 0.2, "CCM89"), 0.2*milky_way_curve(10**loglam), atol=0.002)
+
+
+@pytest.mark.parametrize("arguments", [dict(law="SMC"), dict(ebv=np.nan), dict(ebv=-1.), dict(ebv=30.)])
+def test_deredden_refuses(arguments):
+    with pytest.raises(InvalidInputError): deredden(**(dict(flux=np.ones(10), ivar=np.ones(10), loglam=np.full(10, 3.7), ebv=0.1) | arguments))
+
+
+def test_bits_and_dust_of_a_profile_enter_the_store(tmp_path):
+    from specpred.config import get_profile
+    assert get_profile("paper").spectra.extinction == "none"
+    flagged = some_spectrum()
+    flagged.and_mask[1000:1040] |= mask_bits(["BRIGHTSKY"])
+    kept, discarded = prepare([flagged]), prepare([flagged], bad_bits=("BRIGHTSKY",))
+    assert discarded.missing.sum() > kept.missing.sum() + 5
+    brighter = prepare([flagged], ebv=np.array([0.1]))
+    good = ~kept.missing
+    ratio = brighter.flux[good]/kept.flux[good]
+    assert (ratio > 1.15).all() and ratio.max() < 1.6
+    table = pd.DataFrame(dict(specobjid=np.array([1], np.uint64), plate=1, mjd=50000, fiberid=1, redshift=0.1, has_spectrum=True, split="train"))
+    with pytest.raises(InvalidInputError, match="extinction_r"):
+        build_store(table, tmp_path, tmp_path/"spectra.zarr", get_profile("smoke", ["spectra.extinction=F99"]).spectra, progress=False)
 
 
 def test_missing_and_damaged_files(tmp_path):

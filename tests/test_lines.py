@@ -1,0 +1,172 @@
+"specpred.lines: fluxes, widths and indices that are known beforehand, and SDSS's own measurements of real spectra."
+import numpy as np, pytest
+from scipy.ndimage import gaussian_filter1d
+from hypothesis import given, settings, strategies as st
+
+from specpred.config import InvalidInputError
+from specpred.lines import LINES, air_to_vacuum, dn4000, fit_lines, hdelta_a, line_profiles, measure_spectra, stellar_continuum
+from specpred.spectra import DLOGLAM, LogGrid, prepare, read_sdss, rebin
+
+GRID = LogGrid()
+N_NATIVE = 4300
+COMPONENTS = dict(oii_a=3727.092, oii_b=3729.875, hbeta=4862.683, oiii_5007=5008.240, oiii_4960=4960.295, halpha=6564.614, nii_6584=6585.268,
+    nii_6550=6549.859, sii_a=6718.294, sii_b=6732.678)
+
+
+def native_lines(fluxes, sigma, loglam0, n=N_NATIVE):
+    "Observed lines (rest-frame wavelengths and fluxes) on SDSS's pixels, with the ratios of the doublets that atomic physics fixes."
+    edges = loglam0 + DLOGLAM*(np.arange(n + 1) - 0.5)
+    fluxes = fluxes | dict(oiii_4960=fluxes["oiii_5007"]/2.98, nii_6550=fluxes["nii_6584"]/3.05)
+    return sum(flux*line_profiles(edges[None], ((COMPONENTS[name], 1),), sigma)[0] for name, flux in fluxes.items())
+
+
+fluxes = st.fixed_dictionaries({name: st.floats(5, 500) for name in ("oii_a", "oii_b", "hbeta", "oiii_5007", "halpha", "nii_6584", "sii_a", "sii_b")})
+
+
+@settings(max_examples=25, deadline=None)
+@given(fluxes, st.floats(75, 300), st.floats(3.5125, 3.5135), st.floats(0.02, 0.3))
+def test_fluxes_and_widths_are_found_on_native_pixels_and_on_the_grid(given_fluxes, sigma, loglam0, z):
+    level = 10.
+    native = level + native_lines(given_fluxes, sigma, loglam0)
+    binned = rebin(native, None, loglam0, 0.)
+    truth = dict(oii_3727=given_fluxes["oii_a"] + given_fluxes["oii_b"], sii_6717_31=given_fluxes["sii_a"] + given_fluxes["sii_b"]) | \
+        {name: given_fluxes[name] for name in ("hbeta", "oiii_5007", "halpha", "nii_6584")}
+    for flux, error, start, step in ((native[None], np.full((1, N_NATIVE), 0.1), loglam0, DLOGLAM), (binned.flux, np.full((1, 1000), 0.05), GRID.loglam0, GRID.dloglam)):
+        found = fit_lines(flux, error, start, step, redshift=z).iloc[0]
+        # [O II] and Hα with [N II] share bins, so that their sum is what a bin's integral fixes
+        tolerance = 0.02*sum(truth.values())/6
+        for name, value in truth.items():
+            assert found[f"{name}_flux"] == pytest.approx(value*(1 + z), abs=tolerance + 0.02*value), name
+            assert found[f"{name}_ew"] == pytest.approx(value/level, abs=(tolerance + 0.02*value)/level*1.05), name
+        # one width for all lines
+        assert found.sigma == pytest.approx(sigma, rel=0.15 if step > DLOGLAM else 0.05)
+
+
+def test_spectra_do_not_see_each_other():
+    rng = np.random.default_rng(0)
+    starts = rng.uniform(3.512, 3.514, 5)
+    flux = 10 + np.stack([native_lines({name: rng.uniform(5, 200) for name in ("oii_a", "hbeta", "oiii_5007", "halpha", "nii_6584")}, 120, s) for s in starts])
+    flux += rng.standard_normal(flux.shape)
+    error, missing = np.ones(flux.shape), rng.random(flux.shape) < 0.05
+    together = measure_spectra(flux, error, starts, DLOGLAM, missing)
+    for i in range(5):
+        alone = measure_spectra(flux[i], error[i], starts[i], DLOGLAM, missing[i])
+        np.testing.assert_allclose(alone.iloc[0], together.iloc[i], rtol=1e-6, atol=1e-8)
+
+
+def test_a_line_that_was_not_measured_is_nan_and_harms_nobody():
+    rng = np.random.default_rng(1)
+    flux = rebin(5 + native_lines(dict(oii_a=50, oii_b=60, hbeta=40, oiii_5007=90, halpha=200, nii_6584=70, sii_a=30, sii_b=25), 110, 3.513), None, 3.513, 0.).flux
+    flux = flux + 0.05*rng.standard_normal((50, 1000))
+    error, missing = np.full(flux.shape, 0.05), np.zeros(flux.shape, bool)
+    missing[:, np.abs(GRID.wavelength - 5008.24) < 9] = True
+    flux[:, np.abs(GRID.wavelength - 5008.24) < 9] = 1e6
+    found, whole = fit_lines(flux, error, missing=missing), fit_lines(flux, error, missing=np.zeros(flux.shape, bool))
+    assert found.oiii_5007_flux.isna().all() and found.oiii_5007_flux_err.isna().all() and whole.oiii_5007_flux.notna().all()
+    for name, value in dict(hbeta=40, halpha=200, nii_6584=70, oii_3727=110, sii_6717_31=55).items():
+        assert found[f"{name}_flux"].mean() == pytest.approx(value, abs=3*found[f"{name}_flux_err"].mean()/np.sqrt(50) + 0.01*value)
+    red_end = missing.copy()
+    red_end[:, GRID.wavelength > 6400] = True
+    assert fit_lines(flux, error, missing=red_end)[[f"{n}_flux" for n in ("halpha", "nii_6584", "sii_6717_31")]].isna().all(axis=None)
+
+
+def test_errors_are_the_scatter_also_without_errors_given():
+    rng = np.random.default_rng(2)
+    flux = 5 + rng.standard_normal((800, 1000))*0.3
+    flux += rebin(native_lines(dict(oii_a=10, oii_b=12, hbeta=20, oiii_5007=30, halpha=60, nii_6584=20, sii_a=12, sii_b=10), 110, 3.513), None, 3.513, 0.).flux
+    told, untold = fit_lines(flux, np.full(flux.shape, 0.3)), fit_lines(flux)
+    for name in LINES:
+        scatter = told[f"{name}_flux"].std()
+        assert told[f"{name}_flux_err"].mean() == pytest.approx(scatter, rel=0.25)
+        assert untold[f"{name}_flux_err"].mean() == pytest.approx(told[f"{name}_flux_err"].mean(), rel=0.25)
+    assert np.isnan(dn4000(flux)[1]).all() and np.isnan(hdelta_a(flux)[1]).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(-4, 4), st.floats(0.1, 1e3))
+def test_the_break_of_a_power_law_is_the_integral(slope, level):
+    # mean F_nu between two wavelengths of F_lambda = lambda^slope
+    def mean(lo, hi): return (hi**(slope + 3) - lo**(slope + 3))/(slope + 3)/(hi - lo)
+    if abs(slope + 3) < 1e-3: return
+    expected = mean(*air_to_vacuum([4000., 4100.])/4000)/mean(*air_to_vacuum([3850., 3950.])/4000)
+    index, _ = dn4000(level*(GRID.wavelength[None]/4000)**slope)
+    assert index[0] == pytest.approx(expected, rel=3e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(1, 100), st.floats(-2, 2), st.floats(0.1, 8))
+def test_hdelta_is_the_area_below_the_line(level, slope, width):
+    continuum = level*(1 + slope*(GRID.wavelength/4100 - 1))[None]
+    x0 = air_to_vacuum(4102.)
+    edges = (GRID.loglam0 + GRID.dloglam*(np.arange(1001) - 0.5))[None]
+    absorption = width*line_profiles(edges, ((x0, 1),), 300.)
+    assert hdelta_a(continuum*(1 - absorption))[0][0] == pytest.approx(width, abs=0.02 + 0.01*width)
+
+
+def test_missing_bands_are_nan():
+    missing = np.zeros((2, 1000), bool)
+    missing[0, GRID.wavelength < 3900] = True
+    flux = np.ones((2, 1000))
+    assert np.isnan(dn4000(flux, missing=missing)[0]).tolist() == [True, False]
+    missing[1, np.abs(GRID.wavelength - 4145) < 20] = True
+    assert np.isnan(hdelta_a(flux, missing=missing)[0]).tolist() == [False, True]
+
+
+def test_starlight_is_found_under_the_lines_and_takes_none_of_them():
+    from specpred.mock_survey import StellarLibrary, FineBasis
+    library = StellarLibrary.load()
+    fine = FineBasis.of(library)
+    young, old = (np.abs(np.log(library.age/a)).argmin() for a in (3e8, 8e9))
+    stars = np.maximum((0.3*library.coefficients[young, 4]*3 + library.coefficients[old, 4]*8) @ fine.basis, 0)
+    stars = gaussian_filter1d(stars, 120/(299792.458*np.log(10)*0.5e-4))/stars.mean()*10
+    inside = fine.loglam > 3.5
+    start = fine.loglam[inside][0]
+    starlight = rebin(stars[inside], None, start, 0., dloglam=0.5e-4).flux
+    lines = rebin(native_lines(dict(oii_a=30, oii_b=40, hbeta=40, oiii_5007=50, halpha=120, nii_6584=50, sii_a=20, sii_b=15), 120, 3.513), None, 3.513, 0.).flux
+    found = stellar_continuum(starlight + lines, np.full((1, 1000), 0.1))
+    assert np.abs(found/starlight - 1)[0, 20:-20].max() < 0.04 and np.std(found/starlight) < 0.007
+    assert measure_spectra(starlight + lines, np.full((1, 1000), 0.1)).hbeta_flux[0] == pytest.approx(40, rel=0.05)
+    # without it, absorption hides a part of the line
+    assert fit_lines(starlight + lines, np.full((1, 1000), 0.1)).hbeta_flux[0] < 30
+
+
+@pytest.mark.parametrize("bad", [dict(error=np.ones((2, 999))), dict(error=-np.ones((2, 1000))), dict(missing=np.ones((2, 1000))), dict(loglam0=5000.),
+    dict(loglam0=[3.5, 3.5, 3.5]), dict(loglam0=np.nan), dict(redshift=-2.), dict(missing=np.ones((2, 1000), bool))])
+def test_bad_input_is_refused(bad):
+    with pytest.raises(InvalidInputError): measure_spectra(np.ones((2, 1000)), **bad)
+
+
+def test_a_continuum_must_fit_the_spectra():
+    for continuum in (np.ones((1, 1000)), np.full((2, 1000), np.nan)):
+        with pytest.raises(InvalidInputError): fit_lines(np.ones((2, 1000)), continuum=continuum)
+
+
+SDSS_NAMES = dict(oii_3727=("[O_II] 3725", "[O_II] 3727"), hbeta=("H_beta",), oiii_5007=("[O_III] 5007",), halpha=("H_alpha",), nii_6584=("[N_II] 6583",),
+    sii_6717_31=("[S_II] 6716", "[S_II] 6730"))
+
+
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_real_lines_are_those_that_sdss_measured(real_data, on_grid):
+    "SPZLINE's areas within 10 % or 3 sigma; where the stars absorb, the depth of the absorption that SDSS assumed is allowed for."
+    from astropy.io import fits
+    compared = []
+    for path in sorted((real_data/"sdss").glob("spec-*.fits")):
+        spectrum = read_sdss(path)
+        if spectrum.redshift > 0.36: continue
+        with fits.open(path) as hdus: theirs = {row["LINENAME"].strip(): row for row in hdus[3].data}
+        z, error = spectrum.redshift, np.where(spectrum.ivar > 0, np.maximum(spectrum.ivar, 1e-30)**-0.5, 0)
+        where = dict(loglam0=spectrum.loglam0 - np.log10(1 + z), dloglam=DLOGLAM)
+        binned = prepare([spectrum])
+        ours = (measure_spectra(binned.flux, binned.error, missing=binned.missing, redshift=z) if on_grid else measure_spectra(spectrum.flux, error, redshift=z, **where)).iloc[0]
+        starlight = stellar_continuum(spectrum.flux, error, **where)[0]
+        for name, parts in SDSS_NAMES.items():
+            area, sigma = sum(theirs[p]["LINEAREA"] for p in parts), np.sqrt(sum(theirs[p]["LINEAREA_ERR"]**2 for p in parts))
+            if area < 10*sigma or np.isnan(ours[f"{name}_flux"]): continue
+            slack = float(max(0.1*area, 3*sigma))
+            if name in ("hbeta", "halpha"):
+                # the difference of the two continua at the line, times the width of the line
+                under = np.interp(LINES[name], spectrum.wavelength/(1 + z), starlight)
+                slack += max(0., float(theirs[parts[0]]["LINECONTLEVEL"]) - under)*np.sqrt(2*np.pi)*LINES[name]*(1 + z)*ours.sigma/299792
+            compared.append(name)
+            assert ours[f"{name}_flux"] == pytest.approx(float(area), abs=slack), (path.name, name)
+    assert len(compared) >= 9
