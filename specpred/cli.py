@@ -115,6 +115,7 @@ def main():
     try: app()
     except SpecpredError as error: sys.exit(f"error: {error}")
     except OSError as error: sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; what is complete stays, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            print("\ninterrupted; what is complete stays, and the same command goes on from there", file=sys.stderr)
+        raise

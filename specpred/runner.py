@@ -76,12 +76,12 @@ class _Kernel:
 
     def close(self):
         from jupyter_core.utils import ensure_event_loop, run_sync
-        if self.manager.has_kernel: run_sync(self.manager.shutdown_kernel)(now=True)
         loop = ensure_event_loop()
-        # after Ctrl-C somebody still waits for the cell's answer and would complain when the program ends
+        # after Ctrl-C somebody still waits for the kernel's answer and would complain when it is gone
         if not loop.is_running() and (waiting := asyncio.all_tasks(loop)):
             for task in waiting: task.cancel()
             loop.run_until_complete(asyncio.gather(*waiting, return_exceptions=True))
+        if self.manager.has_kernel: run_sync(self.manager.shutdown_kernel)(now=True)
         self._sockets.cleanup()
 
 # %% ../nbs/12_runner.ipynb #05ff985d
@@ -101,9 +101,10 @@ def _listening_engine(kernel:_Kernel, current:dict, on_cell):
                 return start(cell, cell_index, **more)
             nb_man.cell_start = cell_start
             client = PapermillNotebookClient(nb_man, km=kernel.manager, kernel_name=kernel_name, coalesce_streams=True,
-                timeout=None, shutdown_kernel="immediate", startup_timeout=600)  # imports from a cold disk can take minutes; a dead kernel is noticed at once
-            client.owns_km = True  # it ends the kernel, at once: all that a stage makes is on the disk by then
-            client.execute()
+                timeout=None, startup_timeout=600)  # imports from a cold disk can take minutes; a dead kernel is noticed at once
+            try: client.execute()
+            finally:
+                if client.kc: client.kc.stop_channels()
 
     return ListeningEngine
 

@@ -1,5 +1,5 @@
 "The whole pipeline, from nothing to figures, and what happens when something is wrong on the way."
-import json, shutil, subprocess, sys
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -100,6 +100,19 @@ def test_a_failing_cell_is_named_and_the_next_call_goes_on(copied_run):
     done = reproduce(copied_run, "--from", "03_images")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines() if " MB " in line] == ["03_images"]
+
+
+def test_an_interrupted_run_says_so_and_leaves_nothing_half_made(tmp_path):
+    command = [Path(sys.executable).parent/"specpred", "reproduce", "--profile", "smoke", "--data-dir", tmp_path]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert running.stdout.readline().startswith("00_config")  # so 01_mock_survey is under way
+    time.sleep(2)
+    running.send_signal(signal.SIGINT)
+    stdout, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130 and "the same command goes on" in stderr and "Traceback" not in stderr
+    paths = get_paths("smoke", tmp_path)
+    assert [f.stem for f in paths.manifests.glob("0?_*.json") if "started" not in f.name] == ["00_config"]
+    assert [f.name for f in paths.runs.glob("*/*.ipynb")] == ["00_config.ipynb"]
 
 
 @pytest.mark.parametrize("arguments, message", [
