@@ -222,7 +222,7 @@ def _open_group(path:Path):
         shape = group["flux"].shape
         if shape[1] != len(BANDS) or shape[2] != shape[3] or any(group[name].shape[0] != shape[0] for name in _COLUMNS):
             raise DamagedFileError(f"{path} contradicts itself: flux has shape {shape}; rerun 03_images")
-        group.attrs["shards"], group.attrs["settings"]
+        for name in ("shards", "settings", "columns_crc32c"): group.attrs[name]
         return group
     except (KeyError, IndexError, OSError, ValueError) as error:
         raise DamagedFileError(f"{path} is not an image store: {error}; rerun 03_images") from None
@@ -237,6 +237,19 @@ def _checksum(path:Path) -> int:
         while piece := file.read(2**22): value = google_crc32c.extend(value, piece)
     return value
 
+def _columns_checksum(columns:dict) -> int:
+    "CRC-32C of the columns' values. zarr answers a missing file with default values, without a word."
+    value = 0
+    for name in sorted(columns): value = google_crc32c.extend(value, columns[name].tobytes())
+    return value
+
+def _read_columns(path:Path, group) -> dict[str, np.ndarray]:
+    try: columns = {name: group[name][:] for name in _COLUMNS}
+    except Exception as error: raise DamagedFileError(f"a column of {path} cannot be read: {type(error).__name__}: {error}; rerun 03_images") from None
+    if _columns_checksum(columns) != group.attrs["columns_crc32c"]: raise DamagedFileError(f"the columns of {path} are damaged, a file is missing or changed; rerun 03_images")
+    return columns
+
+# %% ../nbs/03_images.ipynb #d16995f6
 def _shard_damage(folder:Path, shard:int, record:dict, whole:bool) -> str | None:
     "What is wrong with a shard, as far as its length tells, or with `whole` its checksum; None when nothing is."
     path = _shard_file(folder, shard)
@@ -249,7 +262,9 @@ def check_images(
 ) -> dict[str, str]:
     "Reads all of a store and names its damaged shards, with what is wrong; empty when it is sound."
     path = Path(path)
-    records = _open_group(path).attrs["shards"]
+    group = _open_group(path)
+    _read_columns(path, group)
+    records = group.attrs["shards"]
     damage = {int(k): _shard_damage(path, int(k), record, whole=True) for k, record in records.items()}
     return {str(_shard_file(path, k)): text for k, text in sorted(damage.items()) if text}
 
@@ -315,8 +330,9 @@ def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, n_
             results = parallel(delayed(read)(specobjids[k:min(k + 16, stop)]) for k in range(start, stop, 16))
             _write_shard(partial, group, start, results)
             bar.update(stop - start)
+    group.attrs["columns_crc32c"] = _columns_checksum({name: group[name][:] for name in _COLUMNS})
     with atomic_path(store) as part: partial.rename(part)
-    return dict(_open_group(store).attrs["problems"])
+    return dict(group.attrs["problems"])
 
 # %% ../nbs/03_images.ipynb #bbb7f8da
 def pack_images(
@@ -492,7 +508,7 @@ class _Flux:
 def open_images(path:Path) -> ImageStore:
     "Opens a store that `pack_images` made. Raises `DamagedFileError` for anything else; a damaged shard only makes its galaxies unusable."
     path, group = Path(path), _open_group(Path(path))
-    columns, flux, records = {name: group[name][:] for name in _COLUMNS}, group["flux"], group.attrs["shards"]
+    columns, flux, records = _read_columns(path, group), group["flux"], group.attrs["shards"]
     missing = dict(bytes=-1)
     damage = {k: _shard_damage(path, k, records.get(str(k), missing), whole=False) for k in range(-(-flux.shape[0]//flux.shards[0]))}
     damage = {k: text for k, text in damage.items() if text}
