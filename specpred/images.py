@@ -316,6 +316,7 @@ def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path 
     group.attrs.update(request=request, settings=settings)
     return group
 
+# %% ../nbs/03_images.ipynb #39123748
 def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, n_jobs:int=1, progress:bool=False) -> dict[str, str]:
     "Fills a store with what `read` gives for runs of specobjids."
     from joblib import Parallel, delayed
@@ -354,6 +355,7 @@ def pack_images(
     storage_scale(np.zeros((5, 1, 1)), np.ones(5), dtype)  # complains before any file is read
     return _pack(specobjids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), Path(store), settings, None, n_jobs, progress)
 
+# %% ../nbs/03_images.ipynb #18453a1d
 def append_images(
     specobjids,  # (n,) of the galaxies to add; none: only damaged shards are read from cutouts again
     raw_cutouts:Path,
@@ -448,6 +450,7 @@ def _damage(self:ImageStore, shard:int, text:str) -> DamagedFileError:
     return DamagedFileError(f"{_shard_file(self.path, shard)} is damaged: {text}. Rows {first} to {last} of the store cannot be read; "
         "append_images([], …) reads them from their cutouts again, and so does running 03_images again")
 
+# %% ../nbs/03_images.ipynb #8cab99cb
 @patch
 def _fill(self:ImageStore, row:int, out:np.ndarray, space:np.ndarray):
     "Reads the stored numbers of one galaxy into `out`, (5, size, size), by way of the bytes in `space`."
@@ -467,7 +470,7 @@ def _cast(source:np.ndarray, target:np.ndarray):
     source, target = torch.from_numpy(source.reshape(-1)), torch.from_numpy(target.reshape(-1))
     for k in range(0, len(source), 2**14): target[k:k + 2**14] = source[k:k + 2**14]
 
-# %% ../nbs/03_images.ipynb #8cab99cb
+# %% ../nbs/03_images.ipynb #5f31a2df
 @patch
 def read_rows(
     self:ImageStore,
@@ -492,6 +495,7 @@ def read_rows(
         with ThreadPoolExecutor(n_threads) as pool: list(pool.map(some, [range(k, len(rows), n_threads) for k in range(n_threads)]))
     return out
 
+# %% ../nbs/03_images.ipynb #580932e5
 @patch(as_prop=True)
 def flux(self:ImageStore) -> "_Flux":
     "The images as an array that is read when it is indexed: `store.flux[:8]` is (8, 5, size, size) float32 nJy."
