@@ -12,7 +12,7 @@ from fastai.basics import ColReader, ColSplitter, DataBlock, RegressionBlock
 from fastai.vision.augment import Dihedral, aug_transforms
 from galaxies import galaxies
 from interleaved import medians, setting, write
-from specpred.images import Augmentation, GrizyImage, augment, fit_transform, open_images, pack_arrays
+from specpred.images import _COLUMNS, Augmentation, GrizyImage, _columns_checksum, augment, fit_transform, open_images, pack_arrays
 from specpred.training import batch_loaders, grizyImageBlock, target_columns
 
 NONE, TURNS, ALL = "none", "flips and turns", "flips, turns, rotations"
@@ -74,7 +74,7 @@ def repeat_shards(store, times):
         (store/f"flux/c/{k}/0/0").mkdir(parents=True)
         os.link(store/f"flux/c/{k % (n//shard)}/0/0/0", store/f"flux/c/{k}/0/0/0")
         records[str(k)] = records[str(k % (n//shard))]
-    group.attrs["shards"] = records
+    group.attrs.update(shards=records, columns_crc32c=_columns_checksum({name: group[name][:] for name in _COLUMNS}))
 
 
 def measure_memory(size, numbers):

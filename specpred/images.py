@@ -222,7 +222,7 @@ def _open_group(path:Path):
         shape = group["flux"].shape
         if shape[1] != len(BANDS) or shape[2] != shape[3] or any(group[name].shape[0] != shape[0] for name in _COLUMNS):
             raise DamagedFileError(f"{path} contradicts itself: flux has shape {shape}; rerun 03_images")
-        group.attrs["shards"], group.attrs["settings"]
+        for name in ("shards", "settings", "columns_crc32c"): group.attrs[name]
         return group
     except (KeyError, IndexError, OSError, ValueError) as error:
         raise DamagedFileError(f"{path} is not an image store: {error}; rerun 03_images") from None
@@ -237,6 +237,19 @@ def _checksum(path:Path) -> int:
         while piece := file.read(2**22): value = google_crc32c.extend(value, piece)
     return value
 
+def _columns_checksum(columns:dict) -> int:
+    "CRC-32C of the columns' values. zarr answers a missing file with default values, without a word."
+    value = 0
+    for name in sorted(columns): value = google_crc32c.extend(value, columns[name].tobytes())
+    return value
+
+def _read_columns(path:Path, group) -> dict[str, np.ndarray]:
+    try: columns = {name: group[name][:] for name in _COLUMNS}
+    except Exception as error: raise DamagedFileError(f"a column of {path} cannot be read: {type(error).__name__}: {error}; rerun 03_images") from None
+    if _columns_checksum(columns) != group.attrs["columns_crc32c"]: raise DamagedFileError(f"the columns of {path} are damaged, a file is missing or changed; rerun 03_images")
+    return columns
+
+# %% ../nbs/03_images.ipynb #d16995f6
 def _shard_damage(folder:Path, shard:int, record:dict, whole:bool) -> str | None:
     "What is wrong with a shard, as far as its length tells, or with `whole` its checksum; None when nothing is."
     path = _shard_file(folder, shard)
@@ -249,7 +262,9 @@ def check_images(
 ) -> dict[str, str]:
     "Reads all of a store and names its damaged shards, with what is wrong; empty when it is sound."
     path = Path(path)
-    records = _open_group(path).attrs["shards"]
+    group = _open_group(path)
+    _read_columns(path, group)
+    records = group.attrs["shards"]
     damage = {int(k): _shard_damage(path, int(k), record, whole=True) for k, record in records.items()}
     return {str(_shard_file(path, k)): text for k, text in sorted(damage.items()) if text}
 
@@ -301,6 +316,7 @@ def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path 
     group.attrs.update(request=request, settings=settings)
     return group
 
+# %% ../nbs/03_images.ipynb #39123748
 def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, n_jobs:int=1, progress:bool=False) -> dict[str, str]:
     "Fills a store with what `read` gives for runs of specobjids."
     from joblib import Parallel, delayed
@@ -315,8 +331,9 @@ def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, n_
             results = parallel(delayed(read)(specobjids[k:min(k + 16, stop)]) for k in range(start, stop, 16))
             _write_shard(partial, group, start, results)
             bar.update(stop - start)
+    group.attrs["columns_crc32c"] = _columns_checksum({name: group[name][:] for name in _COLUMNS})
     with atomic_path(store) as part: partial.rename(part)
-    return dict(_open_group(store).attrs["problems"])
+    return dict(group.attrs["problems"])
 
 # %% ../nbs/03_images.ipynb #bbb7f8da
 def pack_images(
@@ -338,6 +355,7 @@ def pack_images(
     storage_scale(np.zeros((5, 1, 1)), np.ones(5), dtype)  # complains before any file is read
     return _pack(specobjids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), Path(store), settings, None, n_jobs, progress)
 
+# %% ../nbs/03_images.ipynb #18453a1d
 def append_images(
     specobjids,  # (n,) of the galaxies to add; none: only damaged shards are read from cutouts again
     raw_cutouts:Path,
@@ -432,6 +450,7 @@ def _damage(self:ImageStore, shard:int, text:str) -> DamagedFileError:
     return DamagedFileError(f"{_shard_file(self.path, shard)} is damaged: {text}. Rows {first} to {last} of the store cannot be read; "
         "append_images([], …) reads them from their cutouts again, and so does running 03_images again")
 
+# %% ../nbs/03_images.ipynb #8cab99cb
 @patch
 def _fill(self:ImageStore, row:int, out:np.ndarray, space:np.ndarray):
     "Reads the stored numbers of one galaxy into `out`, (5, size, size), by way of the bytes in `space`."
@@ -451,7 +470,7 @@ def _cast(source:np.ndarray, target:np.ndarray):
     source, target = torch.from_numpy(source.reshape(-1)), torch.from_numpy(target.reshape(-1))
     for k in range(0, len(source), 2**14): target[k:k + 2**14] = source[k:k + 2**14]
 
-# %% ../nbs/03_images.ipynb #8cab99cb
+# %% ../nbs/03_images.ipynb #5f31a2df
 @patch
 def read_rows(
     self:ImageStore,
@@ -476,6 +495,7 @@ def read_rows(
         with ThreadPoolExecutor(n_threads) as pool: list(pool.map(some, [range(k, len(rows), n_threads) for k in range(n_threads)]))
     return out
 
+# %% ../nbs/03_images.ipynb #580932e5
 @patch(as_prop=True)
 def flux(self:ImageStore) -> "_Flux":
     "The images as an array that is read when it is indexed: `store.flux[:8]` is (8, 5, size, size) float32 nJy."
@@ -492,7 +512,7 @@ class _Flux:
 def open_images(path:Path) -> ImageStore:
     "Opens a store that `pack_images` made. Raises `DamagedFileError` for anything else; a damaged shard only makes its galaxies unusable."
     path, group = Path(path), _open_group(Path(path))
-    columns, flux, records = {name: group[name][:] for name in _COLUMNS}, group["flux"], group.attrs["shards"]
+    columns, flux, records = _read_columns(path, group), group["flux"], group.attrs["shards"]
     missing = dict(bytes=-1)
     damage = {k: _shard_damage(path, k, records.get(str(k), missing), whole=False) for k in range(-(-flux.shape[0]//flux.shards[0]))}
     damage = {k: text for k, text in damage.items() if text}

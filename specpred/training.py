@@ -348,6 +348,7 @@ def predict_targets(
     parts = [model(transform(torch.as_tensor(flux[k:k + batch_size], device=device))).cpu().numpy() for k in range(0, len(flux), batch_size)]
     return np.concatenate(parts)
 
+# %% ../nbs/08_training.ipynb #348c147f
 def make_loaders(
     images:ImageStore,
     table:pd.DataFrame,  # from `training_table`
@@ -356,12 +357,15 @@ def make_loaders(
     progress:bool = True,  # say where the images are kept
 ) -> DataLoaders:
     "The loaders that the profile asks for."
-    if parameters.loader == "fastai": return image_loaders(images, table, transform, parameters.batch_size)
-    if parameters.loader != "batches": raise InvalidInputError(f"training.loader is 'batches' or 'fastai', not {parameters.loader!r}")
+    if parameters.loader not in ("batches", "fastai"): raise InvalidInputError(f"training.loader is 'batches' or 'fastai', not {parameters.loader!r}")
+    if parameters.loader == "fastai":
+        if parameters.max_shift: raise InvalidInputError("training.max_shift is for training.loader=batches; fastai's loader does not move images")
+        return image_loaders(images, table, transform, parameters.batch_size)
     dls = batch_loaders(images, table, transform, parameters.batch_size, Augmentation(max_shift=parameters.max_shift))
     if progress: print(dls.train.source.reason)
     return dls
 
+# %% ../nbs/08_training.ipynb #1ebb0047
 def train_models(
     images:ImageStore,
     table:pd.DataFrame,  # from `training_table`
@@ -373,8 +377,8 @@ def train_models(
 ) -> pd.DataFrame:
     "Trains all models and seeds that have no weights yet; returns the last row of each history."
     train = table[table.split == "train"]
-    # 2000 are enough for five means, whatever the size of the sample
-    some = train.specobjid.to_numpy()[random_generator(seed, "transform").permutation(len(train))[:2000]]
+    # 1000 are enough for five means, whatever the size of the sample
+    some = train.specobjid.to_numpy()[random_generator(seed, "transform").permutation(len(train))[:1000]]
     transform = fit_transform(images.read(some), images.noise[images.rows(some)], parameters.stretch)
     dls, last = None, []
     for name in parameters.models:

@@ -118,6 +118,19 @@ def test_a_damaged_shard_is_named_and_the_others_can_be_read(three_shards, spoil
     np.testing.assert_allclose(opened.read(good), flux[good], rtol=1e-3)
 
 
+@pytest.mark.parametrize("spoil", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:20])])
+def test_damaged_columns_are_noticed(three_shards, spoil):
+    store, _ = three_shards
+    spoil(store/"noise/c/0/0")
+    with pytest.raises(DamagedFileError, match="column.* of .*a.zarr .*rerun 03_images"): images.open_images(store)
+
+
+def test_a_truncated_description_is_noticed(three_shards):
+    store, _ = three_shards
+    (store/"zarr.json").write_bytes((store/"zarr.json").read_bytes()[:40])
+    with pytest.raises(DamagedFileError, match="not an image store"): images.open_images(store)
+
+
 def test_a_warning_names_a_shard_that_is_gone(three_shards):
     store, _ = three_shards
     (store/"flux/c/2/0/0/0").unlink()

@@ -92,7 +92,7 @@ def test_a_learner_takes_them_as_they_are(sample, keep, tmp_path):
 @pytest.mark.parametrize("loader", ["batches", "fastai"])
 def test_an_interrupted_training_ends_with_the_same_weights(sample, loader, tmp_path):
     images, table, transform = sample
-    parameters = TrainingParameters(epochs=3, batch_size=8, loader=loader, max_shift=1)
+    parameters = TrainingParameters(epochs=3, batch_size=8, loader=loader, max_shift=int(loader == "batches"))
     dls = lambda: make_loaders(images, table, transform, parameters, progress=False)
     whole, history = train_model("conv3", dls(), parameters, 0, tmp_path/"whole.pt", progress=False)
 
@@ -149,5 +149,6 @@ def test_damage_met_on_the_way_names_the_shard(tmp_path, monkeypatch):
     with pytest.raises(DamagedFileError, match="flux/c/1/0/0/0 is damaged: the checksum of galaxy 16"): list(dls.train)
 
 
-def test_an_unknown_loader_is_refused(sample):
+def test_wrong_settings_of_the_loader_are_refused(sample):
+    with pytest.raises(InvalidInputError, match="max_shift"): make_loaders(*sample, TrainingParameters(loader="fastai", max_shift=1))
     with pytest.raises(InvalidInputError, match="'batches' or 'fastai', not 'torch'"): make_loaders(*sample, TrainingParameters(loader="torch"))
