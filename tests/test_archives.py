@@ -1,14 +1,18 @@
 "Downloads through failures: hostile servers, damaged files, kills, and archives that stop to answer."
-import gzip, json, os, random, signal, subprocess, sys, threading, time
+import faulthandler, gzip, json, os, random, signal, subprocess, sys, threading, time, warnings
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx, numpy as np, pandas as pd, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from astropy.io import fits
+from astropy.table import Table
+from hypothesis import given, settings, strategies as st
 
-from specpred.archives import (BANDS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _miniature_survey,
-    _miniature_spectrum, check_cutout, check_spectrum, cutout_params, download, read_cutout_names, read_skyserver_csv, serve, spectrum_name,
-    spectrum_path, split_by_sky)
-from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, SpecpredError
+from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _miniature_survey,
+    _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, losses, plan_download, read_cutout_names,
+    read_skyserver_csv, read_table, serve, spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
+from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, SpectraParameters
 
 SIZE = 24
 
@@ -64,51 +68,123 @@ def server():
     made.shutdown(), made.server_close()
 
 
-def test_every_good_file_arrives_through_faults_and_every_bad_one_is_explained(survey, expected, tmp_path):
-    kinds = ("latency", "error", "unavailable", "reset", "short", "truncated", "page", "band", "empty", "corrupted")
-    faults = Faults(passing=0.1, lasting=0.1, seed=11, kinds=kinds)
-    with serve(survey[0], faults=faults) as urls:
-        parameters, client = ArchiveParameters(**vars(urls)), ArchiveClient(8, attempts=10, wait=(0.01, 0.1), bad_attempts=6)
-        catalogue = download(parameters, tmp_path/"raw", SIZE, 1, client=client)
-    arrived, statuses = downloaded(tmp_path/"raw"), {}
-    assert arrived.items() <= expected.items()
-    with DownloadState(tmp_path/"raw/state.sqlite") as state:
-        for name in expected:
-            outcome = state[name]
-            statuses.setdefault(outcome.status, []).append(name)
-            assert (outcome.status == "good") == (name in arrived)
-            if outcome.status == "bad": assert (tmp_path/"raw/quarantine"/f"{name}.reason").read_text().strip() == outcome.error != ""
-    assert set(statuses) == {"good", "bad", "missing"} and len(statuses["good"]) > 0.8*len(expected)
-    lost = {name.split("/")[1] for s in ("bad", "missing") for name in statuses[s] if name.startswith("cutouts")}
+# 500 galaxies are 3,000 files; SPECPRED_GALAXIES and SPECPRED_KILLS change the numbers
+N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in (("GALAXIES", 500), ("KILLS", 20)))
+# 10 % of the requests fail; a 404 cannot be told from a lasting one, so that it is none of those that pass
+FAULTY = Faults(passing=0.07, lasting=0.03, seed=11, kinds=FAULTS[:-1], latency=0.05, retry_after=0.05)
+PATIENT = dict(attempts=12, wait=(0.01, 0.05), bad_attempts=8)
+REASONS = {"truncated": "truncated", "page": "a web page", "band": "another band", "empty": "no finite pixel", "corrupted": "a damaged header", "missing": "not found"}
+
+
+def what_was_meant(name, target) -> tuple:
+    "Status and cause that a file has to end with."
+    fault = Faults(lasting=FAULTY.lasting, seed=FAULTY.seed).choose(target, 1)
+    if fault is None or (name.startswith("spectra") and fault in ("band", "empty")): return "good", ""
+    return ("missing" if fault == "missing" else "bad"), REASONS[fault]
+
+
+def end_state(raw) -> tuple:
+    "What became of every file, and what lies in raw/."
+    with DownloadState(raw/"state.sqlite") as state:
+        rows = state.database.execute("SELECT name, request, status, size, sha256, error FROM file WHERE wanted ORDER BY name").fetchall()
+    quarantined = {p.relative_to(raw).as_posix(): p.read_bytes() for p in (raw/"quarantine").rglob("*") if p.is_file()}
+    return rows, downloaded(raw), quarantined, pd.read_parquet(raw/"catalogue.parquet").to_dict("records")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    "A survey of `N_GALAXIES`, and of each of its files the request for it and its content."
+    folder = tmp_path_factory.mktemp("large survey")
+    table = _miniature_survey(folder, n_cells=5, per_side=round((N_GALAXIES/5)**0.5), stamp=40)
+    archive, files = LocalArchive(folder), {}
+    for row in table.itertuples():
+        path = f"/sas/{spectrum_path(row.run2d, row.plate, row.mjd, row.fiberID)}"
+        files[f"spectra/{spectrum_name(row.plate, row.mjd, row.fiberID)}"] = path, (folder/path[1:]).read_bytes()
+        at = dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=str(SIZE), format="fits")
+        for band, stack in read_cutout_names(archive.filenames(at)).items():
+            target = httpx.URL("http://archive/cgi-bin/fitscut.cgi", params=cutout_params(row.ra, row.dec, SIZE, stack)).raw_path.decode()
+            files[f"cutouts/{row.specObjID}/{band}.fits"] = target, archive.cutout(at | dict(red=stack))
+    assert len(files) == 6*len(table) - 5
+    return folder, files
+
+
+@pytest.fixture(scope="module")
+def through_faults(large, tmp_path_factory):
+    "The large survey downloaded through faults, with lists of cutouts in their older form."
+    raw = tmp_path_factory.mktemp("through faults")/"raw"
+    with serve(large[0], faults=FAULTY, badflag=False) as urls:
+        return raw, download(ArchiveParameters(**vars(urls), **PATIENT), raw, SIZE, 1)
+
+
+def test_every_good_file_arrives_through_faults_and_every_bad_one_is_explained(large, through_faults):
+    files, (raw, catalogue) = large[1], through_faults
+    arrived, seen = downloaded(raw), Counter()
+    with DownloadState(raw/"state.sqlite") as state:
+        for name, (target, content) in files.items():
+            outcome, kept = state[name], raw/"quarantine"/name
+            assert (outcome.status, outcome.cause) == what_was_meant(name, target), (name, outcome)
+            assert arrived.pop(name, None) == (content if outcome.status == "good" else None)
+            assert kept.is_file() == (outcome.status == "bad")
+            if outcome.status == "bad": assert kept.read_bytes() != content and kept.with_name(f"{kept.name}.reason").read_text().strip() == outcome.error
+            seen[outcome.cause] += 1
+    assert not arrived and not (raw/".partial").exists()
+    if len(files) > 2000: assert set(seen) == {"", *REASONS.values()}
+    lost = {name.split("/")[1] for name, (target, _) in files.items() if name.startswith("cutouts") and what_was_meant(name, target)[0] != "good"}
     inside = catalogue[catalogue.dec > -30]
     assert set(inside[~inside.has_images].specobjid.astype(str)) == lost
     assert (catalogue.status == "complete").equals(catalogue.has_images & catalogue.has_spectrum)
+    by_cause = losses(catalogue)
+    assert by_cause.galaxies["complete"] == (catalogue.status == "complete").sum() and by_cause.only_this.sum() <= len(catalogue)
 
 
-DOWNLOAD = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from specpred.archives import *
-from specpred.config import ArchiveParameters
-download(ArchiveParameters(**json.loads(sys.argv[2])), sys.argv[3], int(sys.argv[4]), 1, progress=False)
+def test_what_arrived_through_faults_goes_through_the_next_stages(through_faults, tmp_path):
+    from specpred.images import pack_images
+    from specpred.spectra import build_store, load_store
+    raw, catalogue = through_faults
+    complete = catalogue[catalogue.has_images].head(40)
+    assert pack_images(complete.specobjid.to_numpy(), raw/"cutouts", tmp_path/"images.zarr", SIZE, n_jobs=1, progress=False) == {}
+    narrow = SpectraParameters(n_bins=80, loglam0=3.566, dloglam=0.0002, n_components=2, n_iter=2)
+    left_out = build_store(catalogue, raw/"spectra", tmp_path/"spectra.zarr", narrow, progress=False)
+    assert left_out["no spectrum"] == (~catalogue.has_spectrum).sum() and set(left_out) <= {"no spectrum"}
+    assert sorted(load_store(tmp_path/"spectra.zarr").specobjid) == sorted(catalogue.specobjid[catalogue.has_spectrum])
+
+
+# a process that has imported everything, and forks a download for each line that it reads
+FORKING = """
+import json, os, sys
+path, parameters, raw, size = json.loads(sys.argv[1])
+sys.path[:] = path
+from specpred.archives import ArchiveParameters, download
+for _ in sys.stdin:
+    if (pid := os.fork()) == 0:
+        download(ArchiveParameters(**parameters), raw, size, 1, progress=False)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-def test_a_killed_download_goes_on_and_ends_the_same(survey, expected, tmp_path):
-    raw, when = tmp_path/"raw", sorted(random.Random(2).sample(range(1, 200), 4))
-    with serve(survey[0], faults=Faults(passing=0.5, kinds=("latency",))) as urls:
-        command = [sys.executable, "-c", DOWNLOAD, json.dumps(sys.path), json.dumps(vars(urls)), str(raw), str(SIZE)]
-        for n_files in when:
-            process = subprocess.Popen(command)
-            while process.poll() is None and n_arrived(raw) < n_files: time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-            assert n_files <= len(downloaded(raw)) < len(expected) and downloaded(raw).items() <= expected.items()
-            assert not (raw/"catalogue.parquet").exists()
-        catalogue = download(ArchiveParameters(**vars(urls)), raw, SIZE, 1)
-        clean = download(ArchiveParameters(**vars(urls)), tmp_path/"clean", SIZE, 1)
-    assert downloaded(raw) == expected and catalogue.equals(clean)
-    assert not list(raw.rglob("*.tmp*"))
+def test_a_download_killed_at_random_moments_ends_in_the_same_state(large, through_faults, tmp_path):
+    raw, rng, n_files, moments = tmp_path/"raw", random.Random(2), len(large[1]), []
+    with serve(large[0], faults=FAULTY) as urls:
+        parameters = vars(urls) | PATIENT
+        command = [sys.executable, "-c", FORKING, json.dumps((sys.path, parameters, str(raw), SIZE))]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+            ask = lambda: (parent.stdin.write("\n"), parent.stdin.flush(), int(parent.stdout.readline()))[2]
+            for k in range(N_KILLS):
+                pid, at_most, start = ask(), n_files*(k + 1)/(N_KILLS + 2), time.monotonic()
+                while n_arrived(raw) < at_most - rng.random()*n_files/(N_KILLS + 2) and time.monotonic() < start + 60: time.sleep(0.005)
+                time.sleep(rng.uniform(0, 0.05))
+                os.kill(pid, signal.SIGKILL)
+                assert int(parent.stdout.readline()) == -signal.SIGKILL and not (raw/"catalogue.parquet").exists()
+                moments.append(n_arrived(raw))
+                arrived = downloaded(raw)
+                assert all(content == large[1][name][1] for name, content in arrived.items())
+            assert ask() and parent.stdout.readline() == "0\n"
+            parent.stdin.close()
+    assert len(set(moments)) > N_KILLS/2 and moments == sorted(moments)
+    for here, there in zip(end_state(raw), end_state(through_faults[0])): assert here == there
+    assert not [p for p in raw.rglob("*") if ".tmp" in p.name or p.name == ".partial"]
 
 
 def test_good_files_stay_when_other_numbers_change(survey, tmp_path):
@@ -206,21 +282,218 @@ def test_redirects_on_the_same_host_are_followed(server):
     with ArchiveClient() as client: assert client.get(f"{server.url}/here").content == b"found"
 
 
+NASTY = ("-1", "0", "1", "2", "7", "2147483648", "99999999999", "-9223372036854775808", "1E308", "T", "'x'", "'9999999E'", "'1PE(99999999)'", "'1QB(9)'",
+         "'(9999,9999)'", "'GZIP_1'", "'PLIO_1'", "'HCOMPRESS_1'", "'RICE_1'", "'NOCOMPRESS'", "", "NaN", "&")
+
+
+def mutated(content:bytes, rng) -> bytes:
+    "A FITS file with a few things wrong: bytes, values of header cards, lost, repeated or exchanged blocks, or the end missing."
+    data = bytearray(content)
+    cards = [at for at in range(0, len(data), 80) if data[at + 8:at + 10] == b"= " and data[at:at + 1].isalpha()]
+    structural = [at for at in cards if data[at:at + 8].strip() and any(word in data[at:at + 8] for word in (b"AXIS", b"BITPIX", b"COUNT", b"TF", b"ZTILE", b"ZCMP", b"ZVAL", b"THEAP", b"TZERO", b"TDIM"))]
+    for _ in range(rng.integers(1, 4)):
+        kind, at = rng.integers(6), int(rng.integers(len(data)))
+        block = at//2880*2880
+        if kind == 0: data[at:at + 40] = rng.bytes(min(40, len(data) - at))
+        elif kind == 1: data[at] ^= 1 << rng.integers(8)
+        elif kind in (2, 3):
+            card = int(rng.choice(structural if kind == 2 and structural else cards))
+            data[card + 10:card + 80] = NASTY[rng.integers(len(NASTY))].rjust(20).ljust(70).encode()
+        elif kind == 4: data[block:block + 2880] = data[block:block + 2880]*int(rng.integers(3))
+        else: del data[at:]
+        if len(data) < 100: return bytes(data)
+    return bytes(data)
+
+
+def read_mutated_files(seed, n, folder, survey):
+    "Hands `n` mutated files to every reader of FITS; returns how many were read and refused, and the longest time, seconds."
+    import resource
+    from specpred.images import read_cutout
+    from specpred.spectra import read_sdss
+    stack, path = next(Path(survey).rglob("*.stk.r.unconv.fits")).read_bytes(), Path(folder)/"file.fits"
+    spectrum, rng = _miniature_spectrum(266, 51602, 1, np.random.default_rng(seed)), np.random.default_rng(seed)
+    archive, row = LocalArchive(survey), pd.read_parquet(Path(survey)/"skyserver/SpecObj.parquet").iloc[0]
+    at = dict(ra=str(row.ra), dec=str(row.dec), size=str(SIZE), format="fits")
+    cutout = archive.cutout(at | dict(red=read_cutout_names(archive.filenames(at))["g"]))
+    Table(dict(ra=[1.0, 2.0], dec=[3.0, 4.0], specobjid=np.array([1, 2**64 - 1], np.uint64), run2d=["26", "26"])).write(path, overwrite=True)
+    of_cutout = lambda content: check_cutout(content, "g", row.ra, row.dec, SIZE)
+    cases = ((spectrum, (lambda content: check_spectrum(content, 266, 51602, 1), lambda _: read_sdss(path))), (cutout, (of_cutout, lambda _: read_cutout(path))),
+             (stack, (lambda _: read_cutout(path), of_cutout)), (path.read_bytes(), (lambda _: read_table(path),)))
+    signal.signal(signal.SIGALRM, lambda *_: (faulthandler.dump_traceback(), os._exit(3)))
+    before, seen, longest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Counter(), 0
+    limit = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize() + (2 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for k in range(n):
+        content, readers = cases[k % len(cases)]
+        path.write_bytes(content := mutated(content, rng))
+        for reader in readers:
+            signal.alarm(20)
+            started = time.perf_counter()
+            try: reader(content), seen.update(["read"])
+            except SpecpredError as error:
+                assert str(error)
+                seen.update(["too much memory" if "MemoryError" in str(error) else "refused"])
+            longest = max(longest, time.perf_counter() - started)
+    signal.alarm(0)
+    return dict(seen, longest=longest, megabytes=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1000)
+
+
+def test_mutated_files_only_ever_raise_our_errors(survey, tmp_path):
+    "In a process of its own, whose address space is limited to what it has after the imports and 2 GB."
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import test_archives, warnings; warnings.simplefilter('ignore')\n" \
+           "print(json.dumps(test_archives.read_mutated_files(5, 2000, *sys.argv[2:])))"
+    here = [str(Path(__file__).parent), *sys.path]
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(here), str(tmp_path), str(survey[0])], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["read"] > 100 and seen["refused"] > 1000 and "too much memory" not in seen and seen["megabytes"] < 500, seen
+
+
+def one_galaxy(**changes) -> bytes:
+    "SkyServer's answer with one row, some of it changed."
+    columns = [c.split(".")[1].rstrip(",") for c in catalogue_query(1, 1).split() if c[:2] in ("s.", "p.")][:25]
+    row = dict.fromkeys(columns, "1") | dict(specObjID="299489676975171584", plate="266", mjd="51602", fiberID="1", run2d="26", ra="30", dec="5", z="0.1") | changes
+    return (",".join(row) + "\n" + ",".join(row.values()) + "\n").encode()
+
+
+@pytest.mark.parametrize("changes", [dict(specObjID="../../x"), dict(specObjID="2.9948967697517158e17"), dict(specObjID="-1"), dict(specObjID=str(2**64)),
+    dict(run2d="../26"), dict(run2d="26/.."), dict(plate="-1"), dict(fiberID="../1"), dict(mjd="1e5"), dict(ra="nan"), dict(dec="-91")])
+def test_names_in_a_catalogue_that_lead_elsewhere_are_refused(changes):
+    assert len(read_skyserver_csv(one_galaxy())) == 1
+    with pytest.raises(ArchiveError): read_skyserver_csv(one_galaxy(**changes))
+
+
+@pytest.mark.parametrize("name", ["http://elsewhere.org/rings.v3.skycell/1405/053/rings.v3.skycell.1405.053.stk.g.unconv.fits", "//elsewhere.org/a.fits",
+    "/rings.v3.skycell/../../etc/passwd", "/rings.v3.skycell/1405/053/rings.v3.skycell.1405.054.stk.g.unconv.fits",
+    "/rings.v3.skycell/1405/053/rings.v3.skycell.1405.053.stk.g.unconv.fits&format=jpg", "file:///etc/passwd"])
+def test_lists_of_files_that_lead_elsewhere_are_not_followed(server, survey, tmp_path, name):
+    "The other host and everything else is never asked; the galaxies end with the reason."
+    asked, row = [], survey[1].iloc[0]
+    pd.DataFrame(dict(ra=[row.ra], dec=[row.dec])).to_csv(tmp_path/"own.csv", index=False)
+    listing = f"projcell subcell ra dec filter mjd type filename shortname badflag\n1405 053 1 1 g 5 stack {name} {name.rpartition('/')[2]} 0\n".encode()
+    server.answer = lambda handler: (asked.append(handler.path.partition("?")[0]), handler.send(200, listing))
+    here = ArchiveParameters(server.url, server.url, server.url, table=str(tmp_path/"own.csv"), bad_attempts=2, wait=(0.01, 0.02))
+    with pytest.raises(ArchiveError, match="list of files, a foreign file name"): download(here, tmp_path/"raw", SIZE, 1, progress=False)
+    assert asked == ["/ps1filenames.py"]*2
+    assert {p.name for p in (tmp_path/"raw").iterdir()} == {"source.json", "state.sqlite"}
+
+
+def compression_bomb(path):
+    "A few kB that claim to unpack to a terabyte."
+    hdu = fits.CompImageHDU(np.zeros((64, 64), np.float32))
+    hdu.writeto(path)
+    content = path.read_bytes()
+    for axis in (b"1", b"2"):
+        at = content.index(b"ZNAXIS" + axis)
+        content = content[:at + 10] + b"500000".rjust(20) + content[at + 30:]
+    return path.write_bytes(content)
+
+
+def test_files_that_claim_to_be_huge_are_refused(samples, tmp_path):
+    from specpred.images import read_cutout
+    path = tmp_path/"file.fits"
+    compression_bomb(path)
+    with pytest.raises(DamagedFileError, match="unpacks to more than"): read_cutout(path)
+    with pytest.raises(DamagedFileError): check_cutout(path.read_bytes(), "g", 1.0, 1.0, SIZE)
+    spectrum, cutout = samples
+    for content, key, check in ((spectrum, b"NAXIS2  ", lambda c: check_spectrum(c, 266, 51602, 1)), (cutout, b"NAXIS2  ", lambda c: check_cutout(c, "g", 1.0, 1.0, SIZE))):
+        at = content.index(key)
+        with pytest.raises(DamagedFileError, match="truncated"): check(content[:at + 10] + b"999999999999".rjust(20) + content[at + 30:])
+
+
 @pytest.fixture(scope="module")
-def samples(survey, expected):
-    folder, table = survey
-    row = table.iloc[0]
-    return _miniature_spectrum(266, 51602, 1, np.random.default_rng(0)), expected[f"cutouts/{row.specObjID}/g.fits"], float(row.ra), float(row.dec)
+def samples(survey):
+    "A spectrum and a cutout."
+    archive, row = LocalArchive(survey[0]), survey[1].iloc[0]
+    at = dict(ra=str(row.ra), dec=str(row.dec), size=str(SIZE), format="fits")
+    return _miniature_spectrum(266, 51602, 1, np.random.default_rng(0)), archive.cutout(at | dict(red=read_cutout_names(archive.filenames(at))["g"]))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.booleans(), st.lists(st.tuples(st.integers(0, 12_000), st.binary(min_size=1, max_size=80)), max_size=4), st.integers(-9000, 9000))
-def test_mutated_files_only_ever_raise_our_errors(samples, is_spectrum, patches, cut):
-    content = bytearray(samples[0] if is_spectrum else samples[1])
-    for at, patch in patches: content[at % len(content):at % len(content) + len(patch)] = patch
-    content = bytes(content[:cut] if cut < 0 else content)
-    try: check_spectrum(content, 266, 51602, 1) if is_spectrum else check_cutout(content, "g", samples[2], samples[3], SIZE)
-    except DamagedFileError as error: assert str(error)
+def test_other_sql_gets_skyservers_kind_of_error(survey):
+    with serve(survey[0]) as urls:
+        for sql in ("SELECT TOP 10 * FROM SpecObj", "DROP TABLE SpecObj", catalogue_query(5, 1) + " --", ""):
+            answer = httpx.get(f"{urls.skyserver_url}/SkyServerWS/SearchTools/SqlSearch", params=dict(cmd=sql, format="csv"))
+            assert answer.status_code == 400 and {"Error Code", "Error Type", "Error Message"} == set(answer.json())
+
+
+coordinates = st.tuples(st.floats(0, 359.999), st.floats(-29, 90))
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(coordinates, min_size=1, max_size=8), st.sampled_from(["csv", "fits", "parquet", "vot"]), st.booleans())
+def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positions, kind, with_ids):
+    path, ids = tmp_path_factory.mktemp("table")/f"own.{kind}", np.uint64(2**64 - 1) - np.arange(len(positions), dtype=np.uint64)
+    table = pd.DataFrame(positions, columns=["RA", "DEC"]).assign(name="x", **({"specObjID": ids.astype(str) if kind == "vot" else ids} if with_ids else {}))
+    {"csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path)}.get(kind, lambda: Table.from_pandas(table).write(
+        path, format="votable" if kind == "vot" else kind))()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # positions that repeat
+        read = read_table(path)
+    assert read.specobjid.dtype == np.uint64 and read.specobjid.is_unique and (read.plate == 0).all()
+    np.testing.assert_allclose(read[["ra", "dec"]], [positions[i] for i in read.table_row], rtol=0, atol=1e-9)
+    if with_ids: assert read.specobjid.tolist() == [int(ids[i]) for i in read.table_row]
+    else: assert set(read.specobjid) == set(specobjid_of_position(*np.transpose(positions))) and (read.specobjid >> np.uint64(50) == 16_383).all()
+
+
+@pytest.mark.parametrize("content, named", [("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"), ("ra,dec\n1,2\n3,x\n", "'dec', row 2"), ("ra,dec\n361,2\n", "'ra', row 1"),
+    ("ra,dec,z\n1,2,99\n", "'redshift', row 1"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "'dec', row 1"),
+    ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1")])
+def test_what_is_wrong_with_a_table_is_said_by_column(tmp_path, content, named):
+    (tmp_path/"own.csv").write_text(content)
+    with pytest.raises(InvalidInputError, match=named): read_table(tmp_path/"own.csv")
+
+
+def test_tables_of_other_kinds_are_refused(tmp_path):
+    floats = pd.DataFrame(dict(ra=[1.0], dec=[2.0], specobjid=[2.99e17]))
+    floats.to_parquet(tmp_path/"floats.parquet"), (tmp_path/"page.fits").write_text("<html>"), (tmp_path/"own.txt").write_text("ra,dec")
+    own = Table(dict(ra=[1.0], dec=[2.0]))
+    own["ra"].unit = "km"
+    own.write(tmp_path/"km.fits")
+    laughs = '<!DOCTYPE x [<!ENTITY a "ha">' + "".join(f'<!ENTITY {b} "{f"&{a};"*10}">' for a, b in zip("abcdefghi", "bcdefghij")) + "]><VOTABLE>&j;</VOTABLE>"
+    (tmp_path/"laughs.xml").write_text(laughs)
+    for name, kind, said in (("floats.parquet", InvalidInputError, "column 'specobjid'.*float64"), ("page.fits", DamagedFileError, "a web page"), ("own.txt", InvalidInputError, "ending"),
+            ("km.fits", InvalidInputError, "column 'ra'.*km"), ("laughs.xml", DamagedFileError, "votable"), ("none.csv", MissingInputError, "no table")):
+        with pytest.raises(kind, match=said): read_table(tmp_path/name)
+
+
+def test_a_table_with_plates_brings_spectra_and_one_changed_row_asks_for_one_galaxy(survey, tmp_path):
+    table = survey[1][["ra", "dec", "plate", "mjd", "fiberID", "run2d", "z"]].copy()
+    table.to_csv(tmp_path/"own.csv", index=False)
+    with serve(survey[0]) as urls:
+        here = ArchiveParameters(**vars(urls), table=str(tmp_path/"own.csv"))
+        catalogue = download(here, tmp_path/"raw", SIZE, 1, progress=False)
+        assert catalogue.specobjid.tolist() == sorted(survey[1].specObjID) and catalogue.has_spectrum.all() and catalogue.has_images.sum() == 45
+        assert plan_download(here, tmp_path/"raw", SIZE, 1).startswith("271 files, 271 of them")
+        table.loc[3, "ra"] += 0.5/3600
+        table.to_csv(tmp_path/"own.csv", index=False)
+        assert "5 to download: 6 requests" in plan_download(here, tmp_path/"raw", SIZE, 1)
+        assert download(here, tmp_path/"raw", SIZE, 1, progress=False).has_images.sum() == 45
+    assert "271 of 271 files have arrived" in describe_download(tmp_path/"raw")
+
+
+def test_the_command_line_serves_downloads_and_tells_what_is_missing(survey, tmp_path, monkeypatch, capsys):
+    from specpred.cli import main
+    def specpred(*words) -> tuple:
+        monkeypatch.setattr(sys, "argv", ["specpred", *map(str, words)])
+        with pytest.raises(SystemExit) as end: main()
+        return end.value.code or 0, capsys.readouterr().out
+
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from specpred.cli import main; main()"
+    command = [sys.executable, "-c", code, json.dumps(sys.path), "archive", "serve", str(survey[0]), "--port", "0", "--faults", "lasting=0.2 seed=3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            server.stdout.readline()
+            words = server.stdout.readline().split()[1:]  # what it says that one should type
+            status, said = specpred(*words, "--data-dir", tmp_path, "--set", "images.size=24", "--set", "archives.wait=0.01,0.02")
+            assert status == 0 and "of 271 files have arrived" in said and "truncated" in said
+        finally: server.terminate()
+    status, said = specpred("download", "--data-dir", tmp_path, "--status")
+    assert status == 0 and "not found" in said and said.count("after 3 requests: truncated") == 3
+    for wrong, message in ((["download", "--data-dir", tmp_path/"none", "--status"], "holds no download yet"), (["archive", "serve", tmp_path], "holds no survey"),
+            (["download", "--table", tmp_path/"none.csv", "--dry-run"], "There is no table"), (["archive", "serve", survey[0], "--faults", "rain=1"], "no setting of faults")):
+        status, said = specpred(*wrong)
+        assert status.startswith("error: ") and message in status and "\n" not in status and not said
+    done = subprocess.run([*command[:4], "download", "--status", "--profile", "smok"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: There is no profile 'smok'") and done.stderr.count("\n") == 1
 
 
 @settings(max_examples=100, deadline=None)
