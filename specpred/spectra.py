@@ -18,8 +18,8 @@ from .config import DamagedFileError, InvalidInputError, MissingInputError, Spec
 # %% auto #0
 __all__ = ['PIXEL_MASK_BITS', 'DLOGLAM', 'EXTINCTION_LAWS', 'mask_bits', 'SDSSSpectrum', 'read_sdss', 'from_specutils',
            'extinction', 'galactic_ebv', 'deredden', 'LogGrid', 'RebinnedSpectra', 'to_rest_frame', 'rebin',
-           'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill', 'spectrum_file',
-           'prepare_files', 'build_store', 'SpectraStore', 'load_store']
+           'neighbour_covariance', 'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill',
+           'spectrum_file', 'prepare_files', 'build_store', 'SpectraStore', 'load_store']
 
 # %% ../nbs/04_spectra.ipynb #05d6e035
 PIXEL_MASK_BITS = dict(NOPLUG=0, BADTRACE=1, BADFLAT=2, BADARC=3, MANYBADCOLUMNS=4, MANYREJECTED=5, LARGESHIFT=6, BADSKYFIBER=7,
@@ -133,7 +133,7 @@ def read_sdss(
     if not (len(pixels) and len(found)): raise DamagedFileError(f"{path}: a table without rows.")
     loglam = pixels["loglam"].astype(float)
     loglam0 = round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6)
-    if not np.allclose(loglam, loglam0 + DLOGLAM*np.arange(len(loglam)), rtol=0, atol=0.05*DLOGLAM):
+    if not (np.abs(loglam - loglam0 - DLOGLAM*np.arange(len(loglam))) < 0.05*DLOGLAM).all():
         raise DamagedFileError(f"{path}: loglam does not run in steps of {DLOGLAM} dex.")
     first, native = found[0], lambda name, kind: pixels[name].astype(kind) if name in pixels.dtype.names else None
     text = lambda name: first[name].decode("latin1").strip()
@@ -347,6 +347,23 @@ def rebin(
     # a rounding error more or less must not decide whether a bin is whole
     missing = covered < (min_coverage - 1e-9)*grid.widths
     return RebinnedSpectra(mean, sigma, missing | (covered == 0), np.sqrt(variance.max(1)))
+
+# %% ../nbs/04_spectra.ipynb #5bfe9eb2
+def neighbour_covariance(
+    ivar,  # (N, n) or (n,) inverse variances on log-wavelength pixels, 0: no measurement
+    loglam0,  # (N,) or a number: log10 of the first pixel's centre, observed frame, Angstrom
+    redshift = 0.,  # (N,) or a number
+    grid:LogGrid = LogGrid(),  # rest-frame bins
+    dloglam:float = DLOGLAM,  # width of a native pixel, dex
+) -> np.ndarray:  # (N, n_bins - 1)
+    "Covariance of each bin of `rebin` with the next one; 0 where they share no measured pixel."
+    _, variance = _native(np.zeros(np.shape(ivar)), ivar)
+    start = np.broadcast_to(to_rest_frame(np.asarray(loglam0, float), redshift), len(variance))
+    parts = [(pixel, overlap*(variance > 0).take(pixel)) for pixel, overlap in _overlaps(start, variance.shape[1], dloglam, grid)]
+    covered = sum(overlap for _, overlap in parts)
+    shared = sum(np.where(left[:, :-1] == right[:, 1:], w[:, :-1]*v[:, 1:]*variance.take(left[:, :-1]), 0) for left, w in parts for right, v in parts)
+    both = covered[:, :-1]*covered[:, 1:]
+    return np.divide(shared, both, where=both > 0, out=np.zeros_like(shared))
 
 # %% ../nbs/04_spectra.ipynb #17f9ebca
 def noise_spikes(
