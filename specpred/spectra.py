@@ -465,8 +465,8 @@ def _check_values(source:_Source, n_components:int, norm:str) -> tuple[np.ndarra
         counts = counts + source.back((~missing).sum(0))
     return counts, own
 
-# %% ../nbs/04_spectra.ipynb #a748d746
-def _row_norms(x, norm:str): return abs(x).sum(1) if norm == "l1" else (x**2).sum(1)**0.5
+# %% ../nbs/04_spectra.ipynb #7df9428f
+def _row_norms(xp, x, norm:str): return abs(x).sum(1) if norm == "l1" else xp.einsum("ij,ij->i", x, x)**0.5
 
 def _fill_with_mean(source:_Source, counts, own:np.ndarray, n_iter:int, norm:str) -> tuple[np.ndarray, np.ndarray]:
     "First part: the numbers (N) that the measured bins are divided by, and the mean of the measured bins (n_bins)."
@@ -518,15 +518,18 @@ def _fit_and_fill(xp, x, missing, mean, vectors):
     k = len(vectors)
     upper = np.triu_indices(k)
     measured = 1.*~missing if xp is np else (~missing).double()
-    products = (vectors[upper[0]]*vectors[upper[1]]).T
+    # the products of vectors and, for the right-hand side, theirs with the mean
+    sums = measured @ xp.concatenate([vectors[upper[0]]*vectors[upper[1]], vectors*mean]).T
     normal = xp.zeros((len(x), k, k), dtype=x.dtype, **({} if xp is np else dict(device=x.device)))
-    normal[:, upper[0], upper[1]] = normal[:, upper[1], upper[0]] = measured @ products
-    right = (x - mean*measured) @ vectors.T
+    normal[:, upper[0], upper[1]] = normal[:, upper[1], upper[0]] = sums[:, :len(upper[0])]
+    right = x @ vectors.T - sums[:, len(upper[0]):]
     try: coefficients = xp.linalg.solve(normal, right[..., None])[..., 0]
     except (np.linalg.LinAlgError, RuntimeError):
         ranks = np.linalg.matrix_rank(normal if xp is np else normal.cpu().numpy())
         raise _Undetermined(np.flatnonzero(ranks < k)) from None
-    return coefficients, xp.where(missing, coefficients @ vectors + mean, x)
+    told = coefficients @ vectors
+    told += mean
+    return coefficients, xp.where(missing, told, x)
 
 class _Undetermined(Exception):
     "Positions in a block of spectra whose measured bins cannot tell the eigenspectra apart."
@@ -541,8 +544,9 @@ def _one_turn(source:_Source, norms:np.ndarray, mean:np.ndarray, vectors:np.ndar
         x = flux/source.to(norms[rows])[:, None]
         if v is None: x = xp.where(missing, centre, x)
         else: _, x = _determined(source, rows, x, missing, centre, v)
-        length = _row_norms(x, norm)
-        x = x/length[:, None] - centre
+        length = _row_norms(xp, x, norm)
+        x /= length[:, None]
+        x -= centre
         norms[rows] *= source.back(length)
         total += source.back(x.sum(0))
         squares += x.T @ x
@@ -656,7 +660,7 @@ def fill(
         for turn in range(basis.n_iter): scale = scale/(scale**power*own[block] + (gap if turn else 0))**(1/power)
         x = source.xp.where(missing, mean, flux*source.to(scale)[:, None])
         for _ in range(basis.n_iter):
-            length = _row_norms(x, basis.norm)[:, None]
+            length = _row_norms(source.xp, x, basis.norm)[:, None]
             _, x = _determined(source, block, source.xp.where(missing, 0., x/length), missing, mean, vectors)
             scale = scale/source.back(length[:, 0])
         norms[block] = 1/scale
