@@ -608,6 +608,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'specpred.spectra.iterative_pca': ('spectra.html#iterative_pca', 'specpred/spectra.py'),
                                   'specpred.spectra.load_store': ('spectra.html#load_store', 'specpred/spectra.py'),
                                   'specpred.spectra.mask_bits': ('spectra.html#mask_bits', 'specpred/spectra.py'),
+                                  'specpred.spectra.neighbour_covariance': ('spectra.html#neighbour_covariance', 'specpred/spectra.py'),
                                   'specpred.spectra.noise_spikes': ('spectra.html#noise_spikes', 'specpred/spectra.py'),
                                   'specpred.spectra.prepare': ('spectra.html#prepare', 'specpred/spectra.py'),
                                   'specpred.spectra.prepare_files': ('spectra.html#prepare_files', 'specpred/spectra.py'),

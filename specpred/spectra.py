@@ -18,8 +18,8 @@ from .config import DamagedFileError, InvalidInputError, MissingInputError, Spec
 # %% auto #0
 __all__ = ['PIXEL_MASK_BITS', 'DLOGLAM', 'EXTINCTION_LAWS', 'mask_bits', 'SDSSSpectrum', 'read_sdss', 'from_specutils',
            'extinction', 'galactic_ebv', 'deredden', 'LogGrid', 'RebinnedSpectra', 'to_rest_frame', 'rebin',
-           'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill', 'spectrum_file',
-           'prepare_files', 'build_store', 'SpectraStore', 'load_store']
+           'neighbour_covariance', 'noise_spikes', 'prepare', 'SpectrumBasis', 'FilledSpectra', 'iterative_pca', 'fill',
+           'spectrum_file', 'prepare_files', 'build_store', 'SpectraStore', 'load_store']
 
 # %% ../nbs/04_spectra.ipynb #05d6e035
 PIXEL_MASK_BITS = dict(NOPLUG=0, BADTRACE=1, BADFLAT=2, BADARC=3, MANYBADCOLUMNS=4, MANYREJECTED=5, LARGESHIFT=6, BADSKYFIBER=7,
@@ -133,7 +133,7 @@ def read_sdss(
     if not (len(pixels) and len(found)): raise DamagedFileError(f"{path}: a table without rows.")
     loglam = pixels["loglam"].astype(float)
     loglam0 = round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6)
-    if not np.allclose(loglam, loglam0 + DLOGLAM*np.arange(len(loglam)), rtol=0, atol=0.05*DLOGLAM):
+    if not (np.abs(loglam - loglam0 - DLOGLAM*np.arange(len(loglam))) < 0.05*DLOGLAM).all():
         raise DamagedFileError(f"{path}: loglam does not run in steps of {DLOGLAM} dex.")
     first, native = found[0], lambda name, kind: pixels[name].astype(kind) if name in pixels.dtype.names else None
     text = lambda name: first[name].decode("latin1").strip()
@@ -348,6 +348,23 @@ def rebin(
     missing = covered < (min_coverage - 1e-9)*grid.widths
     return RebinnedSpectra(mean, sigma, missing | (covered == 0), np.sqrt(variance.max(1)))
 
+# %% ../nbs/04_spectra.ipynb #5bfe9eb2
+def neighbour_covariance(
+    ivar,  # (N, n) or (n,) inverse variances on log-wavelength pixels, 0: no measurement
+    loglam0,  # (N,) or a number: log10 of the first pixel's centre, observed frame, Angstrom
+    redshift = 0.,  # (N,) or a number
+    grid:LogGrid = LogGrid(),  # rest-frame bins
+    dloglam:float = DLOGLAM,  # width of a native pixel, dex
+) -> np.ndarray:  # (N, n_bins - 1)
+    "Covariance of each bin of `rebin` with the next one; 0 where they share no measured pixel."
+    _, variance = _native(np.zeros(np.shape(ivar)), ivar)
+    start = np.broadcast_to(to_rest_frame(np.asarray(loglam0, float), redshift), len(variance))
+    parts = [(pixel, overlap*(variance > 0).take(pixel)) for pixel, overlap in _overlaps(start, variance.shape[1], dloglam, grid)]
+    covered = sum(overlap for _, overlap in parts)
+    shared = sum(np.where(left[:, :-1] == right[:, 1:], w[:, :-1]*v[:, 1:]*variance.take(left[:, :-1]), 0) for left, w in parts for right, v in parts)
+    both = covered[:, :-1]*covered[:, 1:]
+    return np.divide(shared, both, where=both > 0, out=np.zeros_like(shared))
+
 # %% ../nbs/04_spectra.ipynb #17f9ebca
 def noise_spikes(
     spectra:RebinnedSpectra,
@@ -448,8 +465,8 @@ def _check_values(source:_Source, n_components:int, norm:str) -> tuple[np.ndarra
         counts = counts + source.back((~missing).sum(0))
     return counts, own
 
-# %% ../nbs/04_spectra.ipynb #a748d746
-def _row_norms(x, norm:str): return abs(x).sum(1) if norm == "l1" else (x**2).sum(1)**0.5
+# %% ../nbs/04_spectra.ipynb #7df9428f
+def _row_norms(xp, x, norm:str): return abs(x).sum(1) if norm == "l1" else xp.einsum("ij,ij->i", x, x)**0.5
 
 def _fill_with_mean(source:_Source, counts, own:np.ndarray, n_iter:int, norm:str) -> tuple[np.ndarray, np.ndarray]:
     "First part: the numbers (N) that the measured bins are divided by, and the mean of the measured bins (n_bins)."
@@ -501,15 +518,18 @@ def _fit_and_fill(xp, x, missing, mean, vectors):
     k = len(vectors)
     upper = np.triu_indices(k)
     measured = 1.*~missing if xp is np else (~missing).double()
-    products = (vectors[upper[0]]*vectors[upper[1]]).T
+    # the products of vectors and, for the right-hand side, theirs with the mean
+    sums = measured @ xp.concatenate([vectors[upper[0]]*vectors[upper[1]], vectors*mean]).T
     normal = xp.zeros((len(x), k, k), dtype=x.dtype, **({} if xp is np else dict(device=x.device)))
-    normal[:, upper[0], upper[1]] = normal[:, upper[1], upper[0]] = measured @ products
-    right = (x - mean*measured) @ vectors.T
+    normal[:, upper[0], upper[1]] = normal[:, upper[1], upper[0]] = sums[:, :len(upper[0])]
+    right = x @ vectors.T - sums[:, len(upper[0]):]
     try: coefficients = xp.linalg.solve(normal, right[..., None])[..., 0]
     except (np.linalg.LinAlgError, RuntimeError):
         ranks = np.linalg.matrix_rank(normal if xp is np else normal.cpu().numpy())
         raise _Undetermined(np.flatnonzero(ranks < k)) from None
-    return coefficients, xp.where(missing, coefficients @ vectors + mean, x)
+    told = coefficients @ vectors
+    told += mean
+    return coefficients, xp.where(missing, told, x)
 
 class _Undetermined(Exception):
     "Positions in a block of spectra whose measured bins cannot tell the eigenspectra apart."
@@ -524,8 +544,9 @@ def _one_turn(source:_Source, norms:np.ndarray, mean:np.ndarray, vectors:np.ndar
         x = flux/source.to(norms[rows])[:, None]
         if v is None: x = xp.where(missing, centre, x)
         else: _, x = _determined(source, rows, x, missing, centre, v)
-        length = _row_norms(x, norm)
-        x = x/length[:, None] - centre
+        length = _row_norms(xp, x, norm)
+        x /= length[:, None]
+        x -= centre
         norms[rows] *= source.back(length)
         total += source.back(x.sum(0))
         squares += x.T @ x
@@ -639,7 +660,7 @@ def fill(
         for turn in range(basis.n_iter): scale = scale/(scale**power*own[block] + (gap if turn else 0))**(1/power)
         x = source.xp.where(missing, mean, flux*source.to(scale)[:, None])
         for _ in range(basis.n_iter):
-            length = _row_norms(x, basis.norm)[:, None]
+            length = _row_norms(source.xp, x, basis.norm)[:, None]
             _, x = _determined(source, block, source.xp.where(missing, 0., x/length), missing, mean, vectors)
             scale = scale/source.back(length[:, 0])
         norms[block] = 1/scale

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpectraParameters
 from specpred.spectra import (DLOGLAM, LogGrid, RebinnedSpectra, SDSSSpectrum, build_store, deredden, extinction, fill, from_specutils, galactic_ebv, iterative_pca,
-    load_store, mask_bits, noise_spikes, prepare, read_sdss, rebin, to_rest_frame)
+    load_store, mask_bits, neighbour_covariance, noise_spikes, prepare, read_sdss, rebin, to_rest_frame)
 
 REFERENCE = Path(__file__).parent/"reference"
 
@@ -26,16 +26,30 @@ def native_spectrum(seed, n=N_NATIVE):
 
 
 @settings(max_examples=20, deadline=None)
-@given(seeds, starts, redshifts)
+@given(seeds, starts, st.lists(redshifts, min_size=1, max_size=4))
 def test_the_integral_over_wavelength_is_conserved(seed, loglam0, z):
-    flux = native_spectrum(seed)
+    flux = np.stack([native_spectrum(seed + i) for i in range(len(z))])
     out = rebin(flux, None, loglam0, z)
     assert not out.missing.any()
-    edges = native_edges(loglam0, N_NATIVE)/(1 + z)
-    cumulative = np.append(0, np.cumsum(flux*np.diff(edges)))
-    expected = np.diff(np.interp(GRID.edges, edges, cumulative))
-    assert (out.flux[0]*GRID.widths).sum() == pytest.approx(expected.sum(), rel=1e-10)
-    np.testing.assert_allclose(out.flux[0]*GRID.widths, expected, rtol=1e-6)
+    for i in range(len(z)):
+        edges = native_edges(loglam0, N_NATIVE)/(1 + z[i])
+        cumulative = np.append(0, np.cumsum(flux[i]*np.diff(edges)))
+        expected = np.diff(np.interp(GRID.edges, edges, cumulative))
+        assert (out.flux[i]*GRID.widths).sum() == pytest.approx(expected.sum(), rel=1e-10)
+        np.testing.assert_allclose(out.flux[i]*GRID.widths, expected, rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.floats(3.55, 3.65), redshifts, st.integers(2000, 4000))
+def test_the_integral_over_the_covered_range_is_conserved(seed, loglam0, z, n):
+    flux = native_spectrum(seed, n)
+    out = rebin(flux, None, loglam0, z, min_coverage=1)
+    edges = native_edges(loglam0, n)/(1 + z)
+    covered = (GRID.edges[:-1] >= edges[0]) & (GRID.edges[1:] <= edges[-1])
+    assert (~out.missing[0])[covered].all() and out.missing[0][~covered].sum() >= (~covered).sum() - 2
+    first, last = np.flatnonzero(covered)[[0, -1]]
+    expected = np.diff(np.interp(GRID.edges[[first, last + 1]], edges, np.append(0, np.cumsum(flux*np.diff(edges)))))[0]
+    assert (out.flux[0]*GRID.widths)[first:last + 1].sum() == pytest.approx(expected, rel=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -111,6 +125,20 @@ def test_propagated_errors_are_the_scatter_and_published_ones_the_mean():
     published = rebin(np.ones(5000), sigma**-2, 3.55, 0.05, grid, error="published")
     np.testing.assert_allclose(published.error[0], rebin(sigma, None, 3.55, 0.05, grid).flux[0], rtol=1e-9)
     assert 1.8 < np.mean(published.error[0]/out.error[0]) < 2.2
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.lists(redshifts, min_size=1, max_size=3))
+def test_covariance_of_neighbours_is_that_of_the_weights(seed, z):
+    "The linear map from pixels to bins, column by column, gives the same matrix."
+    rng, small, n = np.random.default_rng(seed), LogGrid(12, 3.6), 90
+    ivar = rng.uniform(0.5, 2, (len(z), n))*(rng.random((len(z), n)) > 0.1)
+    ours = neighbour_covariance(ivar, 3.6 + np.log10(1 + np.array(z)) - 2e-3, z, small)
+    for i in range(len(z)):
+        weights = np.nan_to_num(rebin(np.eye(n), np.broadcast_to(ivar[i], (n, n)), 3.6 + np.log10(1 + z[i]) - 2e-3, z[i], small).flux)
+        full = weights.T @ np.diag(np.divide(1, ivar[i], where=ivar[i] > 0, out=np.zeros(n))) @ weights
+        np.testing.assert_allclose(ours[i], np.diag(full, 1), atol=1e-12)
+        np.testing.assert_allclose(np.diag(full, 2), 0, atol=1e-12)
 
 
 def test_what_was_not_measured_is_missing_and_not_zero():

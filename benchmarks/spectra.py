@@ -1,0 +1,149 @@
+"""What the spectra cost: gap filling beside the published recipe, the full sample out of core, and files to store. Each case runs in a
+process of its own, whose largest memory is reported. `--quick` tries everything on a small scale."""
+import argparse, json, os, platform, resource, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+RESULTS = Path(__file__).with_suffix(".md")
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def sample(n, bins=1000, seed=0):
+    "Spectra of 20 smooth shapes with noise, and gaps at both ends and at single bins, as redshift and sky lines make them."
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    shapes = np.cumsum(rng.standard_normal((20, bins)), 1)/20
+    missing = np.empty((n, bins), bool)
+    flux, at = np.empty((n, bins), np.float32), np.arange(bins)
+    for start in range(0, n, 4096):
+        rows = slice(start, min(start + 4096, n))
+        m = rows.stop - start
+        flux[rows] = (4 + rng.standard_normal((m, 20))*0.8**np.arange(20) @ shapes + 0.05*rng.standard_normal((m, bins)))*rng.lognormal(0, 1, (m, 1))
+        missing[rows] = (at < rng.integers(-60, 250, (m, 1))) | (at >= rng.integers(750, 1060, (m, 1))) | (rng.random((m, bins)) < 0.01)
+    return flux, missing
+
+
+def literal_pca(x, missing, k, n_iter):
+    "The published recipe word by word: a full decomposition a turn, and a loop over rows."
+    import numpy as np
+    filled, measured = np.where(missing, 0, x).astype(float), ~missing
+    for _ in range(n_iter):
+        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
+        filled = np.where(missing, (filled*measured).sum(0)/measured.sum(0), filled)
+    for _ in range(n_iter):
+        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
+        mean = filled.mean(0)
+        _, _, vectors = np.linalg.svd(filled - mean, full_matrices=False)
+        fits = [np.linalg.lstsq(vectors[:k, m].T, (row - mean)[m], rcond=None)[0] for row, m in zip(filled, measured)]
+        filled = np.where(missing, fits @ vectors[:k] + mean, filled)
+    return filled
+
+
+@case
+def recipe(folder, n):
+    x, missing = sample(n)
+    start = time.perf_counter()
+    literal_pca(x, missing, 10, 20)
+    return dict(seconds=time.perf_counter() - start)
+
+
+@case
+def ours(folder, n):
+    from specpred.spectra import iterative_pca
+    x, missing = sample(n)
+    start = time.perf_counter()
+    iterative_pca(x, missing, 10, 20, device=os.environ.get("BENCHMARK_DEVICE"))
+    return dict(seconds=time.perf_counter() - start)
+
+
+@case
+def out_of_core(folder, n):
+    "Single-precision spectra on disk, result on disk."
+    import numpy as np
+    from specpred.spectra import iterative_pca
+    flux, missing = (np.lib.format.open_memmap(folder/name, "w+", kind, (n, 1000)) for name, kind in (("flux.npy", np.float32), ("missing.npy", bool)))
+    flux[:], missing[:] = sample(n)
+    out = np.lib.format.open_memmap(folder/"out.npy", "w+", np.float32, (n, 1000))
+    start = time.perf_counter()
+    iterative_pca(flux, missing, 10, 20, out=out, device=os.environ.get("BENCHMARK_DEVICE"))
+    return dict(seconds=time.perf_counter() - start)
+
+
+def make_files(folder, n):
+    "n spec-lite files: 60 galaxies of the mock survey under many names."
+    import numpy as np, pandas as pd
+    from specpred.config import MockParameters
+    from specpred.mock_survey import make_survey, spectrum_path
+    from specpred.spectra import spectrum_file
+    survey = make_survey(MockParameters(n_galaxies=1, n_spectra_only=60, galaxies_per_side=1, stamp_size=48), folder/"mock", 1, n_jobs=1, progress=False)
+    (folder/"spectra").mkdir()
+    rows = []
+    for i in range(n):
+        g = survey.iloc[i % len(survey)]
+        shutil.copyfile(folder/"mock"/"sas"/spectrum_path(g.plate, g.mjd, g.fiberid), spectrum_file(folder/"spectra", 1 + i//640, 51602, 1 + i % 640))
+        rows.append(dict(specobjid=np.uint64(2**60 + i), plate=1 + i//640, mjd=51602, fiberid=1 + i % 640, redshift=g.z_observed, has_spectrum=True,
+            split=("train", "train", "train", "valid", "test")[i % 5]))
+    pd.DataFrame(rows).to_parquet(folder/"catalogue.parquet")
+
+
+@case
+def store(folder, n):
+    import pandas as pd
+    from specpred.spectra import build_store
+    catalogue = pd.read_parquet(folder/"catalogue.parquet").iloc[:n]
+    start = time.perf_counter()
+    left_out = build_store(catalogue, folder/"spectra", folder/f"spectra-{n}.zarr", progress=False)
+    if left_out: raise SystemExit(f"spectra were left out: {left_out}")
+    return dict(seconds=time.perf_counter() - start)
+
+
+def measure(name, n, folder, threads):
+    "Runs a case in another process: seconds, and its largest memory in MB."
+    environment = os.environ | {key: str(threads) for key in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run([sys.executable, __file__, "--case", name, "--n", str(n), "--folder", str(folder)], capture_output=True, text=True, env=environment)
+    if done.returncode: raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def setting(threads):
+    import numpy as np
+    return (f"{os.cpu_count()} cores {platform.machine()}, {threads} threads, numpy {np.__version__}, load average {os.getloadavg()[0]:.1f} at the start; "
+        "every case in a process of its own, memory is that of the whole process at its peak.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes, nothing written")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of the comparison with the recipe; the fastest counts")
+    for hidden in ("case", "n", "folder"): parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.case:
+        found = CASES[chosen.case](Path(chosen.folder), int(chosen.n))
+        print(json.dumps(found | dict(memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3)))
+        return
+    few, many, files = (500, 4000, 600) if chosen.quick else (2000, 64_000, 3000)
+    lines = ["# What the spectra cost", "", f"Made by `spectra.py`. {setting(chosen.threads)}", "", "## Filling gaps, 10 eigenvectors, 20 iterations", "",
+        "| spectra × bins | published recipe, s | ours, s | ratio |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        rounds = [[measure(name, few, folder, chosen.threads)["seconds"] for name in ("recipe", "ours")] for _ in range(chosen.repeats)]
+        theirs, own = (min(r[i] for r in rounds) for i in (0, 1))
+        lines += [f"| {few} × 1000 | {theirs:.1f} | {own:.2f} | **{theirs/own:.0f}** |", "", "| spectra × 1000 bins, single precision on disk | s | peak memory, MB |", "|---|---|---|"]
+        for n in (many//4, many):
+            found = measure("out_of_core", n, folder, chosen.threads)
+            lines.append(f"| {n} | {found['seconds']:.0f} | {found['memory']:.0f} |")
+        lines += ["", "## Files to store", "", "Lite files, read, rebinned, masked, filled with a basis fitted on three fifths of them, and packed.", "",
+            "| files | s | spectra/s | peak memory, MB |", "|---|---|---|---|"]
+        make_files(Path(folder), files)
+        for n in (files//3, files):
+            found = measure("store", n, folder, chosen.threads)
+            lines.append(f"| {n} | {found['seconds']:.1f} | **{n/found['seconds']:.0f}** | {found['memory']:.0f} |")
+    print("\n".join(lines))
+    if not chosen.quick: RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__": main()
