@@ -38,7 +38,9 @@ def counts_to_njy(
     "Flux in nJy of Pan-STARRS1 stack counts (zero point 25 + 2.5 log10 EXPTIME; Waters et al. 2020)."
     return counts*(COUNT_NJY/exptime)
 
-# %% ../nbs/03_images.ipynb #12858813
+# %% ../nbs/03_images.ipynb #c10f7163
+from .archives import open_fits
+
 @dataclass
 class Cutout:
     "One band of one galaxy."
@@ -52,8 +54,7 @@ def read_cutout(
 ) -> Cutout:
     "Reads one FITS cutout. Raises `DamagedFileError` for anything that is not a two-dimensional image with an exposure time."
     try:
-        with warnings.catch_warnings(), fits.open(path, memmap=False, lazy_load_hdus=True) as hdus:
-            warnings.simplefilter("ignore")
+        with open_fits(path) as hdus:
             hdu = next(h for h in hdus if h.header.get("NAXIS", 0) == 2 and h.is_image)
             header, values = hdu.header, np.asarray(hdu.data, dtype=np.float64)
             exptime = float(header["EXPTIME"])
@@ -76,7 +77,7 @@ def central_crop(
     top, left = (height - size)//2, (width - size)//2
     return image[..., top:top + size, left:left + size]
 
-# %% ../nbs/03_images.ipynb #d26b6c68
+# %% ../nbs/03_images.ipynb #12858813
 @dataclass
 class Galaxy:
     "The five bands of one galaxy."
@@ -403,7 +404,7 @@ def find_rows(
         raise InvalidInputError(f"specobjid {', '.join(map(str, strangers[:3]))} is not among the {len(known)} galaxies of the store")
     return found
 
-# %% ../nbs/03_images.ipynb #28ccef02
+# %% ../nbs/03_images.ipynb #d26b6c68
 @dataclass
 class ImageStore:
     "The images of a sample, which stay on disk until rows are asked for. Columns have one row a galaxy."
