@@ -63,6 +63,7 @@ class ArchiveParameters:
     split: tuple[float, float, float] = (0.6, 0.2, 0.2)  # train, valid, test as fractions of the galaxies
     block_deg: float = 2.0  # side of the sky blocks that are kept together in one split, degrees
 
+# %% ../nbs/00_config.ipynb #0f914358
 @dataclass(frozen=True)
 class ImageParameters:
     "The cutouts (03_images)."
@@ -84,6 +85,7 @@ class SpectraParameters:
     min_error: float = 0.125  # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom
     max_missing: float = 0.5  # a spectrum with a larger fraction of missing bins is left out
 
+# %% ../nbs/00_config.ipynb #b0341cec
 @dataclass(frozen=True)
 class VAEParameters:
     "The spectrum autoencoder (05_vae)."
@@ -101,6 +103,7 @@ class VAEParameters:
     n_trials: int = 1  # settings of hidden sizes and lambda to choose from: these and random ones
     trial_epochs: int = 20  # epochs of each trial, at most
 
+# %% ../nbs/00_config.ipynb #61422051
 @dataclass(frozen=True)
 class TrainingParameters:
     "The image models (08_training)."
@@ -115,13 +118,14 @@ class TrainingParameters:
     max_shift: int = 0  # augmentation by moves of up to so many pixels; none as published
     loader: str = "batches"  # whole batches from memory or the store; or "fastai", a DataBlock, item by item
 
+# %% ../nbs/00_config.ipynb #0b8cfef3
 @dataclass(frozen=True)
 class EvaluationParameters:
     "The baselines that see magnitudes only (09_evaluation)."
     n_neighbors: int = 20  # of the k-nearest-neighbour regression
     boosting_iterations: int = 200  # of the gradient boosting
 
-# %% ../nbs/00_config.ipynb #0f914358
+# %% ../nbs/00_config.ipynb #f2c3ffda
 @dataclass(frozen=True)
 class Profile:
     "All numbers of one run of the pipeline."
@@ -237,7 +241,7 @@ def repo_root() -> Path:
     raise MissingInputError("This needs a checkout of specpred (the folder with settings.ini and nbs/), and the package "
         f"in {root} is not in one. Clone the repository and install it with `pip install -e .`.")
 
-# %% ../nbs/00_config.ipynb #b0341cec
+# %% ../nbs/00_config.ipynb #3b6dc16b
 @dataclass(frozen=True)
 class Paths:
     "Names of all files of one profile, below `root`."
@@ -310,7 +314,7 @@ def atomic_path(
         if os.name == "posix": _fsync(path.parent)
     finally: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/00_config.ipynb #61422051
+# %% ../nbs/00_config.ipynb #4437c845
 @dataclass(frozen=True)
 class Stage:
     "One numbered notebook: which parts of the profile it depends on, which files it reads and writes (names in `Paths`)."

@@ -16,7 +16,7 @@ from astropy.io import fits
 from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from numcodecs import blosc
-from .archives import linear_counts
+from .archives import linear_counts, open_fits
 from .config import DamagedFileError, InvalidInputError, MissingInputError, atomic_path, random_generator, start_stage
 
 # %% auto #0
@@ -38,9 +38,7 @@ def counts_to_njy(
     "Flux in nJy of Pan-STARRS1 stack counts (zero point 25 + 2.5 log10 EXPTIME; Waters et al. 2020)."
     return counts*(COUNT_NJY/exptime)
 
-# %% ../nbs/03_images.ipynb #c10f7163
-from .archives import open_fits
-
+# %% ../nbs/03_images.ipynb #12858813
 @dataclass
 class Cutout:
     "One band of one galaxy."
@@ -77,7 +75,7 @@ def central_crop(
     top, left = (height - size)//2, (width - size)//2
     return image[..., top:top + size, left:left + size]
 
-# %% ../nbs/03_images.ipynb #12858813
+# %% ../nbs/03_images.ipynb #d26b6c68
 @dataclass
 class Galaxy:
     "The five bands of one galaxy."
@@ -404,7 +402,7 @@ def find_rows(
         raise InvalidInputError(f"specobjid {', '.join(map(str, strangers[:3]))} is not among the {len(known)} galaxies of the store")
     return found
 
-# %% ../nbs/03_images.ipynb #d26b6c68
+# %% ../nbs/03_images.ipynb #28ccef02
 @dataclass
 class ImageStore:
     "The images of a sample, which stay on disk until rows are asked for. Columns have one row a galaxy."

@@ -4,13 +4,13 @@
 
 # %% ../nbs/11_predict.ipynb #d33aac5b
 from __future__ import annotations
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 from . import models
+from .archives import open_fits
 from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, WeightsError, atomic_path, random_generator, start_stage
 from .figures import mark_lines
 from .images import BANDS, central_crop, composite, read_galaxy
@@ -87,10 +87,8 @@ def write_cube(
 
 def read_cube(path) -> np.ndarray:
     "(5, height, width) nJy from a file of `write_cube`'s form; pixels without data are 0. Raises `DamagedFileError`."
-    from astropy.io import fits
     try:
-        with warnings.catch_warnings(), fits.open(path, memmap=False) as hdus:
-            warnings.simplefilter("ignore")
+        with open_fits(path) as hdus:
             hdu = next(h for h in hdus if h.is_image and h.header.get("NAXIS", 0) == 3)
             header, flux = hdu.header, np.asarray(hdu.data, np.float32)
     except Exception as error: raise DamagedFileError(f"{path} is not a FITS file with a three-dimensional image: {type(error).__name__}: {error}") from None
