@@ -7,12 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
-from .config import EvaluationParameters, InvalidInputError, Paths, atomic_path, random_generator, start_stage
-from .images import aperture_magnitudes, find_rows, open_images
+from .config import Paths
+from .images import find_rows
 from .mock_survey import true_spectra
-from .models import load, n_params
 from .spectra import LogGrid, load_store, rebin
-from .training import predict_targets, target_columns, training_table, transform_of
+from .training import target_columns
 from .vae import SpectrumModel
 
 # %% auto #0

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from .config import Paths, atomic_path, random_generator, start_stage
-from .evaluation import Reference, load_reference, pooled_rmse
-from .images import composite, open_images
-from .training import target_columns
-from .vae import SpectrumModel
+from .config import atomic_path
+from .evaluation import Reference, pooled_rmse
+from .images import composite
 
 # %% auto #0
 __all__ = ['LINES', 'COLOURS', 'mark_lines', 'choose_gallery', 'plot_gallery', 'plot_losses', 'plot_latents', 'plot_results',

@@ -12,12 +12,11 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import torch, zarr
-from astropy.io import fits
 from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from numcodecs import blosc
 from .archives import linear_counts, open_fits
-from .config import DamagedFileError, InvalidInputError, MissingInputError, atomic_path, random_generator, start_stage
+from .config import DamagedFileError, InvalidInputError, MissingInputError, atomic_path
 
 # %% auto #0
 __all__ = ['BANDS', 'PIXEL_SCALE', 'COUNT_NJY', 'SHARD', 'STRETCHES', 'counts_to_njy', 'Cutout', 'read_cutout', 'central_crop',

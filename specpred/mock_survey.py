@@ -15,8 +15,8 @@ from scipy import interpolate, special
 from speclite.filters import load_filter
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
-from .config import (DamagedFileError, InvalidInputError, MissingInputError, MockParameters, atomic_path, random_generator,
-    repo_root, start_stage)
+from specpred.config import (DamagedFileError, InvalidInputError, MissingInputError, MockParameters, atomic_path, random_generator,
+    repo_root)
 
 # %% auto #0
 __all__ = ['GAS_METALLICITY', 'COSMOLOGY', 'R_LIMIT', 'REDSHIFTS', 'KINDS', 'BANDS', 'LSUN', 'FIBRE_RADIUS', 'FIBRE_SEEING',

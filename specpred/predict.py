@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from . import models
 from .archives import open_fits
-from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, WeightsError, atomic_path, random_generator, start_stage
+from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, WeightsError, atomic_path, random_generator
 from .figures import mark_lines
 from .images import BANDS, central_crop, composite, read_galaxy
 from .training import predict_targets, transform_of
-from .vae import InfoVAE, SpectrumModel
+from .vae import SpectrumModel
 
 # %% auto #0
 __all__ = ['PredictedSpectra', 'decode_with_errors', 'Predictor', 'write_cube', 'read_cube', 'read_galaxies', 'write_table',

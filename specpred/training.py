@@ -16,10 +16,10 @@ from fastai.basics import (AccumMetric, Callback, ColReader, ColSplitter, DataBl
 from fastai.callback.schedule import *  # adds fit_one_cycle to Learner
 from fastai.vision.augment import aug_transforms
 from fastai.vision.data import get_grid
-from .config import (InvalidInputError, Paths, TrainingParameters, WeightsError, atomic_path, random_generator, seed_everything,
-    start_stage, versions)
-from .images import BANDS, Augmentation, GrizyImage, ImageStore, ImageTransform, augment, fit_transform, open_images
-from .models import MODELS, load, save
+from specpred.config import (InvalidInputError, Paths, TrainingParameters, WeightsError, atomic_path, random_generator, seed_everything,
+    versions)
+from .images import BANDS, Augmentation, GrizyImage, ImageStore, ImageTransform, augment, fit_transform
+from .models import MODELS, save
 
 # %% auto #0
 __all__ = ['target_columns', 'training_table', 'choose_memory', 'ImageReader', 'Stretch', 'grizyImageBlock', 'augmentations',

@@ -1,7 +1,7 @@
 """The deconvolution layers equal the published ones, and the plain autograd form where there are no published arrays."""
 import itertools, shutil, sys
 from pathlib import Path
-import numpy as np, pytest, torch
+import pytest, torch
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent/"benchmarks")]
@@ -194,7 +194,7 @@ def test_low_precision_module():
 
 
 def test_channels_last_images():
-    x, layer = x_of(12, (2, 8, 20, 20)), fill(FastDeconv(8, 8, 3, padding=1))
+    x = x_of(12, (2, 8, 20, 20))
     for kernel in (1, 3):
         layers = [fill(FastDeconv(8, 8, kernel, padding=kernel//2)) for _ in range(2)]
         assert error(layers[0](x.to(memory_format=torch.channels_last)), layers[1](x)) < 1e-6

@@ -7,12 +7,11 @@ import psutil
 import pytest
 import torch
 from fastai.basics import Callback, Learner, defaults
-from fastai.callback.schedule import *
 from specpred import images as store_module
 from specpred.config import DamagedFileError, InvalidInputError, Paths, TrainingParameters
 from specpred.images import Augmentation, fit_transform, open_images, pack_arrays, turn
 from specpred.models import MODELS, load
-from specpred.training import ImageSource, batch_loaders, choose_memory, image_loaders, make_loaders, predict_targets, rmse, train_model, train_models, training_table
+from specpred.training import ImageSource, batch_loaders, choose_memory, make_loaders, predict_targets, rmse, train_model, train_models, training_table
 
 
 @pytest.fixture(scope="module")
