@@ -1,0 +1,93 @@
+"""How fast and with how much memory a sample downloads from a local archive that never fails, beside astropy's download_file one at a time.
+
+    python benchmarks/downloads.py           about four minutes
+    python benchmarks/downloads.py --quick   half a minute, small numbers
+"""
+import argparse, json, os, platform, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+import numpy as np
+from specpred.archives import Faults, LocalArchive, _miniature_survey, cutout_params, download, read_cutout_names, serve, spectrum_path
+from specpred.config import ArchiveParameters
+
+RESULTS = Path(__file__).with_suffix(".md")
+CONCURRENCY = (1, 8, 32)
+
+
+def one_at_a_time(survey, table, urls, size, folder):
+    "Every file by `astropy.utils.data.download_file`, without its cache, moved into `folder`; the number of files."
+    from astropy.utils.data import conf, download_file
+    import httpx
+    archive, n = LocalArchive(survey), 0
+    def keep(url):
+        nonlocal n
+        n += 1
+        shutil.move(download_file(url, cache=False, show_progress=False), folder/f"{n}.fits")
+    with conf.set_temp("allow_internet", True):
+        for row in table.itertuples():
+            keep(f"{urls.sas_url}/{spectrum_path(row.run2d, row.plate, row.mjd, row.fiberID)}")
+            if row.dec < -30: continue
+            at = dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=size, format="fits", filters="grizy")
+            list_of_files = download_file(str(httpx.URL(f"{urls.ps1_url}/ps1filenames.py", params=at)), cache=False, show_progress=False)
+            for name in read_cutout_names(Path(list_of_files).read_bytes()).values():
+                keep(str(httpx.URL(f"{urls.ps1_url}/fitscut.cgi", params=cutout_params(row.ra, row.dec, size, name))))
+            os.remove(list_of_files)
+    return n
+
+
+def rates(survey, table, size, latency, rounds):
+    "Median files per second of each candidate, taken in turn; `latency` makes every answer wait."
+    found = {name: [] for name in ("astropy's download_file", *CONCURRENCY)}
+    faults = Faults(passing=1.0, kinds=("latency",), latency=latency) if latency else None
+    for turn in range(rounds):
+        for name in found:
+            with serve(survey, faults=faults) as urls, tempfile.TemporaryDirectory() as tmp:
+                started = time.perf_counter()
+                if isinstance(name, str): n = one_at_a_time(survey, table, urls, size, Path(tmp))
+                else:
+                    catalogue = download(ArchiveParameters(**vars(urls), concurrency=name), Path(tmp)/"raw", size, 1, progress=False)
+                    n = int(catalogue.has_spectrum.sum() + 5*catalogue.has_images.sum())
+                found[name].append(n/(time.perf_counter() - started))
+                print(f"round {turn + 1}, {name}: {found[name][-1]:.0f} files/s", flush=True)
+    return {name: float(np.median(values)) for name, values in found.items()}
+
+
+MEMORY = """
+import json, sys
+path, urls, raw, size, n_max = json.loads(sys.argv[1])
+sys.path[:] = path
+from specpred.archives import ArchiveParameters, download
+# getrusage's peak would be that of the process that started this one
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])/1000
+before = peak()
+n = len(download(ArchiveParameters(**urls, n_max=n_max), raw, size, 1, progress=False))
+print(json.dumps([n, before, peak()]))
+"""
+
+
+def memory(survey, size, n_max):
+    "Galaxies, and the peak memory of a downloading process before and after, MB."
+    with serve(survey) as urls, tempfile.TemporaryDirectory() as tmp:
+        arguments = json.dumps((sys.path, vars(urls), f"{tmp}/raw", size, n_max))
+        return json.loads(subprocess.run([sys.executable, "-c", MEMORY, arguments], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small numbers, for trying; writes nothing")
+    quick, size = parser.parse_args().quick, 24
+    per_side, n_small, n_large, rounds = (2, 5, 12, 1) if quick else (7, 167, 1667, 3)
+    with tempfile.TemporaryDirectory() as tmp:
+        survey, little, many = (Path(tmp)/name for name in ("survey", "little", "many"))
+        table, short = (_miniature_survey(folder, n_cells=3, per_side=n, stamp=40) for folder, n in ((survey, per_side), (little, 2 if quick else 3)))
+        _miniature_survey(many, n_cells=17 if not quick else 3, per_side=10 if not quick else per_side, stamp=40)
+        plain, slow = rates(survey, table, size, 0, rounds), rates(little, short, size, 0.1, 1)
+        few, lots = memory(many, size, n_small), memory(many, size, n_large)
+    base = "astropy's download_file"
+    rows = [f"| {name if isinstance(name, str) else f'specpred, {name} at once'} | {plain[name]:.0f} | {plain[name]/plain[base]:.1f} | {slow[name]:.0f} | {slow[name]/slow[base]:.1f} |" for name in plain]
+    lines = ["# What a download costs", "", f"Made by `downloads.py`: {os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, client and server on the same machine, "
+        f"cutouts of {size} pixels, {len(table)} galaxies, median of {rounds} rounds in turn (with the delay {len(short)} galaxies, one round), load average {os.getloadavg()[0]:.1f}. specpred checks every file and writes "
+        "it to the disk for good (fsync); download_file does neither.", "", f"| | files/s | times {base} | files/s where every answer takes 0.1 s longer | times {base} |", "|---|---|---|---|---|", *rows, "",
+        "| galaxies | files | memory before, MB | at most, MB | growth, MB |", "|---|---|---|---|---|",
+        *(f"| {n:,} | {6*n:,} | {before:.0f} | {after:.0f} | {after - before:.0f} |" for n, before, after in (few, lots))]
+    print("\n".join(lines))
+    if not quick: RESULTS.write_text("\n".join(lines) + "\n")
