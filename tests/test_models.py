@@ -201,7 +201,7 @@ def learner(model, folder):
     learn.opt.step()
     return learn
 
-COUNTS, STATS = x_of(304, (128, 5, 32, 32))*torch.arange(1, 6)[:, None, None], (np.arange(6), np.full(6, 2.))
+COUNTS, TARGET_STATS = x_of(304, (128, 5, 32, 32))*torch.arange(1, 6)[:, None, None], (np.arange(6), np.full(6, 2.))
 
 
 @pytest.mark.parametrize("with_opt", (True, False))
@@ -209,7 +209,7 @@ COUNTS, STATS = x_of(304, (128, 5, 32, 32))*torch.arange(1, 6)[:, None, None], (
 def test_published_weights_are_recognised_and_used(name, with_opt, tmp_path):
     model = MODELS[name]()
     learner(model, tmp_path).save("weights", with_opt=with_opt)
-    published = models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), STATS)
+    published = models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS)
     assert published.name == name and published.channels == "yzirg" and not published.model.training
     yzirg = COUNTS[:, [4, 3, 2, 1, 0]]
     std, mean = torch.std_mean(yzirg, dim=(0, 2, 3), keepdim=True)
@@ -223,9 +223,9 @@ def test_published_weights_are_recognised_and_used(name, with_opt, tmp_path):
 
 def test_bare_and_old_weights_files_are_read(tmp_path):
     torch.save(conv3().state_dict(), tmp_path/"bare.pth", _use_new_zipfile_serialization=False)
-    assert models.load_published(tmp_path/"bare.pth", models.image_stats(COUNTS), STATS).name == "conv3"
+    assert models.load_published(tmp_path/"bare.pth", models.image_stats(COUNTS), TARGET_STATS).name == "conv3"
     torch.save(xresnet18(act_cls=nn.ReLU, sa=False).state_dict(), tmp_path/"relu.pth")
-    assert models.load_published(tmp_path/"relu.pth", models.image_stats(COUNTS), STATS, act_cls="ReLU", sa=False).name == "xresnet18"
+    assert models.load_published(tmp_path/"relu.pth", models.image_stats(COUNTS), TARGET_STATS, act_cls="ReLU", sa=False).name == "xresnet18"
 
 
 def test_published_weights_need_statistics(tmp_path):
@@ -245,26 +245,26 @@ class Malicious:
 def test_a_malicious_weights_file_is_refused_and_does_nothing(tmp_path, zipped):
     marker = tmp_path/"marker"
     torch.save({"model": conv3().state_dict(), "opt": Malicious(f"touch {marker}")}, tmp_path/"weights.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match="system"): models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), STATS)
+    with pytest.raises(WeightsError, match="system"): models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS)
     assert not marker.exists()
 
 
 def test_published_weights_that_do_not_fit(tmp_path):
     path, stats = tmp_path/"weights.pth", models.image_stats(COUNTS)
     torch.save(conv3().state_dict(), path)
-    with pytest.raises(WeightsError, match="missing: 0.0.bias, 0.0.running_mean"): models.load_published(path, stats, STATS, name="deconv3")
+    with pytest.raises(WeightsError, match="missing: 0.0.bias, 0.0.running_mean"): models.load_published(path, stats, TARGET_STATS, name="deconv3")
     torch.save(xresnet18(n_out=7).state_dict(), path)
-    with pytest.raises(WeightsError, match=r"11.weight \(7, 512\), not \(6, 512\)"): models.load_published(path, stats, STATS)
-    with pytest.raises(InvalidInputError, match="dropout"): models.load_published(path, stats, STATS, dropout=1)
+    with pytest.raises(WeightsError, match=r"11.weight \(7, 512\), not \(6, 512\)"): models.load_published(path, stats, TARGET_STATS)
+    with pytest.raises(InvalidInputError, match="dropout"): models.load_published(path, stats, TARGET_STATS, dropout=1)
     torch.save(conv3(), path)
-    with pytest.raises(WeightsError, match="not weights alone"): models.load_published(path, stats, STATS)
+    with pytest.raises(WeightsError, match="not weights alone"): models.load_published(path, stats, TARGET_STATS)
     torch.save([1, 2], path)
-    with pytest.raises(WeightsError, match="no weights by name"): models.load_published(path, stats, STATS)
+    with pytest.raises(WeightsError, match="no weights by name"): models.load_published(path, stats, TARGET_STATS)
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(DamagedFileError): models.load_published(path, stats, STATS)
-    with pytest.raises(MissingInputError): models.load_published(tmp_path/"nothing.pth", stats, STATS)
+    with pytest.raises(DamagedFileError): models.load_published(path, stats, TARGET_STATS)
+    with pytest.raises(MissingInputError): models.load_published(tmp_path/"nothing.pth", stats, TARGET_STATS)
 
 
 def test_stretched_models_are_not_fed_linear_images(tmp_path):
-    models.save(conv3(), tmp_path/"w.safetensors", name="conv3", arguments={}, image_stats=(np.zeros(5), np.ones(5)), target_stats=STATS, provenance=dict(stretch="asinh"))
+    models.save(conv3(), tmp_path/"w.safetensors", name="conv3", arguments={}, image_stats=(np.zeros(5), np.ones(5)), target_stats=TARGET_STATS, provenance=dict(stretch="asinh"))
     with pytest.raises(InvalidInputError, match="asinh"): models.load(tmp_path/"w.safetensors").predict(COUNTS)
