@@ -125,7 +125,7 @@ def read_sdss(
 ) -> SDSSSpectrum:
     "Reads a spectrum of any of SDSS's data releases. Raises `MissingInputError` when there is no file, `DamagedFileError` when it is cut off or something else."
     data = _content(Path(path))
-    if int(_primary_value(data, "NAXIS", 0)) == 2: return _read_spspec(path, data)
+    if _primary_value(data, "NAXIS", "0") == "2": return _read_spspec(path, data)
     pixels, found = _tables(data, path, 2)
     absent = {"flux", "loglam", "ivar", "and_mask"} - set(pixels.dtype.names) or \
         {"z", "zwarning", "class", "subclass", "plug_ra", "plug_dec", "plate", "mjd", "fiberid"} - set(found.dtype.names)
@@ -137,9 +137,10 @@ def read_sdss(
         raise DamagedFileError(f"{path}: loglam does not run in steps of {DLOGLAM} dex.")
     first, native = found[0], lambda name, kind: pixels[name].astype(kind) if name in pixels.dtype.names else None
     text = lambda name: first[name].decode("latin1").strip()
-    return SDSSSpectrum(native("flux", np.float32), native("ivar", np.float32), native("and_mask", np.uint32), loglam0,
+    try: return SDSSSpectrum(native("flux", np.float32), native("ivar", np.float32), native("and_mask", np.uint32), loglam0,
         float(first["z"]), int(first["zwarning"]), text("class"), text("subclass"), float(first["plug_ra"]), float(first["plug_dec"]),
         int(first["plate"]), int(first["mjd"]), int(first["fiberid"]), native("or_mask", np.uint32), native("model", np.float32))
+    except (AttributeError, TypeError, ValueError, OverflowError) as error: raise DamagedFileError(f"{path} has a column of another kind ({error}).") from None
 
 # %% ../nbs/04_spectra.ipynb #0eb0cc52
 _SPEC_CLASS = {0: "UNKNOWN", 1: "STAR", 2: "GALAXY", 3: "QSO", 4: "QSO", 5: "SKY", 6: "STAR"}  # SPEC_CLN of data releases 1 to 7
@@ -163,12 +164,12 @@ def _read_spspec(path, data:bytes) -> SDSSSpectrum:
         if number("BITPIX") != -32 or n_rows < 4: raise ValueError(f"an image of {n_rows} rows is no spSpec")
         if abs(step - DLOGLAM) > 1e-9: raise ValueError(f"its pixels are {step} dex wide")
         image = np.frombuffer(data, ">f4", n*n_rows, start).reshape(n_rows, n)
-        facts = [number(key) for key in ("Z", "RAOBJ", "DECOBJ", "PLATEID", "MJD", "FIBERID")]
+        facts, numbers = [number(key) for key in ("Z", "RAOBJ", "DECOBJ")], [int(number(key)) for key in ("PLATEID", "MJD", "FIBERID")]
         kind, warning, loglam0 = _SPEC_CLASS.get(int(number("SPEC_CLN")), "UNKNOWN"), int(number("Z_WARNIN", 0)), number("COEFF0")
-    except (KeyError, ValueError, StopIteration) as error: raise DamagedFileError(f"{path} is no complete spSpec file ({error}).") from None
+    except (KeyError, ValueError, OverflowError, StopIteration) as error: raise DamagedFileError(f"{path} is no complete spSpec file ({error}).") from None
     error, mask = image[2], np.nan_to_num(image[3]).astype(np.int64).astype(np.uint32)
     ivar = np.divide(1, error.astype(float)**2, where=error > 0, out=np.zeros(n)).astype(np.float32)
-    return SDSSSpectrum(image[0].astype(np.float32), ivar, mask, loglam0, facts[0], warning, kind, "", *facts[1:3], *(int(f) for f in facts[3:]), mask,
+    return SDSSSpectrum(image[0].astype(np.float32), ivar, mask, loglam0, facts[0], warning, kind, "", *facts[1:], *numbers, mask,
         image[4].astype(np.float32) if n_rows > 4 else None)
 
 # %% ../nbs/04_spectra.ipynb #a336d98b
