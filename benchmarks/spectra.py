@@ -27,24 +27,9 @@ def sample(n, bins=1000, seed=0):
     return flux, missing
 
 
-def literal_pca(x, missing, k, n_iter):
-    "The published recipe word by word: a full decomposition a turn, and a loop over rows."
-    import numpy as np
-    filled, measured = np.where(missing, 0, x).astype(float), ~missing
-    for _ in range(n_iter):
-        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
-        filled = np.where(missing, (filled*measured).sum(0)/measured.sum(0), filled)
-    for _ in range(n_iter):
-        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
-        mean = filled.mean(0)
-        _, _, vectors = np.linalg.svd(filled - mean, full_matrices=False)
-        fits = [np.linalg.lstsq(vectors[:k, m].T, (row - mean)[m], rcond=None)[0] for row, m in zip(filled, measured)]
-        filled = np.where(missing, fits @ vectors[:k] + mean, filled)
-    return filled
-
-
 @case
 def recipe(folder, n):
+    from literal_pca import literal_pca
     x, missing = sample(n)
     start = time.perf_counter()
     literal_pca(x, missing, 10, 20)

@@ -344,6 +344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'specpred.lines': { 'specpred.lines._band_mean': ('lines.html#_band_mean', 'specpred/lines.py'),
                                 'specpred.lines._best_sigma': ('lines.html#_best_sigma', 'specpred/lines.py'),
                                 'specpred.lines._checked': ('lines.html#_checked', 'specpred/lines.py'),
+                                'specpred.lines._checked_bins': ('lines.html#_checked_bins', 'specpred/lines.py'),
                                 'specpred.lines._columns': ('lines.html#_columns', 'specpred/lines.py'),
                                 'specpred.lines._fit_block': ('lines.html#_fit_block', 'specpred/lines.py'),
                                 'specpred.lines._fit_window': ('lines.html#_fit_window', 'specpred/lines.py'),

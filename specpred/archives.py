@@ -729,7 +729,6 @@ def _miniature_survey(folder:Path, n_cells:int = 3, per_side:int = 2, stamp:int 
     rng, positions, cells = np.random.default_rng(seed), [], []
     for cell in range(n_cells):
         ra, dec, side = 30.0 + 7*cell, -5.0 + 4*cell, per_side*stamp
-        frame = fits.Header(dict(CRVAL1=ra, CRVAL2=dec, CRPIX1=side/2, CRPIX2=side/2, CDELT1=-0.25/3600, CDELT2=0.25/3600))
         lattice = stamp*(np.stack(np.meshgrid(*[np.arange(per_side)]*2), -1).reshape(-1, 2) + 0.5) + rng.uniform(-4, 4, (per_side**2, 2)) - side/2
         here = [(ra - x*0.25/3600/math.cos(math.radians(dec)), dec + y*0.25/3600) for x, y in lattice]
         for band in BANDS:

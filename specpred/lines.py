@@ -259,6 +259,12 @@ def _band_mean(flux, weight, overlap, band) -> tuple[np.ndarray, np.ndarray, np.
         variance = np.where(weight > 0, 1/weight, 0)
     return (share*flux).sum(1), np.sqrt((share**2*variance).sum(1)), share
 
+# %% ../nbs/04a_lines.ipynb #5d3edda8
+def _checked_bins(flux, error, loglam0, dloglam, missing):
+    "As `_checked`, with the edges of the bins (1 or N, n + 1), Angstrom, in place of the first centres."
+    flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
+    return flux, weight, 10**(loglam0[:, None] + dloglam*(np.arange(flux.shape[1] + 1) - 0.5))
+
 # %% ../nbs/04a_lines.ipynb #8052f78b
 def dn4000(
     flux,  # (N, n) rest-frame spectra, per Angstrom
@@ -268,8 +274,7 @@ def dn4000(
     missing = None,  # (N, n) bool
 ) -> tuple[np.ndarray, np.ndarray]:  # index and error (N)
     "The break at 4000 Angstrom, in F_nu and with the narrow bands of Balogh et al. (1999). NaN where less than 80 % of a band was measured; the error is NaN without `error`."
-    flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
-    edges = 10**(loglam0[:, None] + dloglam*(np.arange(flux.shape[1] + 1) - 0.5))
+    flux, weight, edges = _checked_bins(flux, error, loglam0, dloglam, missing)
     to_nu = edges[:, 1:]*edges[:, :-1]
     weight = weight/to_nu**2
     (blue, blue_error, _), (red, red_error, _) = (_band_mean(flux*to_nu, weight, _overlap(edges, band), band) for band in DN4000_BANDS.values())
@@ -285,8 +290,7 @@ def hdelta_a(
     missing = None,  # (N, n) bool
 ) -> tuple[np.ndarray, np.ndarray]:  # index and error (N), Angstrom
     "The H delta absorption index of Worthey & Ottaviani (1997), Angstrom, positive for absorption. NaN where less than 80 % of a band was measured; the error is NaN without `error`."
-    flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
-    edges = 10**(loglam0[:, None] + dloglam*(np.arange(flux.shape[1] + 1) - 0.5))
+    flux, weight, edges = _checked_bins(flux, error, loglam0, dloglam, missing)
     lo, hi, *_ = air_to_vacuum(HDELTA_A_BANDS["line"])
     (blue, blue_error, _), (red, red_error, _) = (_band_mean(flux, weight, _overlap(edges, HDELTA_A_BANDS[b]), HDELTA_A_BANDS[b]) for b in ("blue", "red"))
     x0, x1 = (air_to_vacuum(HDELTA_A_BANDS[b]).mean() for b in ("blue", "red"))

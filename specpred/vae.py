@@ -269,7 +269,7 @@ def search(
     configurations, known = random_configurations(parameters, seed), _finished_trials(table)
     for number, configuration in enumerate(tqdm(configurations, desc="settings", unit="trial", disable=not progress)):
         vae, short = new_vae(x.shape[1], configuration, seed), dataclasses.replace(configuration, epochs=parameters.trial_epochs)
-        key = f"{judge.fingerprint[:16]}-{Training(vae, x, weights, short, seed).fingerprint[:16]}-{short.epochs}"
+        key = f"{judge.fingerprint[:16]}-{hashlib.sha256(repr(short).encode()).hexdigest()[:16]}"
         rows.append(known.get(key) or dict(trial=number, key=key) | _trial(vae, x, weights, short, seed, judge))
         if table is not None and key not in known:
             with atomic_path(table) as part: pd.DataFrame(rows).to_csv(part, index=False)

@@ -1,4 +1,5 @@
 "specpred.spectra: properties of the rebinning, the published numbers of the iterative PCA, and real SDSS files where they are to be had."
+import sys
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -9,6 +10,8 @@ from specpred.spectra import (DLOGLAM, LogGrid, RebinnedSpectra, SDSSSpectrum, b
     load_store, mask_bits, neighbour_covariance, noise_spikes, prepare, read_sdss, rebin, to_rest_frame)
 
 REFERENCE = Path(__file__).parent/"reference"
+sys.path[:0] = [str(REFERENCE.parents[1]/"benchmarks")]
+from literal_pca import literal_pca
 
 redshifts = st.floats(0, 0.36)
 seeds = st.integers(0, 2**32 - 1)
@@ -176,21 +179,6 @@ def test_pca_equals_the_published_numbers():
     np.testing.assert_allclose(found.eigenvalues, reference["evals"][:4], rtol=1e-5)
     garbage = np.where(reference["M"], np.nan, reference["X"])  # what stands in missing bins does not matter
     np.testing.assert_array_equal(iterative_pca(garbage, reference["M"], 4, 12).filled, found.filled)
-
-
-def literal_pca(x, missing, k, n_iter):
-    "The recipe word by word, with a full decomposition a turn and a loop over rows."
-    filled, measured = np.where(missing, 0, x), ~missing
-    for _ in range(n_iter):
-        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
-        filled = np.where(missing, (filled*measured).sum(0)/measured.sum(0), filled)
-    for _ in range(n_iter):
-        filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
-        mean = filled.mean(0)
-        _, values, vectors = np.linalg.svd(filled - mean, full_matrices=False)
-        fits = [np.linalg.lstsq(vectors[:k, m].T, (row - mean)[m], rcond=None)[0] for row, m in zip(filled, measured)]
-        filled = np.where(missing, fits @ vectors[:k] + mean, filled)
-    return filled, mean, vectors[:k], values[:k]
 
 
 def test_pca_by_krylov_space_equals_the_recipe():
