@@ -269,6 +269,7 @@ _FILES = dict(
     raw_cutouts="raw/cutouts",  # <specobjid>/<band>.fits
     images="images.zarr",
     spectra="spectra.zarr",
+    lines="lines.parquet",  # emission lines and indices of every spectrum
     vae="vae.safetensors",
     vae_history="vae_history.csv",
     vae_search="vae_search.csv",  # the settings that were tried
@@ -333,11 +334,12 @@ STAGES = {s.name: s for s in (
     Stage("02_archives", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
     Stage("03_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
     Stage("04_spectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
+    Stage("04a_lines", ("spectra",), ("spectra",), ("lines",)),
     Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_history", "latents")),
     Stage("06_deconv", (), ("images",)),
     Stage("07_models"),
     Stage("08_training", ("training",), ("images", "vae", "latents"), ("models",)),
-    Stage("09_evaluation", ("evaluation", "training"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock"),
+    Stage("09_evaluation", ("evaluation", "training"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "lines"),
           ("predictions", "results")),
     Stage("10_figures", ("training",), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "predictions", "results"),
           ("figures",)),

@@ -9,14 +9,16 @@ import numpy as np
 import pandas as pd
 from .config import Paths
 from .images import find_rows
+from .lines import LINES, measure_spectra
 from .mock_survey import true_spectra
 from .spectra import LogGrid, load_store, rebin
 from .training import target_columns
 from .vae import SpectrumModel
 
 # %% auto #0
-__all__ = ['rmse_per_target', 'pooled_rmse', 'bootstrap_error', 'fractional_error', 'reduced_chi2', 'predict_by_neighbors',
-           'predict_by_boosting', 'Reference', 'load_reference', 'score_spectra', 'score']
+__all__ = ['LINE_QUANTITIES', 'rmse_per_target', 'pooled_rmse', 'bootstrap_error', 'fractional_error', 'reduced_chi2',
+           'predict_by_neighbors', 'predict_by_boosting', 'Reference', 'load_reference', 'score_spectra', 'score',
+           'score_lines']
 
 # %% ../nbs/09_evaluation.ipynb #d389f5ac
 def rmse_per_target(
@@ -138,3 +140,20 @@ def score(
     error = bootstrap_error(lambda rows: pooled_rmse(first[rows], truth[rows]), len(truth), rng)
     return dict(rmse_valid=values["valid"].mean(), rmse_test=values["test"].mean(), rmse_test_error=error,
         rmse_between_seeds=values["test"].std(ddof=1) if len(by_seed) > 1 else np.nan, **score_spectra(spectra, references["test"]))
+
+# %% ../nbs/09_evaluation.ipynb #259b0f0f
+LINE_QUANTITIES = {f"{name}_ew": "Angstrom" for name in LINES} | {"dn4000": "", "hdelta_a": "Angstrom"}  # columns of `measure_spectra`, and their units
+
+def score_lines(
+    predicted:pd.DataFrame,  # of `measure_spectra`, of predicted spectra
+    reference:pd.DataFrame,  # the same of true or observed spectra, row by row
+) -> pd.DataFrame:
+    "One row a quantity: unit, number of galaxies in which the reference has it, median difference, robust scatter, Spearman's rank correlation (NaN where all predictions are equal)."
+    rows = {}
+    for name, unit in LINE_QUANTITIES.items():
+        both = pd.DataFrame(dict(predicted=predicted[name].to_numpy(), reference=reference[name].to_numpy())).dropna()
+        difference = both.predicted - both.reference
+        varies = len(both) > 1 and np.ptp(both.predicted) > 1e-9
+        rows[name] = dict(unit=unit, n=len(both), bias=difference.median(), scatter=1.4826*(difference - difference.median()).abs().median(),
+            rank_correlation=both.predicted.corr(both.reference, method="spearman") if varies else np.nan)
+    return pd.DataFrame(rows).T.rename_axis("quantity").reset_index().astype(dict(n=int, bias=float, scatter=float, rank_correlation=float))

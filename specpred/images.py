@@ -15,6 +15,7 @@ import torch, zarr
 from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from numcodecs import blosc
+from tqdm.auto import tqdm
 from .archives import linear_counts, open_fits
 from .config import DamagedFileError, InvalidInputError, MissingInputError, atomic_path
 
@@ -199,16 +200,19 @@ def _rows_of(galaxies:list, dtype:str, max_mask_fraction:float) -> tuple[dict, d
         rows["sky"][k], rows["noise"][k] = sky_statistics(galaxy.flux)
         rows["scale"][k] = storage_scale(galaxy.flux, rows["noise"][k], dtype)
         rows["flux"][k] = galaxy.flux/rows["scale"][k][:, None, None]
-        if (worst := rows["mask_fraction"][k].max()) > max_mask_fraction: problems[k] = f"{worst:.0%} of a band is masked"
+        if (worst := rows["mask_fraction"][k].max()) > max_mask_fraction: problems[k] = f"masked: {worst:.0%} of a band"
         rows["usable"][k] = k not in problems
     return rows, problems
+
+# problems begin with their cause and a colon, so that they can be counted
+_CAUSES = {MissingInputError: "missing file", DamagedFileError: "damaged file", InvalidInputError: "unfit image"}
 
 def _read_rows(specobjids, raw_cutouts:Path, size:int, dtype:str, max_mask_fraction:float) -> tuple[dict, dict]:
     "The same for galaxies whose cutouts lie in folders named by specobjid."
     galaxies = []
     for specobjid in specobjids:
         try: galaxies.append(read_galaxy(raw_cutouts/str(specobjid), size))
-        except (MissingInputError, DamagedFileError, InvalidInputError) as error: galaxies.append(str(error))
+        except (MissingInputError, DamagedFileError, InvalidInputError) as error: galaxies.append(f"{_CAUSES[type(error)]}: {error}")
     return _rows_of(galaxies, dtype, max_mask_fraction)
 
 # %% ../nbs/03_images.ipynb #b12026e5
@@ -318,7 +322,6 @@ def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path 
 def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, n_jobs:int=1, progress:bool=False) -> dict[str, str]:
     "Fills a store with what `read` gives for runs of specobjids."
     from joblib import Parallel, delayed
-    from tqdm.auto import tqdm
     if len(np.unique(specobjids)) < len(specobjids): raise InvalidInputError("a galaxy is listed twice; every specobjid has one row in a store")
     partial = store.with_name(f".{store.name}.partial")
     group = _open_partial(partial, specobjids, settings, keep)
@@ -384,7 +387,7 @@ def pack_arrays(
     def galaxy(k):
         mask = ~np.isfinite(flux[k])
         empty = [b for b, band in zip(BANDS, mask) if band.all()]
-        if empty: return f"band {', '.join(empty)} has no finite pixel"
+        if empty: return f"no data: band {', '.join(empty)} has no finite pixel"
         return Galaxy(np.where(mask, 0, flux[k]).astype(np.float32), mask, np.ones(5, np.float32) if exptime is None else exptime[k])
     settings = dict(size=flux.shape[-1], dtype=dtype, max_mask_fraction=float(max_mask_fraction))
     return _pack(specobjids, lambda ids: _rows_of([galaxy(position[int(s)]) for s in ids], dtype, max_mask_fraction), Path(store), settings)
@@ -428,6 +431,11 @@ class ImageStore:
     def read(self, specobjids) -> np.ndarray:
         "(n, 5, size, size) float32 nJy of these galaxies, in this order. Raises `DamagedFileError` that names a damaged shard."
         return self.read_rows(self.rows(specobjids))
+
+    def batches(self, specobjids, size:int=256, progress:bool=False):
+        "Yields what `read` returns in pieces of at most `size` galaxies, for samples that are larger than the memory."
+        rows = self.rows(specobjids)
+        for k in tqdm(range(0, len(rows), size), unit="batch", disable=not progress): yield self.read_rows(rows[k:k + size])
 
 # %% ../nbs/03_images.ipynb #70ce1c86
 @patch

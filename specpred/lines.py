@@ -120,7 +120,7 @@ def stellar_continuum(
     missing = None,  # (N, n) bool
     n_templates:int = 18,
 ) -> np.ndarray:  # (N, n), unit of the flux
-    "The starlight of each spectrum: the best linear combination of `stellar_templates`, fitted away from emission lines (500 km/s). Raises `InvalidInputError` for arrays that do not belong together or spectra with too few bins."
+    "The starlight of each spectrum: the best linear combination of `stellar_templates`, fitted away from emission lines (500 km/s); NaN for spectra with too few bins. Raises `InvalidInputError` for arrays that do not belong together, and where no spectrum has enough bins."
     flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
     continuum = np.empty(flux.shape)
     step = len(flux) if len(loglam0) == 1 else 64  # templates of their own need memory
@@ -130,11 +130,12 @@ def stellar_continuum(
         velocity = np.abs(edges[:, :-1, None] + dloglam/2 - np.log10(_EMISSION))*np.log(10)*LIGHT_SPEED
         templates = _templates_in(edges, n_templates)
         own = weight[rows]*(velocity.min(-1) > 500 + dloglam/2*np.log(10)*LIGHT_SPEED)*(templates[..., 0] != 0)
-        few = np.flatnonzero((own > 0).sum(1) < 10*n_templates)
-        if len(few): raise InvalidInputError(f"Too few bins to tell the starlight: spectrum {rows.start + few[0]} has {(own[few[0]] > 0).sum()} away from lines.")
+        few = (own > 0).sum(1) < 10*n_templates
         matrix, right = _normal_equations(templates, own, flux[rows])
         matrix += 1e-9*np.trace(matrix, axis1=1, axis2=2)[:, None, None]/n_templates*np.eye(n_templates)
-        continuum[rows] = (templates @ np.linalg.solve(matrix, right[..., None]))[..., 0]
+        matrix[few] = np.eye(n_templates)
+        continuum[rows] = np.where(few[:, None], np.nan, (templates @ np.linalg.solve(matrix, right[..., None]))[..., 0])
+    if np.isnan(continuum).all(): raise InvalidInputError(f"Too few bins to tell the starlight: it takes {10*n_templates} away from lines, between 3200 and 9300 Angstrom.")
     return continuum
 
 # %% ../nbs/04a_lines.ipynb #03814efb
@@ -161,10 +162,12 @@ def _fit_window(edges, values, weight, lines, sigma):
     "One window for given widths: coefficients (N, k), covariances (N, k, k), chi2 (N), which lines are measured (N, lines), and the columns."
     columns = _columns(edges, lines, sigma)
     profiles = columns[..., :len(lines)]
-    measured = np.einsum("nb,nbl->nl" if len(profiles) > 1 else "nb,mbl->nl", (weight > 0).astype(float), profiles*np.diff(10**edges, axis=1)[..., None])
-    seen = measured >= 0.8*(profiles*np.diff(10**edges, axis=1)[..., None]).sum(1)
+    light = profiles*np.diff(10**edges, axis=1)[..., None]
+    def mostly(weight): return np.einsum("nb,nbl->nl" if len(light) > 1 else "nb,mbl->nl", (weight > 0).astype(float), light) >= 0.8*light.sum(1)
+    seen = mostly(weight)
     touched = np.einsum("nl,nbl->nb" if len(profiles) > 1 else "nl,mbl->nb", (~seen).astype(float), (profiles > 0.02*profiles.max(1, keepdims=True)).astype(float)) > 0
     weight = np.where(touched, 0, weight)
+    seen &= mostly(weight)  # a broad line can lose its bins to an unmeasured neighbour
     matrix, right = _normal_equations(columns, weight, values)
     # what cannot be told is held at zero; its neighbours do not notice
     scale = np.trace(matrix, axis1=1, axis2=2) + 1e-300
@@ -205,7 +208,7 @@ def fit_lines(
     loglam0 = LogGrid().loglam0,  # log10 of the first bin's centre, Angstrom, rest frame; one number or (N)
     dloglam:float = LogGrid().dloglam,  # bin width, dex; 1e-4 for SDSS's pixels
     missing = None,  # (N, n) bool
-    continuum = None,  # (N, n) what is under the lines, e.g. `stellar_continuum`; None: a straight line in each window
+    continuum = None,  # (N, n) what is under the lines, e.g. `stellar_continuum`, NaN where unknown; None: a straight line in each window
     redshift = 0.,  # (N) or a number: fluxes are multiplied by 1 + z, which makes them those that are observed
 ) -> pd.DataFrame:
     """Fluxes and rest-frame equivalent widths of `LINES`, with errors: columns `<line>_flux`, `<line>_flux_err`, `<line>_ew`, `<line>_ew_err` and `sigma`
@@ -213,7 +216,9 @@ def fit_lines(
     positive; NaN where a line was not measured. Fluxes are in the unit of the flux density times Angstrom. Raises `InvalidInputError` for arrays that do not belong together."""
     flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
     continuum = np.zeros(flux.shape) if continuum is None else np.atleast_2d(np.asarray(continuum, float))
-    if continuum.shape != flux.shape or not np.isfinite(continuum).all(): raise InvalidInputError(f"continuum must be finite and of flux's shape {flux.shape}; it has {continuum.shape}.")
+    if continuum.shape != flux.shape or np.isinf(continuum).any(): raise InvalidInputError(f"continuum must have flux's shape {flux.shape} and no infinite elements; its shape is {continuum.shape}.")
+    unknown = np.isnan(continuum)
+    weight, continuum = np.where(unknown, 0, weight), np.where(unknown, 0, continuum)
     stretch = np.broadcast_to(1 + np.asarray(redshift, float), len(flux))
     if not (np.isfinite(stretch) & (stretch > 0)).all(): raise InvalidInputError("Redshifts must be finite and above -1.")
     tables, step = [], 512
@@ -221,7 +226,9 @@ def fit_lines(
         rows = slice(start, start + step)
         tables.append(_fit_block(flux[rows] - continuum[rows], weight[rows], loglam0 if len(loglam0) == 1 else loglam0[rows], dloglam, continuum[rows],
             stretch[rows], error is None))
-    return pd.DataFrame({name: np.concatenate([t[name] for t in tables]) for name in tables[0]})
+    table = pd.DataFrame({name: np.concatenate([t[name] for t in tables]) for name in tables[0]})
+    table.loc[~(weight > 0).any(1)] = np.nan
+    return table
 
 # %% ../nbs/04a_lines.ipynb #676127d4
 def _fit_block(values, weight, loglam0, dloglam, continuum, stretch, scatter) -> dict:

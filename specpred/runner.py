@@ -22,7 +22,7 @@ def find_stage(
     "The stage of that name or number. Raises `ProfileError` when there is none."
     for stage in STAGES.values():
         number, _, word = stage.name.partition("_")
-        if name in (stage.name, number, str(int(number)), word): return stage
+        if name in (stage.name, number, number.lstrip("0") or "0", word): return stage
     raise ProfileError(f"There is no stage {name!r}. The stages are: {', '.join(STAGES)}.")
 
 def choose_stages(

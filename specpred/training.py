@@ -338,15 +338,13 @@ def train_model(
 @torch.no_grad()
 def predict_targets(
     model:torch.nn.Module,
-    flux:np.ndarray,  # (N, 5, size, size) nJy
+    batches,  # iterable of images (n, 5, size, size) in nJy, e.g. `ImageStore.batches`
     transform:ImageTransform,
-    batch_size:int = 256,
 ) -> np.ndarray:
-    "(N, n_targets) float32 standardised targets predicted from images."
+    "(N, n_targets) float32 standardised targets predicted from images, a batch at a time."
     device = next(model.parameters()).device
     model.eval()
-    parts = [model(transform(torch.as_tensor(flux[k:k + batch_size], device=device))).cpu().numpy() for k in range(0, len(flux), batch_size)]
-    return np.concatenate(parts)
+    return np.concatenate([model(transform(torch.as_tensor(flux, device=device))).cpu().numpy() for flux in batches])
 
 # %% ../nbs/08_training.ipynb #348c147f
 def make_loaders(

@@ -104,7 +104,10 @@ def test_a_failing_cell_is_named_and_the_next_call_goes_on(copied_run):
 
 def test_an_interrupted_run_says_so_and_leaves_nothing_half_made(tmp_path):
     command = [Path(sys.executable).parent/"specpred", "reproduce", "--profile", "smoke", "--data-dir", tmp_path]
+    # a shell starts background jobs with SIGINT ignored, and they hand that on to their children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    signal.signal(signal.SIGINT, before)
     assert running.stdout.readline().startswith("00_config")  # so 01_mock_survey is under way
     time.sleep(2)
     running.send_signal(signal.SIGINT)
