@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 from . import models
 from .archives import open_fits
-from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, WeightsError, atomic_path, random_generator
+from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError, atomic_path, random_generator
 from .figures import mark_lines
 from .images import BANDS, central_crop, composite, read_galaxy
 from .training import predict_targets, transform_of
 from .vae import SpectrumModel
 
 # %% auto #0
-__all__ = ['PredictedSpectra', 'decode_with_errors', 'Predictor', 'write_cube', 'read_cube', 'read_galaxies', 'write_table',
-           'plot_prediction', 'best_model', 'predict_files']
+__all__ = ['PredictedSpectra', 'decode_with_errors', 'Predictor', 'write_cube', 'read_cube', 'name_galaxies', 'read_image',
+           'write_table', 'plot_prediction', 'best_model', 'predict_files']
 
 # %% ../nbs/11_predict.ipynb #12858813
 @dataclass
@@ -72,7 +73,8 @@ class Predictor:
         if flux.ndim != 4 or flux.shape[1] != len(BANDS):
             raise InvalidInputError(f"images must have shape (N, 5, height, width), bands {', '.join(BANDS)}; got {flux.shape}")
         if not np.isfinite(flux).all(): raise InvalidInputError("the images hold NaN or infinite pixels; set pixels without data to 0")
-        targets = predict_targets(self.trained.model, self.trained.in_channel_order(central_crop(flux, self.size)), self.transform)
+        batches = (self.trained.in_channel_order(central_crop(flux[k:k + 256], self.size)) for k in range(0, len(flux), 256))
+        targets = predict_targets(self.trained.model, batches, self.transform)
         return decode_with_errors(targets, self.covariance, self.decoder, self.seed)
 
 # %% ../nbs/11_predict.ipynb #d3285feb
@@ -97,27 +99,32 @@ def read_cube(path) -> np.ndarray:
             "expected (5, height, width), BANDS = 'grizy' and BUNIT = 'nJy' (see specpred.predict.write_cube)")
     return np.nan_to_num(flux, nan=0., posinf=0., neginf=0.)
 
-# %% ../nbs/11_predict.ipynb #ffb9fc78
-def read_galaxies(
+# %% ../nbs/11_predict.ipynb #a2f5ee0c
+def name_galaxies(
     cutouts,  # paths: folders with g.fits … y.fits, the five files themselves, or cubes
-    size:int,  # side of the images, pixels
-) -> dict[str, np.ndarray]:
-    "Calibrated images (5, size, size) by galaxy name, which is that of the folder or cube."
+) -> dict[str, Path]:
+    "The folder or cube of each galaxy, by its name. Raises `MissingInputError`, and `InvalidInputError` for two galaxies of one name."
     galaxies, single = {}, {}
     for path in map(Path, cutouts):
         if not path.exists(): raise MissingInputError(f"{path} does not exist")
         if path.is_file() and path.stem in BANDS: single.setdefault(path.resolve().parent, set()).add(path.stem)
-        elif path.is_dir(): _add(galaxies, path.resolve().name, read_galaxy(path, size).flux)
-        else: _add(galaxies, path.stem, central_crop(read_cube(path), size))
+        else: _add(galaxies, path.resolve().name if path.is_dir() else path.stem, path)
     for folder, bands in single.items():
         if missing := [b for b in BANDS if b not in bands]:
             raise MissingInputError(f"of the galaxy in {folder} these bands were not given: {', '.join(missing)}")
-        _add(galaxies, folder.name, read_galaxy(folder, size).flux)
+        _add(galaxies, folder.name, folder)
     return galaxies
 
-def _add(galaxies, name, flux):
+def _add(galaxies, name, path):
     if name in galaxies: raise InvalidInputError(f"two galaxies are called {name!r}; their results would overwrite each other")
-    galaxies[name] = flux
+    galaxies[name] = path
+
+def read_image(
+    path:Path,  # a folder with g.fits … y.fits, or a cube
+    size:int,  # side of the image, pixels
+) -> np.ndarray:
+    "(5, size, size) nJy of a galaxy, pixels without data 0. Raises `DamagedFileError`, `MissingInputError` or `InvalidInputError`."
+    return read_galaxy(path, size).flux if path.is_dir() else central_crop(read_cube(path), size)
 
 # %% ../nbs/11_predict.ipynb #d0882e98
 def write_table(
@@ -160,21 +167,39 @@ def best_model(paths:Paths) -> Path:
     if not scores: raise MissingInputError(f"there is no trained model in {paths.models}; run specpred reproduce --profile {paths.root.name}")
     return min(scores, key=scores.get).with_suffix(".safetensors")
 
+# %% ../nbs/11_predict.ipynb #9f1858fe
 def predict_files(
-    cutouts,  # see `read_galaxies`
+    cutouts,  # see `name_galaxies`
     paths:Paths,  # where the trained models are
     out,  # folder for tables and plots
     model:str | None = None,  # name of a trained model, e.g. "xresnet18_hybrid"
+    batch_size:int = 64,  # galaxies in memory at once
 ) -> list[Path]:
-    "Predicts the spectra of some galaxies; writes `<name>.ecsv` and `<name>.png` for each and returns their paths."
+    """Predicts the spectra of some galaxies; writes `<name>.ecsv` and `<name>.png` for each and returns their paths. Raises, after all others are
+    done, the error of a galaxy that cannot be read, or an `InvalidInputError` that lists several."""
     weights = best_model(paths) if model is None else next(iter(sorted(paths.models.glob(f"{model}-*.safetensors"))), paths.models/f"{model}-*.safetensors")
-    predictor = Predictor.load(weights, paths.vae)
-    galaxies = read_galaxies(cutouts, predictor.size)
+    predictor, galaxies, out = Predictor.load(weights, paths.vae), name_galaxies(cutouts), Path(out)
     if not galaxies: raise InvalidInputError("no cutouts were given")
-    images = np.stack(list(galaxies.values()))
-    spectra, written, out = predictor(images), [], Path(out)
-    for row, name in enumerate(galaxies):
-        write_table(out/f"{name}.ecsv", spectra, row, {"galaxy": name, "model": predictor.trained.name, "weights": weights.name})
-        with atomic_path(out/f"{name}.png") as part: plot_prediction(images[row], spectra, row, name).savefig(part, dpi=110)
+    written, wrong, names = [], {}, list(galaxies)
+    with tqdm(total=len(names), unit="galaxy", disable=None) as bar:
+        for batch in (names[k:k + batch_size] for k in range(0, len(names), batch_size)):
+            images = {}
+            for name in batch:
+                try: images[name] = read_image(galaxies[name], predictor.size)
+                except SpecpredError as error: wrong[name] = error
+            written += _write_predictions(predictor, images, out, weights.name, bar)
+            bar.update(len(batch) - len(images))
+    if len(wrong) == 1: raise next(iter(wrong.values()))
+    if wrong: raise InvalidInputError("\n".join([f"{len(wrong)} of {len(names)} galaxies could not be read:", *(f"  {name}: {error}" for name, error in wrong.items())]))
+    return written
+
+# %% ../nbs/11_predict.ipynb #50c94652
+def _write_predictions(predictor, images:dict, out:Path, weights:str, bar) -> list[Path]:
+    "Table and plot of each galaxy of a batch."
+    written, spectra = [], predictor(np.stack(list(images.values()))) if images else None
+    for row, (name, flux) in enumerate(images.items()):
+        write_table(out/f"{name}.ecsv", spectra, row, {"galaxy": name, "model": predictor.trained.name, "weights": weights})
+        with atomic_path(out/f"{name}.png") as part: plot_prediction(flux, spectra, row, name).savefig(part, dpi=110)
         written += [out/f"{name}.ecsv", out/f"{name}.png"]
+        bar.update()
     return written
