@@ -70,6 +70,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'specpred.archives._catalogue': ('archives.html#_catalogue', 'specpred/archives.py'),
                                    'specpred.archives._catalogue_of_table': ('archives.html#_catalogue_of_table', 'specpred/archives.py'),
                                    'specpred.archives._check_sums': ('archives.html#_check_sums', 'specpred/archives.py'),
+                                   'specpred.archives._check_tiles': ('archives.html#_check_tiles', 'specpred/archives.py'),
                                    'specpred.archives._checked_catalogue': ('archives.html#_checked_catalogue', 'specpred/archives.py'),
                                    'specpred.archives._checked_survey': ('archives.html#_checked_survey', 'specpred/archives.py'),
                                    'specpred.archives._claim': ('archives.html#_claim', 'specpred/archives.py'),

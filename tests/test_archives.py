@@ -1,5 +1,5 @@
 "Downloads through failures: hostile servers, damaged files, kills, and archives that stop to answer."
-import faulthandler, gzip, json, os, random, signal, subprocess, sys, threading, time, warnings
+import faulthandler, gzip, io, json, os, random, signal, subprocess, sys, threading, time, warnings
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +10,7 @@ from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
 from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _miniature_survey,
-    _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, losses, plan_download, read_cutout_names,
+    _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, losses, open_fits, plan_download, read_cutout_names,
     read_skyserver_csv, read_table, serve, spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
 from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, SpectraParameters
 
@@ -73,7 +73,7 @@ N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in
 # 10 % of the requests fail; a 404 cannot be told from a lasting one, so that it is none of those that pass
 FAULTY = Faults(passing=0.07, lasting=0.03, seed=11, kinds=FAULTS[:-1], latency=0.05, retry_after=0.05)
 PATIENT = dict(attempts=12, wait=(0.01, 0.05), bad_attempts=8)
-REASONS = {"truncated": "truncated", "page": "a web page", "band": "another band", "empty": "no finite pixel", "corrupted": "a damaged header", "missing": "not found"}
+REASONS = {"truncated": "truncated", "page": "a web page", "band": "another band", "empty": "empty", "corrupted": "a damaged header", "missing": "not found"}
 
 
 def what_was_meant(name, target) -> tuple:
@@ -400,6 +400,32 @@ def test_files_that_claim_to_be_huge_are_refused(samples, tmp_path):
     for content, key, check in ((spectrum, b"NAXIS2  ", lambda c: check_spectrum(c, 266, 51602, 1)), (cutout, b"NAXIS2  ", lambda c: check_cutout(c, "g", 1.0, 1.0, SIZE))):
         at = content.index(key)
         with pytest.raises(DamagedFileError, match="truncated"): check(content[:at + 10] + b"999999999999".rjust(20) + content[at + 30:])
+
+
+def test_a_tile_that_unpacks_to_more_than_its_header_says_is_refused(tmp_path):
+    path, pixels = tmp_path/"stack.fits", np.random.default_rng(0).normal(size=(64, 64)).astype("f4")
+    fits.CompImageHDU(pixels, compression_type="GZIP_1", quantize_level=0, tile_shape=(64, 64)).writeto(path)
+    with open_fits(path) as hdus: assert (hdus[1].data == pixels).all()
+    content = path.read_bytes()
+    start = content.index(b"\x1f\x8b\x08")  # of the only tile
+    length = int.from_bytes(content[start - 8:start - 4], "big")
+    bomb = gzip.compress(bytes(2**22))
+    assert len(bomb) < length
+    path.write_bytes(content[:start] + bomb + bytes(length - len(bomb)) + content[start + length:])
+    with pytest.raises(DamagedFileError, match="a tile unpacks to more than"):
+        with open_fits(path) as hdus: hdus[1].data.sum()
+
+
+def test_a_cutout_of_mostly_nothing_is_refused(survey, samples):
+    position = survey[1][["ra", "dec"]].iloc[0]
+    with fits.open(io.BytesIO(samples[1])) as hdus: header, pixels = hdus[0].header, hdus[0].data.copy()
+    for empty in (6, 14):
+        pixels.ravel()[:empty*pixels.size//20] = np.nan
+        stream = io.BytesIO()
+        fits.PrimaryHDU(pixels, header).writeto(stream)
+        if empty == 6: check_cutout(stream.getvalue(), "g", *position, SIZE)
+        else:
+            with pytest.raises(DamagedFileError, match="empty: 30% of the pixels are finite"): check_cutout(stream.getvalue(), "g", *position, SIZE)
 
 
 @pytest.fixture(scope="module")

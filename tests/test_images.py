@@ -199,7 +199,7 @@ def test_arrays_of_wrong_shape_and_empty_bands(tmp_path):
         with pytest.raises(InvalidInputError, match="expected images"): images.pack_arrays(np.arange(3), wrong, tmp_path/"a.zarr")
     flux = some_flux(3)
     flux[1, 4] = np.nan
-    assert images.pack_arrays(np.arange(3), flux, tmp_path/"a.zarr") == {"1": "band y has no finite pixel"}
+    assert images.pack_arrays(np.arange(3), flux, tmp_path/"a.zarr") == {"1": "no data: band y has no finite pixel"}
     assert images.open_images(tmp_path/"a.zarr").usable.tolist() == [True, False, True]
     with pytest.raises(InvalidInputError, match="float16"): images.pack_arrays(np.arange(3), flux, tmp_path/"b.zarr", dtype="int8")
 
