@@ -124,8 +124,7 @@ class Sources:
 
     def contents(self):
         "The page that lists the notebooks, from which the sidebar is made."
-        # 04a belongs to 04, also without a stage of its own
-        chapters = [name for name in self.notebooks if name in STAGES or re.match(r"\d\d[a-z]_", name)]
+        chapters = [name for name in self.notebooks if name in STAGES]
         others = [name for name in self.notebooks if name not in chapters and name != "index"]
         toctree = lambda caption, names: "\n".join(["```{toctree}", f":caption: {caption}", ":maxdepth: 1", "", *names, "```", ""]) if names else ""
         return ("# Notebooks\n\nThe chapters are numbered in the order in which they are read and run. Each defines a part of the library, "
