@@ -797,7 +797,7 @@ def layout_skycells(
     centres = _projection_cells()
     if n > len(centres)*SUBCELLS**2: raise InvalidInputError(f"{n} skycells are more than the {len(centres)*SUBCELLS**2} of the mock sky.")
     subcells = np.array([rng.permutation(SUBCELLS**2) for _ in centres])
-    order = np.concatenate([rng.permutation(len(centres)) for _ in range(-(-n // len(centres)))])[:n]
+    order = np.concatenate([np.zeros(0, int), *(rng.permutation(len(centres)) for _ in range(-(-n // len(centres))))])[:n]
     subcell = subcells[order, np.arange(n) // len(centres)]
     ra0, dec0 = np.array(centres)[order].T
     x, y = ((part - (SUBCELLS - 1)/2)*PROJCELL_DEG/SUBCELLS for part in (subcell % SUBCELLS, subcell // SUBCELLS))

@@ -132,6 +132,11 @@ def test_empty_survey(survey, tmp_path, capsys):
     assert mock.true_spectra(tmp_path, [1]) is None
 
 
+def test_a_survey_of_spectra_alone(tmp_path):
+    truth = mock.make_survey(MockParameters(n_galaxies=0, n_spectra_only=3), tmp_path, seed=3, n_jobs=1, progress=False)
+    assert len(truth) == len(list(tmp_path.rglob("spec-*.fits"))) == 3 and not list(tmp_path.rglob("*.stk.*"))
+
+
 def test_unknown_galaxies_are_named(survey):
     with pytest.raises(InvalidInputError, match="1 of 2 galaxies.*specobjid 7"): mock.true_spectra(survey[0], [int(survey[1].specobjid[3]), 7])
 
