@@ -265,10 +265,12 @@ def search(
     progress:bool = True,
 ) -> tuple[VAEParameters, pd.DataFrame]:
     "The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides."
-    rows, judge = [], Training(new_vae(x.shape[1], parameters, seed), x, weights, parameters, seed)
-    configurations, known = random_configurations(parameters, seed), _finished_trials(table)
+    configurations, known, rows = random_configurations(parameters, seed), _finished_trials(table), []
+    # a trial is the same, whatever the number of the others: a search that is made longer keeps what it has
+    alone = dataclasses.replace(parameters, n_trials=1)
+    judge = Training(new_vae(x.shape[1], alone, seed), x, weights, alone, seed)
     for number, configuration in enumerate(tqdm(configurations, desc="settings", unit="trial", disable=not progress)):
-        vae, short = new_vae(x.shape[1], configuration, seed), dataclasses.replace(configuration, epochs=parameters.trial_epochs)
+        vae, short = new_vae(x.shape[1], configuration, seed), dataclasses.replace(configuration, n_trials=1, epochs=parameters.trial_epochs)
         key = f"{judge.fingerprint[:16]}-{hashlib.sha256(repr(short).encode()).hexdigest()[:16]}"
         rows.append(known.get(key) or dict(trial=number, key=key) | _trial(vae, x, weights, short, seed, judge))
         if table is not None and key not in known:

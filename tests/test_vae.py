@@ -306,5 +306,7 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): search(x, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
     again, resumed = search(x, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
     assert len(calls) == 5 and again == best and resumed.drop(columns="key").equals(whole.drop(columns="key"))
+    longer = search(x, weights, dataclasses.replace(parameters, n_trials=5), 1, tmp_path/"cut.csv", progress=False)[1]
+    assert len(calls) == 6 and longer[:4].equals(resumed)  # a longer search keeps what it has
     search(x + 0.01, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
-    assert len(calls) == 9  # other spectra: the old trials do not count
+    assert len(calls) == 10  # other spectra: the old trials do not count
