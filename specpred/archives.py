@@ -268,6 +268,9 @@ def fetch_catalogue(
     try: return client.get(url, dict(cmd=query, format="csv"), max_bytes=1 << 30, check=check).content
     except (DamagedFileError, NotFoundError, BusyError) as error: raise ArchiveError(f"No catalogue from {skyserver_url}: {error}") from error
 
+# %% ../nbs/02_archives.ipynb #d9f3cdc1
+_BOSS_RUN2D = dict(dr9="v5_4_45", dr10="v5_5_12", dr11="v5_6_5", dr12="v5_7_0", dr13="v5_9_0", dr14="v5_10_0", dr15="v5_10_0", dr16="v5_13_0", dr17="v5_13_2")
+
 # %% ../nbs/02_archives.ipynb #68ccb230
 def spectrum_name(
     plate:int,
@@ -286,7 +289,8 @@ def spectrum_path(
 ) -> str:
     "Path of a `lite` spectrum (without single exposures) below the science archive server's root. Raises `InvalidInputError`."
     if not re.fullmatch(_RUN2D, run2d): raise InvalidInputError(f"run2d is {run2d!r}; expected e.g. 26 or v5_13_2.")
-    survey = "eboss" if run2d.startswith("v") else "sdss"
+    if release not in _BOSS_RUN2D: raise InvalidInputError(f"The data release is {release!r}; expected one of {', '.join(_BOSS_RUN2D)}.")
+    survey = "sdss" if not run2d.startswith("v") else "boss" if int(release[2:]) <= 12 else "eboss"
     return f"{release}/{survey}/spectro/redux/{run2d}/spectra/lite/{int(plate):04d}/{spectrum_name(plate, mjd, fiberid)}"
 
 # %% ../nbs/02_archives.ipynb #a83c5803
@@ -473,13 +477,13 @@ def read_cutout_names(
     rows = [dict(zip(columns, line)) for line in words if len(line) == len(columns)]
     if len(rows) < len(words) or any(not row["filename"].endswith("/" + row.get("shortname", "")) and "shortname" in row for row in rows):
         raise DamagedFileError("no list of files: a line is cut off or garbled")
-    usable = [row for row in rows if row.get("type") == "stack" and row.get("badflag", "0") == "0" and row.get("filter") in set(BANDS)]
-    cells = Counter((row.get("projcell"), row.get("subcell")) for row in usable)
-    # where cells overlap, all bands from the cell that has most of them, so that their pixels coincide
-    names = {row["filter"]: row["filename"] for row in sorted(usable, key=lambda r: cells[r.get("projcell"), r.get("subcell")])}
-    for name in names.values():
-        if not re.fullmatch(r"/rings\.v3\.skycell/(\d{4})/(\d{3})/rings\.v3\.skycell\.\1\.\2\.stk\.[grizy]\.unconv\.fits", name):
-            raise DamagedFileError(f"a foreign file name: {name[:100]!r} is not PS1's")
+    cells = {}  # bands and names of each skycell
+    for band, name in ((row["filter"], row["filename"]) for row in rows if row["type"] == "stack" and row.get("badflag", "0") == "0" and row["filter"] in set(BANDS)):
+        cell = re.fullmatch(rf"/rings\.v3\.skycell/(\d{{4}})/(\d{{3}})/rings\.v3\.skycell\.\1\.\2\.stk\.{band}\.unconv\.fits", name)
+        if not cell: raise DamagedFileError(f"a foreign file name: {name[:100]!r} is not PS1's of a stack in {band}")
+        cells.setdefault(cell.groups(), {})[band] = name
+    # where cells overlap, all bands are from the one that has most of them, so that their pixels coincide; among equals from the last
+    names = max(cells.items(), key=lambda cell: (len(cell[1]), cell[0]))[1] if cells else {}
     return {band: names[band] for band in BANDS if band in names}
 
 # %% ../nbs/02_archives.ipynb #237682d3
