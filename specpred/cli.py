@@ -105,8 +105,9 @@ def serve(
     from specpred import archives
     def say(port:int):
         settings = " ".join(f"--set archives.{k}={v}" for k, v in vars(archives.ArchiveURLs.local(port)).items())
-        print(f"serving {folder} on port {port}; to download from it:\n  specpred download {settings}", flush=True)
-    archives.serve_forever(folder, port, archives.read_faults(faults), badflag, say)
+        print(f"serving {folder} on port {port}; to download from it into a folder of its own:\n  specpred download --data-dir from-{port} {settings}", flush=True)
+    try: archives.serve_forever(folder, port, archives.read_faults(faults), badflag, say)
+    except KeyboardInterrupt: print("stopped")
 
 # %% ../nbs/13_cli.ipynb #d2e9f2c7
 def main():
