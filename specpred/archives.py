@@ -230,9 +230,17 @@ def _integers(text:pd.Series, dtype) -> np.ndarray:
     try: return np.array([int(v) for v in values], dtype=dtype)
     except OverflowError as error: raise ArchiveError(f"The catalogue's column {text.name} has values beyond {np.dtype(dtype)}.") from error
 
+def _absent(column:pd.Series) -> np.ndarray:
+    "Where a column says that there is nothing; -9999 is how SDSS says it."
+    return (column.isna() | column.astype(str).str.strip().str.lower().isin(["", "nan", "none", "null", "--", "<na>", "-9999", "-9999.0"])).to_numpy()
+
 def _numbers(text:pd.Series) -> np.ndarray:
     values = pd.to_numeric(text.str.strip(), errors="coerce").to_numpy(np.float64)
-    return np.where(values <= -9999, np.nan, values)  # SDSS's mark for a missing measurement
+    wrong = ~np.isfinite(values) & ~_absent(text)
+    if wrong.any(): raise ArchiveError(f"The catalogue's column {text.name} has entries that are no numbers, such as {text[wrong].iloc[0][:40]!r}.")
+    return _measured(values)
+
+def _measured(values:np.ndarray) -> np.ndarray: return np.where(values <= -9999, np.nan, values)
 
 # %% ../nbs/02_archives.ipynb #22f1cefd
 def _read_csv(text:str) -> pd.DataFrame:
@@ -249,6 +257,7 @@ def _read_csv(text:str) -> pd.DataFrame:
 # %% ../nbs/02_archives.ipynb #bfded40d
 def read_skyserver_csv(
     content:bytes,  # what the SQL service answered
+    n_max:int | None = None,  # rows asked for at most
 ) -> pd.DataFrame:
     """The catalogue in SkyServer's answer, one row a galaxy, lower-case names, angles in degrees, magnitudes in mag. Raises `ArchiveError`
     where the answer is an error message or not the table that was asked for."""
@@ -261,17 +270,20 @@ def read_skyserver_csv(
     missing = [c for c in _CATALOGUE_COLUMNS if c not in table.columns]
     if not missing and not text.endswith("\n"): raise ArchiveError("SkyServer's answer is cut off: its last line has no end.")
     if missing: raise ArchiveError(f"SkyServer's answer lacks {', '.join(missing[:5])}. It says: {head}")
+    if n_max and len(table) > n_max: raise ArchiveError(f"SkyServer's answer has {len(table)} rows, asked for {n_max} at most.")
     columns = {c: _integers(table[c], _INTEGERS[c]) if c in _INTEGERS else table[c].str.strip() if c in _TEXTS else _numbers(table[c])
                for c in _CATALOGUE_COLUMNS}
     return _checked_catalogue(pd.DataFrame(columns))
 
 # %% ../nbs/02_archives.ipynb #f263511c
 def _checked_catalogue(table:pd.DataFrame) -> pd.DataFrame:
-    "The table, ordered by specobjid, if every row can name its spectrum and lies on the sky."
+    "The table, ordered by specobjid, if every row can name its spectrum, lies on the sky and fulfils the selection."
     wrong = {"specobjid twice": table.specobjid.duplicated(),
         "ra or dec outside the sky": ~(table.ra.between(0, 360) & table.dec.between(-90, 90)),
         "plate, mjd or fiberid out of range": ~(table.plate.between(1, 99_999) & table.mjd.between(1, 99_999) & table.fiberid.between(1, 9_999)),
-        "run2d of no known form": ~table.run2d.str.fullmatch(_RUN2D)}
+        "run2d of no known form": ~table.run2d.str.fullmatch(_RUN2D),
+        "a redshift that the selection leaves out": ~((table.redshift > 0) & (table.redshift < 0.360001)),  # 32 bits hold 0.36 as 0.36000001
+        "a primtarget that the selection leaves out": (table.primtarget & 70) == 0}
     for reason, rows in wrong.items():
         if rows.any(): raise ArchiveError(f"The catalogue has {rows.sum()} rows with {reason}, e.g. specobjid {table.specobjid[rows].iloc[0]}.")
     if not len(table): raise ArchiveError("No galaxy fulfils the selection.")
@@ -284,9 +296,9 @@ def fetch_catalogue(
     query:str,  # from `catalogue_query`
 ) -> bytes:
     "SkyServer's answer to the query, checked to be a catalogue. Raises `ArchiveError`."
-    url = f"{skyserver_url.rstrip('/')}/SkyServerWS/SearchTools/SqlSearch"
+    url, n_max = f"{skyserver_url.rstrip('/')}/SkyServerWS/SearchTools/SqlSearch", int(re.search(r"TOP (\d+)", query)[1])
     def check(content:bytes):
-        try: read_skyserver_csv(content)
+        try: read_skyserver_csv(content, n_max)
         except ArchiveError as error: raise DamagedFileError(str(error)) from error
     try: return client.get(url, dict(cmd=query, format="csv"), max_bytes=1 << 30, check=check).content
     except (DamagedFileError, NotFoundError, BusyError) as error: raise ArchiveError(f"No catalogue from {skyserver_url}: {error}") from error
@@ -1079,63 +1091,83 @@ _ALIASES = dict(ra="ra raj2000 _raj2000 ra_deg ra_icrs ra_j2000 right_ascension"
     redshift="redshift z z_spec zspec", redshift_err="redshift_err zerr z_err", fiberid="fiberid fiber fiber_id", specobjid="specobjid specobj_id")
 _NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 
-def _named(table:pd.DataFrame, units:dict, file:str) -> tuple:
-    "The table and its units with our names of columns. Raises `InvalidInputError` without ra and dec, or where two columns claim a name."
-    origin = {}
-    for column in map(str, table.columns):
-        name = _NAMES.get(column.strip().lower(), column.strip().lower())
-        if name in origin and name in _CATALOGUE_COLUMNS:
-            raise InvalidInputError(f"{file}: the columns {origin[name]!r} and {column!r} both mean {name}. Remove or rename one.")
-        origin.setdefault(name, column)
+def _names_of_columns(written:list, file:str) -> dict:
+    "What a file calls its columns, by our names. Raises `InvalidInputError` where two columns claim a name."
+    names, lower = {}, {column.strip().lower() for column in written}
+    magnitudes = len({"g", "r", "i"} & lower) > 1
+    for column in written:
+        name = column.strip().lower()
+        if not (name == "z" and magnitudes): name = _NAMES.get(name, name)
+        if name in names and name in _CATALOGUE_COLUMNS:
+            raise InvalidInputError(f"{file}: the columns {names[name]!r} and {column!r} both mean {name}. Remove or rename one.")
+        names.setdefault(name, column)
+    if "z" in names and "redshift" not in names:
+        warnings.warn(f"{file}: {names['z']!r} is taken for a magnitude, since it stands beside others. If it is the redshift, call it redshift.")
+    return names
+
+@dataclass(frozen=True)
+class _OwnTable:
+    "A user's table with our names of columns, and what is needed to speak of it in the user's words."
+    file: str
+    rows: pd.DataFrame
+    units: dict
+    names: dict  # what the file calls a column, by our name
+
+    def complain(self, name:str, wrong:np.ndarray, expected:str):
+        "Raises `InvalidInputError` that names the column and the first of the rows that are `wrong`."
+        if not wrong.any(): return
+        row = int(np.flatnonzero(wrong)[0])
+        raise InvalidInputError(f"{self.file}, column {self.names[name]!r}, row {row + 1}: {str(self.rows[name].iloc[row])[:40]!r}; expected {expected}. "
+                                f"({wrong.sum()} such rows.)")
+
+# %% ../nbs/02_archives.ipynb #ca73bd40
+def _own_table(path:Path) -> _OwnTable:
+    "Reads a table. Raises `InvalidInputError` where it has no ra and dec."
+    table, units = _open_table(path)
+    written = list(map(str, table.columns))
+    names = _names_of_columns(written, path.name)
     for name in ("ra", "dec"):
-        if name not in origin:
-            near = difflib.get_close_matches(name, list(origin), 1, 0.5)
-            raise InvalidInputError(f"{file} has no column {name!r}" + (f" (is it {origin[near[0]]!r}?)" if near else "") +
-                f"; it has {', '.join(map(repr, list(origin.values())[:12]))}. Positions are ra and dec in degrees, J2000.")
-    table = table.set_axis(list(map(str, table.columns)), axis=1)
-    return table[list(origin.values())].set_axis(list(origin), axis=1), {name: units.get(column) for name, column in origin.items()}
+        if name not in names:
+            near = difflib.get_close_matches(name, list(names), 1, 0.5)
+            raise InvalidInputError(f"{path.name} has no column {name!r}" + (f" (is it {names[near[0]]!r}?)" if near else "") +
+                f"; it has {', '.join(map(repr, list(names.values())[:12]))}. Positions are ra and dec in degrees, J2000.")
+    rows = table.set_axis(written, axis=1)[list(names.values())].set_axis(list(names), axis=1).reset_index(drop=True)
+    if not len(rows): raise InvalidInputError(f"{path.name} has no rows.")
+    return _OwnTable(path.name, rows, {name: units.get(column) for name, column in names.items()}, names)
 
 # %% ../nbs/02_archives.ipynb #cabf2ce5
 _DEGREES = dict(ra=(0, 360), dec=(-90, 90))
 _RANGES = dict(_DEGREES, redshift=(-0.1, 12), plate=(1, 16_383), mjd=(50_000, 99_999), fiberid=(1, 4095), specobjid=(1, 2**64 - 1),
                bestobjid=(1, 2**64 - 1), zwarning=(0, 2**31 - 1), primtarget=(-2**31, 2**32))
 
-def _absent(column:pd.Series) -> np.ndarray:
-    return (column.isna() | column.astype(str).str.strip().str.lower().isin(["", "nan", "none", "null", "--", "<na>"])).to_numpy()
-
-def _complain(file:str, column:pd.Series, wrong:np.ndarray, expected:str):
-    "Raises `InvalidInputError` that names the column and the first of the rows that are `wrong`."
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise InvalidInputError(f"{file}, column {column.name!r}, row {row + 1}: {str(column.iloc[row])[:40]!r}; expected {expected}. "
-                                f"({wrong.sum()} such rows.)")
-
-def _table_numbers(file:str, column:pd.Series, unit) -> np.ndarray:
-    "The column as float64, in degrees if it is an angle; NaN where there is nothing."
+def _table_numbers(own:_OwnTable, name:str) -> np.ndarray:
+    "A column as float64, in degrees if it is an angle; NaN where there is nothing."
+    column, unit, angle = own.rows[name], own.units[name], name in _DEGREES
     values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    low, high = _RANGES.get(column.name, (-np.inf, np.inf))
-    angle = " in degrees (10:20:30.5 is none)" if column.name in _DEGREES else ""
-    _complain(file, column, ~np.isfinite(values) & (~_absent(column) | (angle != "")), f"a number{angle}")
-    if angle and unit is not None and str(unit) != "":
+    own.complain(name, ~np.isfinite(values) & (~_absent(column) | angle), "a number" + " in degrees (10:20:30.5 is none)"*angle)
+    if not angle: values = _measured(values)
+    elif unit is not None and str(unit) != "":
         from astropy import units as u
         try: values = values*u.Unit(unit).to(u.deg)
-        except (u.UnitConversionError, ValueError, TypeError) as error: raise InvalidInputError(f"{file}, column {column.name!r}: its unit is {unit}; expected deg.") from error
-    _complain(file, column, (values < low) | (values > high), f"{low} to {high}")
+        except (u.UnitConversionError, ValueError, TypeError) as error: raise InvalidInputError(f"{own.file}, column {own.names[name]!r}: its unit is {unit}; expected deg.") from error
+    low, high = _RANGES.get(name, (-np.inf, np.inf))
+    own.complain(name, (values < low) | (values > high), f"{low} to {high}")
     return values
 
-# %% ../nbs/02_archives.ipynb #bf481cb9
-def _table_integers(file:str, column:pd.Series, dtype) -> np.ndarray:
-    "The column as integers; 0 where there is nothing. Identifiers of 64 bits are refused as floats, which hold 53."
-    absent, (low, high), is_float = _absent(column), _RANGES[column.name], column.dtype.kind == "f"
-    if is_float and column.name in ("specobjid", "bestobjid"):
-        raise InvalidInputError(f"{file}, column {column.name!r}: its type is {column.dtype}, in which 20 digits have lost the last ones. "
+# %% ../nbs/02_archives.ipynb #87fb3cca
+def _table_integers(own:_OwnTable, name:str) -> np.ndarray:
+    "A column as integers; 0 where there is nothing. Identifiers of 64 bits are refused as floats, which hold 53."
+    column = own.rows[name]
+    absent, (low, high), is_float = _absent(column), _RANGES[name], column.dtype.kind == "f"
+    if is_float and name in ("specobjid", "bestobjid"):
+        raise InvalidInputError(f"{own.file}, column {own.names[name]!r}: its type is {column.dtype}, in which 20 digits have lost the last ones. "
                                 "Write it as text or as 64-bit integers.")
     if is_float: text = pd.Series([str(int(v)) if not a and np.isfinite(v) and v == int(v) else str(v) for v, a in zip(column, absent)])
     else: text = column.astype(str).str.strip()
-    _complain(file, column, ~(text.str.fullmatch(r"-?\d{1,20}").to_numpy() | absent), "an integer")
+    own.complain(name, ~(text.str.fullmatch(r"-?\d{1,20}").to_numpy() | absent), "an integer")
     values = [0 if a else int(v) for a, v in zip(absent, text)]
-    _complain(file, column, np.array([not a and not low <= v <= high for a, v in zip(absent, values)], bool), f"{low} to {high}")
-    return np.array(values, dtype)
+    own.complain(name, np.array([not a and not low <= v <= high for a, v in zip(absent, values)], bool), f"{low} to {high}")
+    return np.array(values, _INTEGERS[name])
 
 # %% ../nbs/02_archives.ipynb #c6725ab7
 def specobjid_of_spectrum(
@@ -1157,58 +1189,58 @@ def specobjid_of_position(
     x, y = np.floor(np.asarray(ra) % 360/360*2**25), np.minimum(np.floor((np.asarray(dec) + 90)/180*2**25), 2**25 - 1)
     return np.uint64(16_383 << 50) | (x.astype(np.uint64) << np.uint64(25)) | y.astype(np.uint64)
 
-# %% ../nbs/02_archives.ipynb #82e86f8b
-def _spectra_of_table(file:str, table:pd.DataFrame) -> pd.DataFrame:
+# %% ../nbs/02_archives.ipynb #800360cc
+def _spectra_of_table(own:_OwnTable, release:str) -> pd.DataFrame:
     "plate, mjd, fiberid and run2d of every row, 0 and empty where it names no spectrum."
-    given = [c for c in ("plate", "mjd", "fiberid") if c in table]
+    table, given = own.rows, [c for c in ("plate", "mjd", "fiberid") if c in own.names]
     if 0 < len(given) < 3:
-        raise InvalidInputError(f"{file} has {' and '.join(given)}, and no column {next(c for c in ('plate', 'mjd', 'fiberid') if c not in given)!r}. "
+        raise InvalidInputError(f"{own.file} has {' and '.join(own.names[c] for c in given)}, and no column {next(c for c in ('plate', 'mjd', 'fiberid') if c not in given)!r}. "
                                 "A spectrum is named by plate, mjd and fiberid; without all three only cutouts are downloaded.")
-    names = pd.DataFrame({c: _table_integers(file, table[c], _INTEGERS[c]) if given else np.zeros(len(table), np.int32) for c in ("plate", "mjd", "fiberid")})
+    names = pd.DataFrame({c: _table_integers(own, c) if given else np.zeros(len(table), np.int32) for c in ("plate", "mjd", "fiberid")})
     asked = (names > 0).to_numpy()
-    if given: _complain(file, table["plate"], asked.any(1) & ~asked.all(1), "plate, mjd and fiberid in every row that has one of them")
-    usual = pd.Series(np.where(names.plate < 3510, "26", "v5_13_2"))  # the last legacy plate and BOSS's first
+    if given: own.complain("plate", asked.any(1) & ~asked.all(1), "plate, mjd and fiberid in every row that has one of them")
+    usual = pd.Series(np.where(names.plate < 3510, "26", _BOSS_RUN2D[release]))  # the last legacy plate and BOSS's first
     run2d = table["run2d"].astype(str).str.strip().mask(_absent(table["run2d"]), usual) if "run2d" in table else usual
-    if "run2d" in table: _complain(file, table["run2d"], ~run2d.str.fullmatch(_RUN2D).to_numpy(), "the reduction, e.g. 26 or v5_13_2")
+    if "run2d" in table: own.complain("run2d", ~run2d.str.fullmatch(_RUN2D).to_numpy(), "the reduction, e.g. 26 or v5_13_2")
     return names.assign(run2d=run2d.where(asked.all(1), ""))
 
-def _without_repeats(file:str, table:pd.DataFrame) -> pd.DataFrame:
+def _without_repeats(own:_OwnTable, table:pd.DataFrame) -> pd.DataFrame:
     "Each specobjid once. Raises `InvalidInputError` where one has two positions or spectra."
     first = table.drop_duplicates("specobjid").set_index("specobjid").loc[table.specobjid]
     apart = np.linalg.norm(_unit_vectors(table.ra, table.dec) - _unit_vectors(first.ra, first.dec), axis=1) > np.radians(1/3600)
     other = (table[["plate", "mjd", "fiberid"]].to_numpy() != first[["plate", "mjd", "fiberid"]].to_numpy()).any(1)
-    _complain(file, table["specobjid"], apart | other, "an identifier for one galaxy only, this one has several positions or spectra")
+    if (wrong := apart | other).any():  # without identifiers of its own the table names a spectrum at two places
+        own.complain("specobjid" if "specobjid" in own.names else "plate", wrong, "one galaxy for one identifier or spectrum, this row's has several positions or spectra")
     repeats = table.specobjid.duplicated()
-    if repeats.any(): warnings.warn(f"{file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
+    if repeats.any(): warnings.warn(f"{own.file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
     return table[~repeats]
 
 # %% ../nbs/02_archives.ipynb #ccfcc56b
 def read_table(
     path:str | Path,  # .csv, .fits, .vot, .votable, .xml or .parquet
+    release:str = "dr17",  # data release, whose reduction is meant where a row names a spectrum and no run2d
 ) -> pd.DataFrame:
     """A table of one's own as a catalogue with the columns of SkyServer's: ra and dec are required (degrees, or an angle in the unit that the file
     states), the others are NaN, 0 or empty where the file lacks them. `table_row` counts the file's rows from 0. Raises `MissingInputError`,
     `DamagedFileError`, or `InvalidInputError` that names the column."""
     path = Path(path).expanduser()
-    with _damage_reported(f"{path.name} is no readable table"): return _catalogue_of_table(path)
+    if release not in _BOSS_RUN2D: raise InvalidInputError(f"The data release is {release!r}; expected one of {', '.join(_BOSS_RUN2D)}.")
+    with _damage_reported(f"{path.name} is no readable table"): return _catalogue_of_table(_own_table(path), release)
 
-# %% ../nbs/02_archives.ipynb #ee53e159
-def _catalogue_of_table(path:Path) -> pd.DataFrame:
-    table, units = _named(*_open_table(path), path.name)
-    if not len(table): raise InvalidInputError(f"{path.name} has no rows.")
-    table, file, columns = table.reset_index(drop=True), path.name, {}
-    spectra = _spectra_of_table(file, table)
+# %% ../nbs/02_archives.ipynb #38238b73
+def _catalogue_of_table(own:_OwnTable, release:str) -> pd.DataFrame:
+    table, spectra, columns = own.rows, _spectra_of_table(own, release), {}
     for name in _CATALOGUE_COLUMNS:
         if name in spectra: columns[name] = spectra[name]
-        elif name in _INTEGERS: columns[name] = _table_integers(file, table[name], _INTEGERS[name]) if name in table else np.zeros(len(table), _INTEGERS[name])
+        elif name in _INTEGERS: columns[name] = _table_integers(own, name) if name in table else np.zeros(len(table), _INTEGERS[name])
         elif name in _TEXTS: columns[name] = table[name].astype(str).mask(_absent(table[name]), "").str.strip() if name in table else ""
-        else: columns[name] = _table_numbers(file, table[name], units[name]) if name in table else np.full(len(table), np.nan)
+        else: columns[name] = _table_numbers(own, name) if name in table else np.full(len(table), np.nan)
     made = pd.DataFrame(columns).assign(table_row=np.arange(len(table)))
     named = spectra.plate.to_numpy() > 0
     made.loc[(made.specobjid == 0) & ~named, "specobjid"] = specobjid_of_position(made.ra, made.dec)[(made.specobjid == 0) & ~named]
     derived = (made.specobjid == 0).to_numpy()
     if derived.any(): made.loc[derived, "specobjid"] = specobjid_of_spectrum(*(made[c][derived] for c in ("plate", "mjd", "fiberid", "run2d")))
-    return _without_repeats(file, made).sort_values("specobjid", ignore_index=True)
+    return _without_repeats(own, made).sort_values("specobjid", ignore_index=True)
 
 # %% ../nbs/02_archives.ipynb #b0341cec
 @dataclass(frozen=True)
@@ -1568,7 +1600,7 @@ def download(
     stops to answer or nothing arrives, `MissingInputError` without a survey where one is needed, and what `read_table` raises."""
     raw, survey, release = Path(raw), _checked_survey(parameters, survey), parameters.release
     if size < 1: raise InvalidInputError(f"Cutouts of {size} pixels; expected at least 1.")
-    catalogue = read_table(parameters.table) if parameters.table else None
+    catalogue = read_table(parameters.table, release) if parameters.table else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(raw))
         _claim(raw, _source(parameters, survey))
@@ -1624,7 +1656,7 @@ def estimate(
 # %% ../nbs/02_archives.ipynb #c0bb6df0
 def _known_catalogue(parameters:ArchiveParameters, raw:Path, query:str, survey:Path | None) -> pd.DataFrame | None:
     "The catalogue, where it can be had without asking an archive."
-    if parameters.table: return read_table(parameters.table)
+    if parameters.table: return read_table(parameters.table, parameters.release)
     if (kept := _kept_answer(raw, query)).is_file(): return read_skyserver_csv(kept.read_bytes())
     return read_skyserver_csv(_run_query(LocalArchive(survey).spec_obj, query)) if survey else None
 

@@ -11,7 +11,7 @@ from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
 from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _miniature_survey,
-    _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, losses, open_fits, plan_download, read_cutout_names,
+    _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names,
     read_skyserver_csv, read_table, serve, spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
 from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, SpectraParameters
 
@@ -436,13 +436,14 @@ def test_mutated_files_only_ever_raise_our_errors(survey, tmp_path):
 def one_galaxy(**changes) -> bytes:
     "SkyServer's answer with one row, some of it changed."
     columns = [c.split(".")[1].rstrip(",") for c in catalogue_query(1, 1).split() if c[:2] in ("s.", "p.")][:25]
-    row = dict.fromkeys(columns, "1") | dict(specObjID="299489676975171584", plate="266", mjd="51602", fiberID="1", run2d="26", ra="30", dec="5", z="0.1") | changes
+    row = dict.fromkeys(columns, "1") | dict(specObjID="299489676975171584", plate="266", mjd="51602", fiberID="1", run2d="26", ra="30", dec="5", z="0.1", primTarget="64") | changes
     return (",".join(row) + "\n" + ",".join(row.values()) + "\n").encode()
 
 
 @pytest.mark.parametrize("changes", [dict(specObjID="../../x"), dict(specObjID="2.9948967697517158e17"), dict(specObjID="-1"), dict(specObjID=str(2**64)),
-    dict(run2d="../26"), dict(run2d="26/.."), dict(plate="-1"), dict(fiberID="../1"), dict(mjd="1e5"), dict(ra="nan"), dict(dec="-91")])
-def test_names_in_a_catalogue_that_lead_elsewhere_are_refused(changes):
+    dict(run2d="../26"), dict(run2d="26/.."), dict(plate="-1"), dict(fiberID="../1"), dict(mjd="1e5"), dict(ra="nan"), dict(dec="-91"),
+    dict(z="abc"), dict(z="-0.5"), dict(z="7"), dict(z=""), dict(primTarget="8"), dict(petroMag_r="inf")])
+def test_rows_that_lead_elsewhere_or_were_not_asked_for_are_refused(changes):
     assert len(read_skyserver_csv(one_galaxy())) == 1
     with pytest.raises(ArchiveError): read_skyserver_csv(one_galaxy(**changes))
 
@@ -545,11 +546,23 @@ def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positi
 
 
 @pytest.mark.parametrize("content, named", [("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"), ("ra,dec\n1,2\n3,x\n", "'dec', row 2"), ("ra,dec\n361,2\n", "'ra', row 1"),
-    ("ra,dec,z\n1,2,99\n", "'redshift', row 1"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
+    ("ra,dec,z\n1,2,99\n", "'z', row 1"), ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"), ("RAJ2000,dec\n-9999,2\n", "'RAJ2000', row 1"),
+    ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"), ("ra,dec,fiber\n1,2,9\n", "has fiber, and no column 'plate'"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
     ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1")])
 def test_what_is_wrong_with_a_table_is_said_by_column(tmp_path, content, named):
     (tmp_path/"own.csv").write_text(content)
     with pytest.raises(InvalidInputError, match=named): read_table(tmp_path/"own.csv")
+
+
+def test_missing_measurements_magnitudes_and_hashes_in_a_table_are_what_they_are(tmp_path):
+    def read(text):
+        (tmp_path/"own.csv").write_text(text)
+        return read_table(tmp_path/"own.csv", "dr16")
+    table = read("# of 2026\n#\nra,dec,modelMag_g,z,zwarning,plate,mjd,fiberid,class\n1,2,-9999,-9999.0,-9999,4055,55359,1,SDSS#1\n3,4,17.5,0.1,4,266,51602,2,b\n")
+    assert table.sort_values("ra")[["modelmag_g", "redshift"]].isna().values.tolist() == [[True, True], [False, False]]
+    assert table.sort_values("ra")[["class", "zwarning", "run2d"]].values.tolist() == [["SDSS#1", 0, "v5_13_0"], ["b", 4, "26"]]
+    with pytest.warns(UserWarning, match="'Z' is taken for a magnitude"): assert read("ra,dec,g,r,i,Z\n1,2,13,12,11.5,11.2\n").redshift.isna().all()
+    assert read("ra,dec,g,r,i,z,zspec\n1,2,13,12,11.5,11.2,0.1\n").redshift.tolist() == read("ra,dec,r,z\n1,2,12,0.1\n").redshift.tolist() == [0.1]
 
 
 def test_tables_of_other_kinds_are_refused(tmp_path):
@@ -612,6 +625,40 @@ def test_any_answer_to_a_query_is_read_or_refused(content):
     for read in (read_skyserver_csv, read_cutout_names):
         try: read(content)
         except SpecpredError as error: assert str(error)
+
+
+CELLS = st.one_of(st.sampled_from(["", "-1", "0", "-9999", "nan", "inf", "-inf", "null", "1e400", "99999999999999999999999", "0x10", "1_0", "٣", "../x", "a,b", '"', "'", "#", "\n",
+    "\x00", "1;2", "10:20:30", "<b>", "26", "v5_7_0", "2.5"]), st.floats(-400, 400).map(str), st.integers(-10, 2**64).map(str), st.text(max_size=6))
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_catalogue_with_any_cells_is_sound_or_refused(tmp_path_factory, data):
+    "A good table of three rows, of which a few cells or names of columns are anything."
+    names, *rows = (line.split(",") for line in (one_galaxy() + b"".join(one_galaxy(specObjID=str(k), fiberID=str(k)).split(b"\n")[1] + b"\n" for k in (7, 8))).decode().splitlines())
+    lines = [names, *rows]
+    for _ in range(data.draw(st.integers(1, 3))): lines[data.draw(st.integers(0, 3))][data.draw(st.integers(0, len(names) - 1))] = data.draw(CELLS)
+    content = "".join(",".join(line) + "\n" for line in lines).encode("utf-8", "surrogatepass")
+    path = tmp_path_factory.getbasetemp()/"cells.csv"
+    path.write_bytes(content)
+    for read, low, high in ((read_skyserver_csv, 0, 0.360001), (lambda _: read_table(path), -0.1, 12)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                table = read(content)
+        except SpecpredError as error: assert str(error)
+        else:
+            assert table.specobjid.dtype == np.uint64 and table.specobjid.is_unique and 0 < len(table) <= 3
+            assert table.ra.between(0, 360).all() and table.dec.between(-90, 90).all() and table.redshift.dropna().between(low, high).all()
+            assert table.run2d.str.fullmatch(r"([0-9]{2,3}|v[0-9]+(_[0-9]+){1,2})?").all() and not np.isinf(table.select_dtypes(float)).any().any()
+            for row in table[table.plate > 0].itertuples(): assert spectrum_path(row.run2d, row.plate, row.mjd, row.fiberid).count("/") == 8
+            if low == 0: assert (table.redshift > 0).all() and (table.primtarget & 70).all() and (table.plate > 0).all()
+
+
+def test_more_rows_than_asked_for_are_refused(server):
+    server.answer = lambda handler: handler.send(200, one_galaxy() + one_galaxy(specObjID="7").split(b"\n")[1] + b"\n")
+    with ArchiveClient(bad_attempts=1) as client:
+        assert fetch_catalogue(client, server.url, catalogue_query(2, 1))
+        with pytest.raises(ArchiveError, match="2 rows, asked for 1 at most"): fetch_catalogue(client, server.url, catalogue_query(1, 1))
 
 
 @settings(max_examples=30, deadline=None)
