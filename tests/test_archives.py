@@ -10,10 +10,10 @@ from astropy.io import fits
 from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
-from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _miniature_survey,
-    _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names,
+from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _files_of_survey,
+    _miniature_survey, _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names,
     read_skyserver_csv, read_table, serve, spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
-from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, SpectraParameters
+from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, SpectraParameters, get_profile
 
 SIZE = 24
 
@@ -23,21 +23,6 @@ def survey(tmp_path_factory):
     folder = tmp_path_factory.mktemp("survey")
     table = _miniature_survey(folder, n_cells=5, per_side=3, stamp=40)
     return folder, table
-
-
-@pytest.fixture(scope="module")
-def expected(survey):
-    "Every file of the survey under the name that it gets in raw/."
-    folder, table = survey
-    archive, files = LocalArchive(folder), {}
-    for row in table.itertuples():
-        name = spectrum_name(row.plate, row.mjd, row.fiberID)
-        files[f"spectra/{name}"] = (folder/"sas"/spectrum_path(row.run2d, row.plate, row.mjd, row.fiberID)).read_bytes()
-        at = dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=str(SIZE), format="fits")
-        for band, stack in read_cutout_names(archive.filenames(at)).items():
-            files[f"cutouts/{row.specObjID}/{band}.fits"] = archive.cutout(at | dict(red=stack))
-    assert len(files) == 46 + 45*5
-    return files
 
 
 def downloaded(raw) -> dict:
@@ -69,8 +54,8 @@ def server():
     made.shutdown(), made.server_close()
 
 
-# 500 galaxies are 3,000 files; SPECPRED_KILLS=20 takes half a minute longer
-N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in (("GALAXIES", 500), ("KILLS", 10)))
+# 500 galaxies are 3,000 files
+N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in (("GALAXIES", 500), ("KILLS", 20)))
 # 10 % of the requests fail; a 404 cannot be told from a lasting one, so that it is none of those that pass
 FAULTY = Faults(passing=0.07, lasting=0.03, seed=11, kinds=FAULTS[:-1], latency=0.05, retry_after=0.05)
 PATIENT = dict(attempts=12, wait=(0.01, 0.05), bad_attempts=8)
@@ -97,14 +82,7 @@ def large(tmp_path_factory):
     "A survey of `N_GALAXIES`, and of each of its files the request for it and its content."
     folder = tmp_path_factory.mktemp("large survey")
     table = _miniature_survey(folder, n_cells=5, per_side=round((N_GALAXIES/5)**0.5), stamp=40)
-    archive, files = LocalArchive(folder), {}
-    for row in table.itertuples():
-        path = f"/sas/{spectrum_path(row.run2d, row.plate, row.mjd, row.fiberID)}"
-        files[f"spectra/{spectrum_name(row.plate, row.mjd, row.fiberID)}"] = path, (folder/path[1:]).read_bytes()
-        at = dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=str(SIZE), format="fits")
-        for band, stack in read_cutout_names(archive.filenames(at)).items():
-            target = httpx.URL("http://archive/cgi-bin/fitscut.cgi", params=cutout_params(row.ra, row.dec, SIZE, stack)).raw_path.decode()
-            files[f"cutouts/{row.specObjID}/{band}.fits"] = target, archive.cutout(at | dict(red=stack))
+    files = _files_of_survey(folder, table, SIZE)
     assert len(files) == 6*len(table) - 5
     return folder, files
 
@@ -317,6 +295,117 @@ def test_an_archive_that_does_not_want_us_is_left_in_peace(large, server, tmp_pa
         assert "Run this again" in str(raised.value)
 
 
+def test_an_archive_that_is_closed_already_for_lists_is_asked_no_more(large, server, tmp_path):
+    asked = []
+    server.answer = lambda handler: (asked.append(handler.path), handler.send(503, Retry_After="86400"))
+    large_table = pd.read_parquet(large[0]/"skyserver/SpecObj.parquet")[["ra", "dec"]]
+    large_table.to_csv(tmp_path/"own.csv", index=False)
+    with pytest.raises(ArchiveError, match="PS1 gives nothing any more: list of files, closed"):
+        download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv", concurrency=2), tmp_path/"raw", SIZE, 1, progress=False)
+    assert len(asked) <= 20
+
+
+def test_an_error_that_nobody_thought_of_costs_one_file(survey, tmp_path, monkeypatch):
+    import specpred.archives
+    check = specpred.archives.check_spectrum
+    def unlucky(content, plate, mjd, fiberid):
+        if fiberid == 3: raise ZeroDivisionError("nobody thought of this")
+        check(content, plate, mjd, fiberid)
+    monkeypatch.setattr(specpred.archives, "check_spectrum", unlucky)
+    catalogue = download(ArchiveParameters(), tmp_path/"raw", SIZE, 1, survey[0], progress=False)
+    assert catalogue.has_spectrum.sum() == 45 and catalogue.has_images.sum() == 45
+    assert catalogue.status[catalogue.fiberid == 3].tolist() == ["spectrum failed (ZeroDivisionError)"]
+
+
+def test_an_answer_that_only_drips_is_given_up(server):
+    def answer(handler):
+        handler.send_response(200), handler.send_header("Content-Length", "1000"), handler.end_headers()
+        try:
+            for _ in range(200): handler.wfile.write(b"x"), time.sleep(0.05)
+        except OSError: handler.close_connection = True
+    server.answer = answer
+    with ArchiveClient(attempts=1, timeout=0.4) as client:
+        with pytest.raises(BusyError, match="slow: "): client.get(f"{server.url}/file")
+        server.answer = lambda handler: (time.sleep(1), handler.send(200, b"x"))
+        with pytest.raises(BusyError, match="ReadTimeout"): client.get(f"{server.url}/file")
+        assert client.get(f"{server.url}/file", timeout=10*client.timeout).content == b"x"  # as the query of the catalogue is
+
+
+def test_what_an_archive_says_is_printed_without_its_control_characters(server, survey, tmp_path):
+    server.answer = lambda handler: handler.send(400, b"no\x1b[2J\r\n\x07\xe2\x80\xaemore")
+    survey[1][["ra", "dec"]].head(2).to_csv(tmp_path/"own.csv", index=False)
+    with pytest.raises(ArchiveError) as raised: download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
+    with DownloadState(tmp_path/"raw/state.sqlite") as state: state.database.execute("UPDATE file SET error = 'so\x1b[31m\nit: goes' WHERE name LIKE '%/g.fits'")
+    said = describe_download(tmp_path/"raw")
+    assert "no [2J more" in said and "so [31m it" in said
+    for text in (said, str(raised.value)): assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_files_that_are_no_longer_right_do_not_stay(survey, tmp_path):
+    table, raw = survey[1][["ra", "dec", "plate", "mjd", "fiberID", "run2d", "specObjID"]].head(3).copy(), tmp_path/"raw"
+    def fetch(urls, **settings):
+        table.to_csv(tmp_path/"own.csv", index=False)
+        return download(ArchiveParameters(**vars(urls), table=f"{tmp_path}/own.csv", wait=(0.01, 0.02), **settings), raw, SIZE, 1, progress=False)
+    with serve(survey[0]) as urls:
+        fetch(urls)
+        table.loc[0, "ra"] += 10  # where PS1 has nothing
+        assert len(downloaded(raw)) == 18 and fetch(urls).has_images.sum() == 2 and len(downloaded(raw)) == 13
+        table.loc[1, "ra"] += 0.3/3600
+        kept, port = downloaded(raw), httpx.URL(urls.sas_url).port
+    assert fetch(urls, attempts=1).has_images.sum() == 1 and downloaded(raw) == kept  # nobody answers, which says nothing about the files
+    with serve(survey[0], port=port, faults=Faults(lasting=1.0, lasting_kinds=("truncated",))): fetch_bad = fetch(urls, bad_attempts=1)
+    assert not fetch_bad.has_images[fetch_bad.specobjid == table.specObjID[1]].any() and len(list((raw/"quarantine").rglob("*.fits"))) == 5 and len(downloaded(raw)) == 8
+    with serve(survey[0], port=port): assert fetch(urls).has_images.sum() == 2
+    assert not [p for p in (raw/"quarantine").rglob("*") if p.is_file()]
+
+
+def test_a_record_of_another_layout_or_a_full_disk_is_said_in_our_words(survey, tmp_path):
+    import sqlite3
+    raw = tmp_path/"raw"
+    download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)
+    with pytest.raises(ArchiveError, match="Cannot use .*state.sqlite: .*readonly"), DownloadState(raw/"state.sqlite") as state:
+        state.database.execute("PRAGMA query_only = 1")
+        state.want([("spectra/a.fits", "a")])
+    for change in ("ALTER TABLE file RENAME COLUMN status TO state", "DROP TABLE file; CREATE TABLE file (x)"):
+        with sqlite3.connect(raw/"state.sqlite") as database: database.executescript(change)
+        database.close()
+        for use in (lambda: describe_download(raw), lambda: download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)):
+            with pytest.raises(DamagedFileError, match="state.sqlite is no record of a download"): use()
+
+
+def test_touched_files_are_read_once(survey, tmp_path, monkeypatch):
+    import hashlib
+    raw, read, digest = tmp_path/"raw", [], hashlib.file_digest
+    download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)
+    for path in raw.rglob("*.fits"): os.utime(path)
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (read.append(1), digest(file, kind))[1])
+    for n in (271, 271):
+        download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)
+        assert len(read) == n
+
+
+def test_the_bar_of_a_download_that_goes_on_starts_where_that_was(survey, tmp_path, monkeypatch):
+    import specpred.archives
+    bars, tqdm = [], specpred.archives.tqdm
+    class Bar(tqdm):
+        def __init__(self, *arguments, **settings): bars.append(self), super().__init__(*arguments, **settings)
+    monkeypatch.setattr(specpred.archives, "tqdm", Bar)
+    for lost in (0, 46):
+        download(ArchiveParameters(), tmp_path/"raw", SIZE, 1, survey[0])
+        with DownloadState(tmp_path/"raw/state.sqlite") as state: state.database.execute("UPDATE file SET status = 'failed' WHERE name LIKE 'spectra/%'")
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 271, 271), (225, 271, 271)]
+
+
+@pytest.mark.parametrize("change", ["archives.wait=1", "archives.wait=5,1", "archives.wait=-1,-2", "archives.attempts=0", "archives.bad_attempts=0", "archives.timeout=-1", "archives.concurrency=0",
+    "archives.concurrency=-4", "images.size=-5", "images.size=0", "archives.n_max=0", "archives.split=0.5,0.5", "archives.block_deg=0", "archives.release=../x", "archives.ps1_url=foo", "seed=-1"])
+def test_a_setting_that_nothing_can_be_downloaded_with_is_named(survey, tmp_path, change):
+    chosen = get_profile("paper", [change])
+    name = change.partition("=")[0].rpartition(".")[2]
+    for use in (download, plan_download):
+        with pytest.raises(InvalidInputError, match=f"^{name} is .*; expected "): use(chosen.archives, tmp_path/"raw", chosen.images.size, chosen.seed, survey[0])
+    assert not (tmp_path/"raw").exists()
+
+
 def test_what_came_over_the_network_is_never_removed(survey, tmp_path):
     raw = tmp_path/"raw"
     with serve(survey[0]) as urls: download(ArchiveParameters(**vars(urls)), raw, SIZE, 1, progress=False)
@@ -525,6 +614,22 @@ def test_other_sql_gets_skyservers_kind_of_error(survey):
         for sql in ("SELECT TOP 10 * FROM SpecObj", "DROP TABLE SpecObj", catalogue_query(5, 1) + " --", ""):
             answer = httpx.get(f"{urls.skyserver_url}/SkyServerWS/SearchTools/SqlSearch", params=dict(cmd=sql, format="csv"))
             assert answer.status_code == 400 and {"Error Code", "Error Type", "Error Message"} == set(answer.json())
+        good = dict(cmd=catalogue_query(5, 1), format="csv")
+        search = f"{urls.skyserver_url}/SkyServerWS/SearchTools/SqlSearch"
+        for wrong, status in ((dict(good, cmd=good["cmd"].replace("s.z > 0", "s.z > 1.2.3")), 400), (dict(good, cmd=good["cmd"].replace("p.modelMag_g", "s.modelMag_g")), 400),
+                (dict(good, format="json"), 400), (good, 200)):
+            assert httpx.get(search, params=wrong).status_code == status
+        for path in (f"sas/{'x'*400}.fits", f"sas/{'x/'*3000}a", "sas/%00", "cgi-bin/fitscut.cgi?ra=1&dec=1&format=fits&red=/rings.v3.skycell/" + "x"*400 + ".fits", "cgi-bin/ps1filenames.py?ra=٣&dec=nan"):
+            assert httpx.get(f"{urls.sas_url.removesuffix('sas')}{path}").status_code in (400, 404)
+
+
+def test_what_the_local_server_trips_over_is_an_answer_too(survey, tmp_path):
+    import shutil
+    shutil.copytree(survey[0], tmp_path/"survey")
+    for path in (tmp_path/"survey/ps1").rglob("*.fits"): path.write_bytes(b"no FITS")
+    with serve(tmp_path/"survey") as urls:
+        answer = httpx.get(f"{urls.ps1_url}/ps1filenames.py", params=dict(ra=survey[1].ra[0], dec=survey[1].dec[0]))
+        assert answer.status_code == 500 and answer.json()["Error Code"] == 500
 
 
 coordinates = st.tuples(st.floats(0, 359.999), st.floats(-29, 90))
@@ -612,7 +717,7 @@ def test_the_command_line_serves_downloads_and_tells_what_is_missing(survey, tmp
     status, said = specpred("download", "--data-dir", tmp_path, "--status")
     assert status == 0 and "not found" in said and said.count("after 3 requests: truncated") == 3
     for wrong, message in ((["download", "--data-dir", tmp_path/"none", "--status"], "holds no download yet"), (["archive", "serve", tmp_path], "holds no survey"),
-            (["download", "--table", tmp_path/"none.csv", "--dry-run"], "There is no table"), (["archive", "serve", survey[0], "--faults", "rain=1"], "no setting of faults")):
+            (["download", "--table", tmp_path/"none.csv", "--dry-run"], "There is no table"), (["download", "--dry-run", "--set", "archives.concurrency=0"], "concurrency is 0"), (["archive", "serve", survey[0], "--faults", "rain=1"], "no setting of faults")):
         status, said = specpred(*wrong)
         assert status.startswith("error: ") and message in status and "\n" not in status and not said
     done = subprocess.run([*command[:4], "download", "--status", "--profile", "smok"], capture_output=True, text=True)
