@@ -37,17 +37,33 @@ class ArchiveError(SpecpredError):
 class WeightsError(SpecpredError):
     "A weights file that does not belong to the model it is loaded into."
 
+# %% ../nbs/00_config.ipynb #82398d5c
+class _Section:
+    "A part of a profile. Making one raises `InvalidInputError` for a setting outside its limits."
+    _limits = {}  # by name: (least, most) of a number or of each number of a tuple, or a set of words to choose from
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, limits = getattr(self, f.name), self._limits.get(f.name)
+            of_numbers = isinstance(f.default, tuple) and f.default and isinstance(f.default[0], (int, float))
+            if of_numbers and len(value) != len(f.default): raise InvalidInputError(f"{f.name}={value!r}: expected {len(f.default)} numbers, such as {f.default!r}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(limits, set) and one not in limits: raise InvalidInputError(f"{f.name}={one!r}: expected one of {', '.join(sorted(limits))}")
+                if isinstance(limits, tuple) and not limits[0] <= one <= limits[1]:
+                    raise InvalidInputError(f"{f.name}={value!r}: expected {limits[0]:g} to {limits[1]:g}")
+
 # %% ../nbs/00_config.ipynb #b143dad9
 @dataclass(frozen=True)
-class MockParameters:
+class MockParameters(_Section):
     "Size of the mock survey (01_mock_survey). `n_galaxies=0` makes none: the profile downloads a real survey."
     n_galaxies: int = 0  # galaxies with both images and a spectrum
     n_spectra_only: int = 0  # further spectra south of PS1's sky, which train the autoencoder only
     galaxies_per_side: int = 4  # a mock skycell is a square of this many galaxies on a side
     stamp_size: int = 80  # pixels of sky around each galaxy in a skycell; larger than the cutout
+    _limits = dict(n_galaxies=(0, 500_000), n_spectra_only=(0, 500_000), galaxies_per_side=(1, 64), stamp_size=(16, 4096))
 
 @dataclass(frozen=True)
-class ArchiveParameters:
+class ArchiveParameters(_Section):
     "Where catalogue, spectra and cutouts come from (02_archives). `None` is a local server over the mock survey."
     skyserver_url: str | None = None  # SQL search service of SDSS
     sas_url: str | None = None  # SDSS science archive server, the folder above dr*/
@@ -62,17 +78,25 @@ class ArchiveParameters:
     timeout: float = 60.0  # seconds without a byte after which a request has failed
     split: tuple[float, float, float] = (0.6, 0.2, 0.2)  # train, valid, test as fractions of the galaxies
     block_deg: float = 2.0  # side of the sky blocks that are kept together in one split, degrees
+    _limits = dict(n_max=(1, 10**8), concurrency=(1, 256), attempts=(1, 1000), bad_attempts=(1, 1000), wait=(0, 3600), timeout=(0.001, 86_400),
+        split=(0, 1), block_deg=(0.001, 90))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.wait[0] > self.wait[1]: raise InvalidInputError(f"wait={self.wait!r}: the first pause is longer than the longest")
+        if not re.fullmatch(r"dr\d{1,3}", self.release): raise InvalidInputError(f"release={self.release!r}: expected a name such as dr17")
 
 # %% ../nbs/00_config.ipynb #0f914358
 @dataclass(frozen=True)
-class ImageParameters:
+class ImageParameters(_Section):
     "The cutouts (03_images)."
     size: int = 224  # side of a cutout, pixels of 0.25 arcsec
     max_mask_fraction: float = 0.2  # a galaxy with more masked pixels than this in any band is left out
     dtype: str = "float16"  # of the stored pixels, in units of the sky's noise; or "float32", in nJy
+    _limits = dict(size=(8, 10_000), max_mask_fraction=(0, 1), dtype={"float16", "float32"})
 
 @dataclass(frozen=True)
-class SpectraParameters:
+class SpectraParameters(_Section):
     "The rest-frame grid and the gap filling (04_spectra)."
     n_bins: int = 1000  # bins of the rest-frame grid
     loglam0: float = 3.53  # log10 of the first bin's centre, vacuum Angstrom
@@ -84,10 +108,12 @@ class SpectraParameters:
     extinction: str = "none"  # law of the Milky Way's extinction to correct for: "none", "F99" or "CCM89"
     min_error: float = 0.125  # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom
     max_missing: float = 0.5  # a spectrum with a larger fraction of missing bins is left out
+    _limits = dict(n_bins=(10, 100_000), loglam0=(3, 4.5), dloglam=(1e-6, 0.1), n_components=(1, 1000), n_iter=(1, 10_000), error={"propagated", "published"},
+        extinction={"none", "F99", "CCM89"}, min_error=(0, 1e6), max_missing=(0, 1))
 
 # %% ../nbs/00_config.ipynb #b0341cec
 @dataclass(frozen=True)
-class VAEParameters:
+class VAEParameters(_Section):
     "The spectrum autoencoder (05_vae)."
     n_latents: int = 10  # latent dimensions of the InfoVAE
     hidden: tuple[int, int] = (549, 110)  # sizes of its two hidden layers
@@ -102,10 +128,16 @@ class VAEParameters:
     valid_fraction: float = 0.25  # part of the training spectra that decides when to stop
     n_trials: int = 1  # settings of hidden sizes and lambda to choose from: these and random ones
     trial_epochs: int = 20  # epochs of each trial, at most
+    _limits = dict(n_latents=(1, 1000), hidden=(1, 100_000), n_targets=(1, 1000), lambda_=(0, 1e12), alpha=(-1e6, 1), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100),
+        plateau_patience=(0, 10**6), stop_patience=(1, 10**6), valid_fraction=(0.001, 0.999), n_trials=(1, 10**6), trial_epochs=(1, 10**6))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_targets > self.n_latents: raise InvalidInputError(f"n_targets={self.n_targets}: there are only {self.n_latents} latents (n_latents)")
 
 # %% ../nbs/00_config.ipynb #61422051
 @dataclass(frozen=True)
-class TrainingParameters:
+class TrainingParameters(_Section):
     "The image models (08_training)."
     models: tuple[str, ...] = ("xresnet18", "xresnet18_hybrid")  # names in specpred.models.MODELS
     seeds: int = 1  # independent trainings of each model
@@ -117,13 +149,16 @@ class TrainingParameters:
     stretch: str = "asinh"  # of the images; "linear" as published; or "image", which divides each by its own brightness
     max_shift: int = 0  # augmentation by moves of up to so many pixels; none as published
     loader: str = "batches"  # whole batches from memory or the store; or "fastai", a DataBlock, item by item
+    _limits = dict(seeds=(1, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100), lr_deconv=(1e-12, 100), weight_decay=(0, 100), stretch={"asinh", "linear", "image"},
+        max_shift=(0, 1000), loader={"batches", "fastai"})
 
 # %% ../nbs/00_config.ipynb #0b8cfef3
 @dataclass(frozen=True)
-class EvaluationParameters:
+class EvaluationParameters(_Section):
     "The baselines that see magnitudes only (09_evaluation)."
     n_neighbors: int = 20  # of the k-nearest-neighbour regression
     boosting_iterations: int = 200  # of the gradient boosting
+    _limits = dict(n_neighbors=(1, 10**6), boosting_iterations=(1, 10**6))
 
 # %% ../nbs/00_config.ipynb #f2c3ffda
 @dataclass(frozen=True)
@@ -179,7 +214,7 @@ def _parse(text:str, default, key:str):
     try: value = ast.literal_eval(text)
     except (ValueError, SyntaxError): value = text
     if isinstance(default, tuple):
-        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        value = tuple(value) if isinstance(value, (tuple, list)) else tuple(value.split(",")) if isinstance(value, str) else (value,)
         same = len(default) == 0 or all(isinstance(v, (type(default[0]), int)) for v in value)
     else: same = isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
     if not same or isinstance(value, bool):
@@ -191,7 +226,7 @@ def get_profile(
     name:str | Profile,  # one of `PROFILES`, or a profile, which is returned with the changes made
     overrides=(),  # texts "section.setting=value" or "seed=value"
 ) -> Profile:
-    "The profile of that name with `overrides` applied. Raises `ProfileError` for a name or setting that is unknown."
+    "The profile of that name with `overrides` applied. Raises `ProfileError` for a name or setting that is unknown, or a value outside its limits."
     if isinstance(name, str) and name not in PROFILES:
         raise ProfileError(f"There is no profile {name!r}; {_nearest(name, PROFILES)}")
     profile = PROFILES[name] if isinstance(name, str) else name
@@ -205,8 +240,10 @@ def get_profile(
             keys = [f"{f.name}.{g.name}" for f in dataclasses.fields(Profile) if f.name not in ("name", "description", "seed")
                     for g in dataclasses.fields(getattr(profile, f.name))]
             raise ProfileError(f"Cannot set {text!r}: write section.setting=value; {_nearest(key, ['seed', *keys])}")
-        changed = dataclasses.replace(owner, **{setting: _parse(value.strip(), getattr(owner, setting), key)})
+        try: changed = dataclasses.replace(owner, **{setting: _parse(value.strip(), getattr(owner, setting), key)})
+        except InvalidInputError as error: raise ProfileError(f"Cannot set {section}.{error}.") from error
         profile = dataclasses.replace(profile, **{section: changed}) if dot else changed
+    if profile.seed < 0: raise ProfileError(f"Cannot set seed={profile.seed}: expected 0 or more.")
     return profile
 
 # %% ../nbs/00_config.ipynb #b690c63f
@@ -302,7 +339,8 @@ def _fsync(path:Path):
 def atomic_path(
     path:str | os.PathLike,  # final name of a file or folder
 ):
-    "Context that gives a temporary name beside `path`; what was written there gets its final name when the context ends well."
+    """Context that gives a temporary name beside `path`; what was written there gets its final name when the context ends well. Raises
+    `InvalidInputError` where that name is taken by a folder and what was written is a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -310,6 +348,7 @@ def atomic_path(
         yield folder/path.name
         made = folder/path.name
         for part in ([made] if made.is_file() else sorted(p for p in made.rglob("*") if p.is_file())): _fsync(part)
+        if path.is_dir() and made.is_file(): raise InvalidInputError(f"{path} is a folder; a file cannot take its place")
         if path.is_dir(): os.rename(path, folder/"replaced")  # a folder cannot be renamed over a full one
         os.replace(made, path)
         if os.name == "posix": _fsync(path.parent)
