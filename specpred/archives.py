@@ -91,26 +91,6 @@ def _same_place(target:httpx.URL, asked:httpx.URL) -> bool:
     if target.host != asked.host: return False
     return (target.scheme, target.port) == (asked.scheme, asked.port) or (asked.scheme, target.scheme) == ("http", "https")
 
-# %% ../nbs/02_archives.ipynb #ead34732
-def _is_url(text:str | None) -> bool:
-    return text is None or bool(httpx.URL(text).host) and httpx.URL(text).scheme in ("http", "https")
-
-def _are_fractions(values) -> bool: return len(values) == 3 and min(values) >= 0 and abs(sum(values) - 1) <= 1e-6 and values[0] > 0
-
-_SETTINGS = dict.fromkeys(("skyserver_url", "sas_url", "ps1_url"), (_is_url, "None or http://… or https://…")) | dict(
-    concurrency=(lambda v: 1 <= v <= 1000, "1 to 1000 requests at once"), attempts=(lambda v: v >= 1, "at least 1"), bad_attempts=(lambda v: v >= 1, "at least 1"),
-    timeout=(lambda v: 0 < v < math.inf, "seconds, more than 0"), wait=(lambda v: 0 <= v[0] <= v[1] < math.inf and len(v) == 2, "a first and a longest pause in seconds, such as 1,30"),
-    n_max=(lambda v: v >= 1, "at least 1"), split=(_are_fractions, "three fractions that add up to 1, the first above 0"), block_deg=(lambda v: 0.1 <= v <= 90, "0.1 to 90 degrees"),
-    release=(lambda v: v in _BOSS_RUN2D, "dr9 to dr17"), size=(lambda v: 1 <= v <= 6000, "1 to 6000 pixels"), seed=(lambda v: v >= 0, "an integer from 0"))
-
-def _check_settings(**settings):
-    "Raises `InvalidInputError` for a setting that is not what `_SETTINGS` asks for."
-    for name, (is_right, expected) in _SETTINGS.items():
-        if name not in settings: continue
-        try: right = is_right(settings[name])
-        except (TypeError, ValueError, IndexError, httpx.InvalidURL): right = False
-        if not right: raise InvalidInputError(f"{name} is {settings[name]!r}; expected {expected}.")
-
 # %% ../nbs/02_archives.ipynb #7e0e1738
 class ArchiveClient:
     """HTTP GET for archives: at most `concurrency` requests to a host at once, connections kept alive, answers bounded in size,
@@ -122,7 +102,7 @@ class ArchiveClient:
         wait:tuple = (1.0, 30.0),  # first and longest pause between attempts, seconds
         bad_attempts:int = 3,  # how often a file is asked for that arrives damaged
     ):
-        _check_settings(concurrency=concurrency, attempts=attempts, timeout=timeout, wait=wait, bad_attempts=bad_attempts)
+        ArchiveParameters(concurrency=concurrency, attempts=attempts, timeout=timeout, wait=wait, bad_attempts=bad_attempts)  # refuses what has no sense
         self.concurrency, self.attempts, self.timeout, self.wait, self.bad_attempts = concurrency, attempts, timeout, wait, bad_attempts
         self._hosts, self._lock, self.stopping = {}, threading.Lock(), threading.Event()
         # identity: a compressed answer could unpack to any size, and Content-Length would not be the file's
@@ -1031,7 +1011,7 @@ def sky_blocks(
 ) -> np.ndarray:
     "Block number of each position, (N,) int64. All blocks have the same area. Raises `InvalidInputError`."
     ra, dec = np.atleast_1d(np.asarray(ra, float)), np.atleast_1d(np.asarray(dec, float))
-    _check_settings(block_deg=block_deg)
+    ArchiveParameters(block_deg=block_deg)  # refuses what has no sense
     if ra.shape != dec.shape or not (np.isfinite(ra) & (np.abs(dec) <= 90)).all():
         raise InvalidInputError("ra and dec have to be finite degrees, as many of one as of the other, dec from -90 to 90.")
     n_rings = max(1, round(180/block_deg))
@@ -1076,7 +1056,7 @@ def split_by_sky(
 ) -> tuple:
     """(block, split): the block number of each position and its split, "train", "valid" or "test", both (N,). Whole blocks are in one split.
     Blocks that reach south of declination -30 degrees are train. Raises `InvalidInputError` where there are too few blocks."""
-    _check_settings(split=fractions)
+    ArchiveParameters(split=tuple(fractions), block_deg=block_deg)  # refuses what has no sense
     block, fractions = sky_blocks(ra, dec, block_deg), np.asarray(fractions, float)
     inside = np.atleast_1d(np.asarray(dec, float)) > PS1_SOUTH
     blocks, index = np.unique(block, return_inverse=True)
@@ -1659,6 +1639,10 @@ def _one_file_each(catalogue:pd.DataFrame):
         raise InvalidInputError(f"Spectrum {spectrum_name(row.plate, row.mjd, row.fiberid)} is wanted from several reductions (run2d), e.g. {row.run2d}: they would take one "
             "another's place. Keep one of them.")
 
+def _check_request(size:int, seed:int):
+    if size < 1: raise InvalidInputError(f"size={size}: cutouts have at least one pixel")
+    if seed < 0: raise InvalidInputError(f"seed={seed}: expected 0 or more")
+
 def _checked_survey(parameters:ArchiveParameters, survey) -> Path | None:
     "The folder that a local server has to serve, or None where the parameters name all services."
     if None not in (parameters.skyserver_url, parameters.sas_url, parameters.ps1_url): return None
@@ -1695,7 +1679,7 @@ def download(
     """The catalogue (also raw/catalogue.parquet), with every spectrum and cutout that the archives have in `raw`. An interrupted download goes on
     where it was. Single files that cannot be had are a status in the catalogue; raises `ArchiveError` if there is no catalogue, an archive
     stops to answer or nothing arrives, `MissingInputError` without a survey where one is needed, and what `read_table` raises."""
-    _check_settings(**vars(parameters), size=size, seed=seed)
+    _check_request(size, seed)
     raw, survey, release = Path(raw), _checked_survey(parameters, survey), parameters.release
     catalogue = read_table(parameters.table, release) if parameters.table else None
     with contextlib.ExitStack() as stack:
@@ -1753,7 +1737,7 @@ def estimate(
     n_lists:int | None = None,  # galaxies that lack a cutout; None: all five
 ) -> dict:
     "Files, requests, GB and hours of a download. Spectra and cutouts come from two hosts at the same time."
-    _check_settings(concurrency=concurrency, size=size)
+    ArchiveParameters(concurrency=concurrency)  # refuses what has no sense
     n_requests = n_cutouts + (n_cutouts//len(BANDS) if n_lists is None else n_lists)
     size_gb = (n_spectra*170e3 + n_cutouts*(4*size**2 + 20e3))/1e9
     return dict(files=n_spectra + n_cutouts, requests=n_spectra + n_requests, gigabytes=round(size_gb, 2),
@@ -1783,7 +1767,7 @@ def plan_download(
     survey:str | Path | None = None,
 ) -> str:
     "What a download would ask for and how long it would take, in words; changes nothing. Raises what `download` does for its inputs."
-    _check_settings(**vars(parameters), size=size, seed=seed)
+    _check_request(size, seed)
     raw, survey = Path(raw), _checked_survey(parameters, survey)
     catalogue = _known_catalogue(parameters, raw, catalogue_query(parameters.n_max, seed), survey)
     left, n_all, most = (parameters.n_max*n for n in (1, len(BANDS), 1)), (1 + len(BANDS))*parameters.n_max, "at most "
