@@ -34,7 +34,7 @@ def reproduce(
     from specpred import runner
     from specpred.config import get_paths
     run = runner.reproduce(profile, start, only, force, tuple(set_), data_dir)
-    print(f"\n{runner.summary(get_paths(profile, data_dir))}\n\nExecuted notebooks: {run}")
+    print(f"\n{runner.summary(get_paths(profile, data_dir))}" + (f"\n\nExecuted notebooks: {run}" if run.is_dir() else ""))
 
 # %% ../nbs/13_cli.ipynb #120a844a
 @app.command()
@@ -56,8 +56,8 @@ def predict(
 ):
     "Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each."
     from specpred import predict as prediction
-    from specpred.config import get_paths
-    for written in prediction.predict_files(cutouts, get_paths(profile, data_dir), out, model=model): print(written)
+    from specpred.config import get_paths, get_profile
+    for written in prediction.predict_files(cutouts, get_paths(get_profile(profile), data_dir), out, model=model): print(written)
 
 # %% ../nbs/13_cli.ipynb #f749b208
 def _download_settings(profile:str, table:Optional[Path], overrides:List[str], data_dir:Optional[Path]) -> tuple:

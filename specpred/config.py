@@ -4,16 +4,16 @@
 
 # %% ../nbs/00_config.ipynb #d33aac5b
 from __future__ import annotations
-import ast, contextlib, dataclasses, difflib, hashlib, json, os, platform, re, shutil, sys, tempfile, time, zlib
+import ast, contextlib, dataclasses, difflib, hashlib, json, os, platform, re, shutil, sys, tempfile, threading, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PROFILES', 'STAGES', 'SpecpredError', 'ProfileError', 'MissingInputError', 'InvalidInputError', 'DamagedFileError',
-           'ArchiveError', 'WeightsError', 'MockParameters', 'ArchiveParameters', 'ImageParameters',
+__all__ = ['IMAGE_MODELS', 'PROFILES', 'STAGES', 'SpecpredError', 'ProfileError', 'MissingInputError', 'InvalidInputError',
+           'DamagedFileError', 'ArchiveError', 'WeightsError', 'MockParameters', 'ArchiveParameters', 'ImageParameters',
            'SpectraParameters', 'VAEParameters', 'TrainingParameters', 'EvaluationParameters', 'Profile', 'get_profile',
            'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths', 'atomic_path', 'Stage',
-           'why_outdated', 'StageRun', 'start_stage', 'peak_memory_mb', 'versions']
+           'read_manifest', 'why_outdated', 'StageRun', 'start_stage', 'PeakMemory', 'versions']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
@@ -139,11 +139,13 @@ class VAEParameters(_Section):
         super().__post_init__()
         if self.n_targets > self.n_latents: raise InvalidInputError(f"n_targets={self.n_targets}: there are only {self.n_latents} latents (n_latents)")
 
-# %% ../nbs/00_config.ipynb #61422051
+# %% ../nbs/00_config.ipynb #1fb48f7c
+IMAGE_MODELS = ("conv3", "deconv3", *(f"xresnet{depth}{kind}" for depth in (18, 34, 50) for kind in ("", "_hybrid", "_deconv")))  # see 07_models
+
 @dataclass(frozen=True)
 class TrainingParameters(_Section):
     "The image models (08_training)."
-    models: tuple[str, ...] = ("xresnet18", "xresnet18_hybrid")  # names in specpred.models.MODELS
+    models: tuple[str, ...] = ("xresnet18", "xresnet18_hybrid")  # some of `IMAGE_MODELS`
     seeds: int = 1  # independent trainings of each model
     epochs: int = 10  # one-cycle epochs
     batch_size: int = 128
@@ -153,10 +155,14 @@ class TrainingParameters(_Section):
     stretch: str = "asinh"  # of the images; "linear" as published; or "image", which divides each by its own brightness
     max_shift: int = 0  # augmentation by moves of up to so many pixels; none as published
     loader: str = "batches"  # whole batches from memory or the store; or "fastai", a DataBlock, item by item
-    _limits = dict(seeds=(1, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100), lr_deconv=(1e-12, 100), weight_decay=(0, 100), stretch={"asinh", "linear", "image"},
+    _limits = dict(models=set(IMAGE_MODELS), seeds=(1, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100), lr_deconv=(1e-12, 100), weight_decay=(0, 100), stretch={"asinh", "linear", "image"},
         max_shift=(0, 1000), loader={"batches", "fastai"})
 
-# %% ../nbs/00_config.ipynb #0b8cfef3
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.models: raise InvalidInputError("models=(): expected at least one")
+
+# %% ../nbs/00_config.ipynb #61422051
 @dataclass(frozen=True)
 class EvaluationParameters(_Section):
     "The baselines that see magnitudes only (09_evaluation)."
@@ -164,7 +170,7 @@ class EvaluationParameters(_Section):
     boosting_iterations: int = 200  # of the gradient boosting
     _limits = dict(n_neighbors=(1, 10**6), boosting_iterations=(1, 10**6))
 
-# %% ../nbs/00_config.ipynb #f2c3ffda
+# %% ../nbs/00_config.ipynb #0b8cfef3
 @dataclass(frozen=True)
 class Profile:
     "All numbers of one run of the pipeline."
@@ -248,6 +254,9 @@ def get_profile(
         except InvalidInputError as error: raise ProfileError(f"Cannot set {section}.{error}.") from error
         profile = dataclasses.replace(profile, **{section: changed}) if dot else changed
     if profile.seed < 0: raise ProfileError(f"Cannot set seed={profile.seed}: expected 0 or more.")
+    # galaxies lie up to a sixteenth of a stamp off its centre
+    if profile.mock.n_galaxies and profile.images.size > (largest := profile.mock.stamp_size*7//8):
+        raise ProfileError(f"images.size={profile.images.size} is more than mock images have around a galaxy: with mock.stamp_size={profile.mock.stamp_size} at most {largest}.")
     return profile
 
 # %% ../nbs/00_config.ipynb #b690c63f
@@ -282,7 +291,7 @@ def repo_root() -> Path:
     raise MissingInputError("This needs a checkout of specpred (the folder with settings.ini and nbs/), and the package "
         f"in {root} is not in one. Clone the repository and install it with `pip install -e .`.")
 
-# %% ../nbs/00_config.ipynb #3b6dc16b
+# %% ../nbs/00_config.ipynb #f2c3ffda
 @dataclass(frozen=True)
 class Paths:
     "Names of all files of one profile, below `root`."
@@ -358,7 +367,7 @@ def atomic_path(
         if os.name == "posix": _fsync(path.parent)
     finally: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/00_config.ipynb #4437c845
+# %% ../nbs/00_config.ipynb #3b6dc16b
 @dataclass(frozen=True)
 class Stage:
     "One numbered notebook: which parts of the profile it depends on, which files it reads and writes (names in `Paths`)."
@@ -373,18 +382,18 @@ class Stage:
 
 STAGES = {s.name: s for s in (
     Stage("00_config"),
-    Stage("01_mock_survey", ("mock", "images"), (), ("mock",)),
+    Stage("01_mock_survey", ("mock",), (), ("mock",)),
     Stage("02_archives", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
     Stage("03_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
     Stage("04_spectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
     Stage("04a_lines", ("spectra",), ("spectra",), ("lines",)),
-    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_history", "latents")),
+    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_search", "vae_history", "latents")),
     Stage("06_deconv", (), ("images",)),
-    Stage("07_models"),
+    Stage("07_models", ("training", "images")),
     Stage("08_training", ("training",), ("images", "vae", "latents"), ("models",)),
-    Stage("09_evaluation", ("evaluation", "training"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "lines"),
+    Stage("09_evaluation", ("evaluation", "training", "spectra"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "lines"),
           ("predictions", "results")),
-    Stage("10_figures", ("training",), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "predictions", "results"),
+    Stage("10_figures", ("training", "vae"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "predictions", "results"),
           ("figures",)),
     Stage("11_predict", (), ("catalogue", "raw_cutouts", "images", "spectra", "vae", "latents", "models", "mock"), ("predicted_spectra",)))}
 
@@ -414,19 +423,35 @@ class _Digests:
     def save(self):
         with atomic_path(self.memory) as part: part.write_text(json.dumps(self.known))
 
-# %% ../nbs/00_config.ipynb #7d8ff81a
+# %% ../nbs/00_config.ipynb #a2b7712b
+def _meaning(source:str) -> ast.Module:
+    "The statements of a source without its docstrings; comments are none."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Module)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+def _package_modules(tree:ast.Module, package:Path) -> set[str]:
+    "Names of the modules of this package that are imported anywhere in the statements."
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").split(".")[0] == "specpred"): continue
+        module = (node.module or "").removeprefix("specpred").lstrip(".")
+        found |= {module} if module else {alias.name for alias in node.names if (package/f"{alias.name}.py").is_file()}
+    return found
+
 def _code_digest(stage:Stage) -> str:
-    "sha256 over the code cells of the stage's notebook and of the modules that it imports from this package."
+    "sha256 over what the code cells of the stage's notebook, and the modules of this package that it needs, do. A comment or a docstring changes nothing."
     cells = [c for c in json.loads(stage.notebook.read_text())["cells"] if c["cell_type"] == "code"]
-    sources = {stage.name: "\n".join("".join(c["source"]) for c in cells)}
-    package, waiting = repo_root()/"specpred", [sources[stage.name]]
+    package, waiting, meanings = repo_root()/"specpred", {stage.name: "\n".join("".join(c["source"]) for c in cells)}, {}
     while waiting:
-        for name in re.findall(r"^\s*from (?:specpred)?\.(\w+) import", waiting.pop(), re.M):
-            # what this chapter defines enters as parameters; counting its text too would rerun everything for a comment
-            if name == "config" or name in sources: continue
-            sources[name] = (package/f"{name}.py").read_text()
-            waiting.append(sources[name])
-    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
+        name, source = waiting.popitem()
+        meanings[name] = ast.dump(tree := _meaning(source))
+        # what this chapter defines enters as parameters; counting its text too would rerun everything for every change of it
+        new = _package_modules(tree, package) - {"config", *meanings, *waiting}
+        waiting |= {module: (package/f"{module}.py").read_text() for module in new}
+    return hashlib.sha256(json.dumps(meanings, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00_config.ipynb #58031529
 def _request(stage:Stage, profile:Profile, paths:Paths, digests:_Digests) -> dict:
@@ -438,8 +463,16 @@ def _request(stage:Stage, profile:Profile, paths:Paths, digests:_Digests) -> dic
     return json.loads(json.dumps(dict(parameters=parameters, inputs=inputs, code=_code_digest(stage))))
 
 def _read_json(path:Path) -> dict:
-    try: return json.loads(path.read_text())
-    except (OSError, ValueError): return {}
+    try: return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError): return {}
+
+# %% ../nbs/00_config.ipynb #30c77082
+def read_manifest(
+    stage:str,  # e.g. "03_images"
+    paths:Paths,
+) -> dict:
+    "What the stage wrote when it ended; empty where it did not, or where that is damaged."
+    return _read_json(paths.manifests/f"{stage}.json")
 
 # %% ../nbs/00_config.ipynb #ee7bd3a6
 def why_outdated(
@@ -448,7 +481,7 @@ def why_outdated(
     paths:Paths,
 ) -> str | None:
     "Why the stage has to run, in a few words, or None when its manifest matches parameters, code, inputs and outputs."
-    manifest = _read_json(paths.manifests/f"{stage.name}.json")
+    manifest = read_manifest(stage.name, paths)
     if not manifest: return "it has not run yet"
     digests = _Digests(paths.manifests/"digests.json")
     request = _request(stage, profile, paths, digests)
@@ -465,7 +498,7 @@ def why_outdated(
 class StageRun:
     "A stage under way: its `profile`, `paths` and, through `finish`, its manifest."
     def __init__(self, stage:Stage, profile:Profile, paths:Paths):
-        self.stage, self.profile, self.paths, self.started = stage, profile, paths, time.time()
+        self.stage, self.profile, self.paths, self.started, self._memory = stage, profile, paths, time.time(), PeakMemory()
         self._digests = _Digests(paths.manifests/"digests.json")
         self.request = _request(stage, profile, paths, self._digests)
         missing = [name for name, digest in self.request["inputs"].items() if digest is None]
@@ -475,6 +508,7 @@ class StageRun:
         started = paths.manifests/f"{stage.name}.started.json"
         if _read_json(started) != self.request and not stage.keeps: self._clear()
         with atomic_path(started) as part: part.write_text(json.dumps(self.request))
+        self._memory.start()
 
     def _clear(self):
         for path in (getattr(self.paths, name) for name in self.stage.writes):
@@ -489,7 +523,7 @@ class StageRun:
         self._digests.save()
         manifest = dict(stage=self.stage.name, profile=self.profile.name, **self.request, outputs=outputs, versions=versions(),
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), wall_time_s=round(time.time() - self.started, 3),
-            peak_memory_mb=peak_memory_mb(), facts=facts)
+            peak_memory_mb=self._memory.stop(), facts=facts)
         with atomic_path(self.paths.manifests/f"{self.stage.name}.json") as part: part.write_text(json.dumps(manifest, indent=1))
         return manifest
 
@@ -504,12 +538,29 @@ def start_stage(
     profile = get_profile(profile, overrides)
     return StageRun(STAGES[name], profile, get_paths(profile, data_dir))
 
-# %% ../nbs/00_config.ipynb #3468f6a0
-def peak_memory_mb() -> int:
-    "Largest memory of this process, or of its largest child process, so far, MB."
-    import resource
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round(peak/(1e6 if sys.platform == "darwin" else 1e3))
+# %% ../nbs/00_config.ipynb #161d5a82
+class PeakMemory(threading.Thread):
+    "The largest memory of this process and its workers together, looked at five times a second from `start()` on; pages that they share count for each."
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.mb, self._ended = 0, threading.Event()
+
+    def run(self):
+        while True:
+            self.look()
+            if self._ended.wait(0.2): return
+
+    def look(self):
+        import psutil
+        me, total = psutil.Process(), 0
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error): total += process.memory_info().rss  # it may have ended meanwhile
+        self.mb = max(self.mb, round(total/1e6))
+
+    def stop(self) -> int:
+        "The result, MB."
+        self.look(), self._ended.set()
+        return self.mb
 
 def versions() -> dict:
     "Versions of Python, of this package and of the libraries that results depend on."

@@ -974,8 +974,8 @@ def make_survey(
     fine = FineBasis.of(library)
     def part(light, rows): return ComponentLight(light.coefficients[rows], light.lines[rows], light.bands[rows], light.av[rows], {})
     blocks = [np.arange(i, min(i + 40, len(galaxies))) for i in range(0, len(galaxies), 40)]
-    tasks = [joblib.delayed(_spectra_task)(k, folder/"sas", library, fine, galaxies.iloc[rows], part(bulge, rows), part(disk, rows), seed) for k, rows in enumerate(blocks)]
-    tasks += [joblib.delayed(make_skycell)(folder/"ps1", cell, galaxies[galaxies.cell == cell.Index], parameters.stamp_size, seed) for cell in cells.itertuples()]
+    tasks = [joblib.delayed(_for_the_living)(os.getpid(), _spectra_task, k, folder/"sas", library, fine, galaxies.iloc[rows], part(bulge, rows), part(disk, rows), seed) for k, rows in enumerate(blocks)]
+    tasks += [joblib.delayed(_for_the_living)(os.getpid(), make_skycell, folder/"ps1", cell, galaxies[galaxies.cell == cell.Index], parameters.stamp_size, seed) for cell in cells.itertuples()]
     spectra = [None]*len(blocks)
     with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1), tqdm(total=len(galaxies) + parameters.n_galaxies, desc="mock survey", unit="object", disable=not progress) as bar:
         for made in joblib.Parallel(return_as="generator_unordered")(tasks):
@@ -983,6 +983,11 @@ def make_survey(
             bar.update(len(made[1][0]) if isinstance(made, tuple) else made)
     noiseless, measured = np.concatenate([s[0] for s in spectra]), pd.concat([s[1] for s in spectra])
     return _write_tables(folder, cells, galaxies, noiseless, measured, seed)
+
+def _for_the_living(asked_by:int, task, *arguments):
+    "The task, unless the process that asked for it was killed: its workers outlive it, and must not write into a survey that somebody else begins."
+    if asked_by not in (os.getpid(), os.getppid()): raise SystemExit
+    return task(*arguments)
 
 def _spectra_task(k, *arguments):
     with threadpool_limits(1): return k, make_spectra(*arguments)
