@@ -1,7 +1,7 @@
 """How fast and with how much memory a sample downloads from a local archive that never fails, beside astropy's download_file one at a time.
 
-    python benchmarks/downloads.py           about four minutes
-    python benchmarks/downloads.py --quick   half a minute, small numbers
+    python benchmarks/downloads.py           about five minutes
+    python benchmarks/downloads.py --quick   a minute, small numbers
 """
 import argparse, json, os, platform, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
