@@ -79,10 +79,10 @@ def test_a_learner_takes_them_as_they_are(sample, keep, tmp_path):
     valid, train = (table[table.split == s] for s in ("valid", "train"))
     columns = [f"target_{k}" for k in range(1, 7)]
     np.testing.assert_array_equal(targets, valid[columns])
-    np.testing.assert_allclose(predicted, predict_targets(learn.model, images.read(valid.specobjid), transform), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(predicted, predict_targets(learn.model, [images.read(valid.specobjid)], transform), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(loss, rmse(predicted, targets), rtol=1e-5)
     np.testing.assert_array_equal(train_targets, train[columns])  # get_preds undoes the shuffling
-    np.testing.assert_allclose(on_train, predict_targets(learn.model, images.read(train.specobjid), transform), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(on_train, predict_targets(learn.model, [images.read(train.specobjid)], transform), rtol=1e-3, atol=1e-3)
     learn.dls.show_batch(max_n=4)
     assert len(plt.gcf().axes) == 4
     plt.close("all")
