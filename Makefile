@@ -15,7 +15,7 @@ help:
 	@echo "make docs     the documentation site, from the last run, in docs/_build/html"
 	@echo "make figures  copy the last demo run's figures into figures/"
 	@echo "make lock     resolve requirements.lock anew from settings.ini"
-	@echo "make clean    remove .venv, the site and everything that runs made in data/"
+	@echo "make clean    remove .venv, the site and data/smoke and data/demo; data/mock and data/paper stay"
 
 $(STAMP): requirements.lock settings.ini setup.py
 	@.ci/install $(VENV)
@@ -36,4 +36,4 @@ lock:
 	@.ci/install --lock
 
 clean:
-	rm -rf $(VENV) docs/_build data/*/ .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) docs/_build data/smoke data/demo .pytest_cache .hypothesis *.egg-info

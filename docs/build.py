@@ -82,10 +82,20 @@ def run_note(nb, stage, paths):
     return nbformat.v4.new_markdown_cell(f"{{.run-note}}\n{text}.")
 
 
+def take_outputs(nb, executed):
+    "Gives the cells the outputs that they had when they were executed; those whose code is another now get none. Whether there are such."
+    ran, changed = {cell.id: cell for cell in executed.cells if cell.cell_type == "code"}, False
+    for cell in nb.cells:
+        if cell.cell_type != "code" or "parameters" in cell.metadata.get("tags", []): continue
+        same = cell.id in ran and ran[cell.id].source.strip() == cell.source.strip()
+        cell.outputs, changed = ran[cell.id].outputs if same else [], changed or not same
+    return changed
+
+
 class Sources:
     "The files Sphinx reads, by name: notebooks, generated pages, and what they link to."
     def __init__(self, paths):
-        self.paths, self.executed, self.files = paths, last_executed(paths), {}
+        self.paths, self.executed, self.files, self.changed = paths, last_executed(paths), {}, []
         self.notebooks = {p.stem: p for p in sorted((repo_root()/"nbs").glob("[!.]*.ipynb"))}
         if "index" not in self.notebooks: raise MissingInputError(f"{repo_root()/'nbs'/'index.ipynb'}, the landing page, is missing.")
         for name in self.notebooks: self.files[f"{name}.ipynb"] = self.notebook(name)
@@ -95,9 +105,12 @@ class Sources:
         self.files["api/index.rst"] = self.api_index(self.modules).encode()
 
     def notebook(self, name):
-        "The executed copy of a notebook if there is one, cleaned for readers."
-        ran = name in self.executed
-        nb = nbformat.read(self.executed[name] if ran else self.notebooks[name], as_version=4)
+        "A notebook as it is in nbs/ with the outputs of its executed copy, if there is one, cleaned for readers."
+        ran, nb = name in self.executed, nbformat.read(self.notebooks[name], as_version=4)
+        if ran:
+            executed = nbformat.read(self.executed[name], as_version=4)
+            if take_outputs(nb, executed): self.changed.append(name)
+            nb.metadata = executed.metadata
         nb.cells = [shown for cell in nb.cells if (shown := show_cell(cell))]
         folders = [(str(self.paths.root.parent), "data"), (f"{repo_root()}/", ""), (str(repo_root()), "specpred")]
         for cell in nb.cells:
@@ -196,7 +209,8 @@ def build(profile, data_dir, out):
     waiting = [name for name in STAGES if name in sources.notebooks and name not in sources.executed]
     pages = [p for p in out.rglob("*.html") if "_static" not in p.parts]
     print(f"{len(pages)} pages, {len(sources.executed)} notebooks with outputs of the profile {profile}"
-        + (f" (without outputs: {', '.join(waiting)})" if waiting else "") + f", in {time.time() - started:.0f} s: {out/'index.html'}")
+        + (f" (without outputs: {', '.join(waiting)})" if waiting else "")
+        + (f" (code changed since they ran, cells without outputs: {', '.join(sources.changed)})" if sources.changed else "") + f", in {time.time() - started:.0f} s: {out/'index.html'}")
 
 
 def main():

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_archives.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, difflib, email.utils, hashlib, io, json, logging, math, os, re, shutil, socket, socketserver, sqlite3, struct, subprocess
+import contextlib, csv, difflib, email.utils, hashlib, io, json, math, os, re, shutil, socket, socketserver, sqlite3, struct, subprocess
 import sys, threading, time, warnings, zlib
 from collections import Counter, OrderedDict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
@@ -16,7 +16,7 @@ from itertools import permutations
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import httpx, numpy as np, pandas as pd, stamina
+import httpx, numpy as np, pandas as pd, tenacity
 from astropy.io import fits
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -74,9 +74,12 @@ class _Host:
         self.places, self.opens = threading.BoundedSemaphore(limit), 0.0
 
     @contextlib.contextmanager
-    def place(self):
-        while (pause := self.opens - time.monotonic()) > 0: time.sleep(min(pause, 1.0))
-        with self.places: yield
+    def place(self, stopping:threading.Event):
+        with self.places:
+            # looked at with a place in hand: the pause may have been asked for while others waited for theirs
+            while (pause := self.opens - time.monotonic()) > 0 and not stopping.wait(pause): continue
+            if stopping.is_set(): raise RefusedError("ended: the download is being stopped")
+            yield
 
 def _same_place(target:httpx.URL, asked:httpx.URL) -> bool:
     "Whether a redirect stays on the host it came from and does not give up encryption."
@@ -128,23 +131,37 @@ def _get_once(self:ArchiveClient, url:httpx.URL, max_bytes:int) -> bytes:
     "One request, following a redirect on the same host."
     for _ in range(4):
         host = self._host(url)
-        if self.stopping.is_set(): raise RefusedError("ended: the download is being stopped")
         try:
-            with host.place(), self._http.stream("GET", url) as response:
+            with host.place(self.stopping), self._http.stream("GET", url) as response:
                 if not response.has_redirect_location:
                     _raise_for_status(response)
                     return _read_bounded(response, max_bytes)
                 target = url.join(response.headers["Location"])
+                if not _same_place(target, url): raise RefusedError(f"redirected: {url.host} points to {target.scheme}://{target.host}, which is not followed")
         except BusyError as error:
             host.opens = max(host.opens, time.monotonic() + error.retry_after)
             raise
-        except httpx.InvalidURL as error: raise RefusedError(f"redirected: {url.host} points to what is no URL") from error
+        except (httpx.InvalidURL, UnicodeError) as error: raise RefusedError(f"redirected: {url.host} points to what is no URL") from error
         except httpx.TransportError as error: raise BusyError(f"{type(error).__name__}: {url.host} {error}".strip()) from error
-        if not _same_place(target, url): raise RefusedError(f"redirected: {url.host} points to {target.scheme}://{target.host}, which is not followed")
         url = target
     raise RefusedError(f"redirected: {url.host} points in a circle")
 
 ArchiveClient._get_once = _get_once
+
+# %% ../nbs/02_archives.ipynb #c15d5f9d
+def _attempts(self:ArchiveClient) -> tenacity.Retrying:
+    "Attempts at one request: as often and after such pauses as the errors ask for; none any more once the client is stopping."
+    bad, (first, longest) = 0, self.wait
+    backoff = tenacity.wait_exponential_jitter(multiplier=first, max=longest, jitter=first)
+    def again(error:BaseException) -> bool:
+        nonlocal bad
+        bad += isinstance(error, DamagedFileError)
+        return isinstance(error, BusyError) or isinstance(error, DamagedFileError) and bad < self.bad_attempts
+    def pause(state) -> float: return getattr(state.outcome.exception(), "retry_after", 0) or backoff(state)
+    return tenacity.Retrying(retry=tenacity.retry_if_exception(again), wait=pause, sleep=tenacity.sleep_using_event(self.stopping), reraise=True,
+        stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_when_event_set(self.stopping))
+
+ArchiveClient._attempts = _attempts
 
 # %% ../nbs/02_archives.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -164,25 +181,18 @@ def get(self:ArchiveClient,
     try: address = httpx.URL(url, params=params) if params else httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error: raise InvalidInputError(f"{url!r} is no URL: {error}") from error
     if address.scheme not in ("http", "https") or not address.host: raise InvalidInputError(f"{url!r}: expected http://… or https://…")
-    bad, first, longest = 0, *self.wait
-    def again(error:Exception):
-        nonlocal bad
-        if self.stopping.is_set(): return False
-        if isinstance(error, BusyError): return error.retry_after or True
-        bad += isinstance(error, DamagedFileError)
-        return 0 < bad < self.bad_attempts
-    for attempt in stamina.retry_context(again, attempts=self.attempts, timeout=None, wait_initial=first, wait_max=longest, wait_jitter=first):
+    for attempt in self._attempts():
         with attempt:
+            number = attempt.retry_state.attempt_number
             try:
                 content = self._get_once(address, max_bytes)
                 if check is not None: check(content)
             except SpecpredError as error:
-                error.attempts = attempt.num
+                error.attempts = number
                 raise
-            return Answer(content, attempt.num)
+            return Answer(content, number)
 
 ArchiveClient.get = get
-logging.getLogger("stamina").setLevel(logging.ERROR)  # a retry is no news: the state of the download records it
 
 # %% ../nbs/02_archives.ipynb #6d7ed460
 SELECTION = """
@@ -224,6 +234,18 @@ def _numbers(text:pd.Series) -> np.ndarray:
     values = pd.to_numeric(text.str.strip(), errors="coerce").to_numpy(np.float64)
     return np.where(values <= -9999, np.nan, values)  # SDSS's mark for a missing measurement
 
+# %% ../nbs/02_archives.ipynb #22f1cefd
+def _read_csv(text:str) -> pd.DataFrame:
+    "A table of texts. Lines at the beginning that start with # are no part of it. Raises `InvalidInputError` where a line has more or fewer fields than the header."
+    rows = csv.reader(re.sub(r"\A(?:\s*#[^\n]*(?:\n|\Z))*", "", text).splitlines(), skipinitialspace=True, strict=True)
+    try: names, *records = (row for row in rows if row)
+    except (ValueError, csv.Error) as error: raise InvalidInputError(f"not CSV: {error}" if isinstance(error, csv.Error) else "nothing in it") from error
+    names = [name.strip() for name in names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]: raise InvalidInputError(f"two columns are called {twice[0]!r}")
+    for number, record in enumerate(records, 1):
+        if len(record) != len(names): raise InvalidInputError(f"row {number} has {len(record)} fields, the header {len(names)}")
+    return pd.DataFrame(records, columns=names, dtype=str)
+
 # %% ../nbs/02_archives.ipynb #bfded40d
 def read_skyserver_csv(
     content:bytes,  # what the SQL service answered
@@ -232,9 +254,10 @@ def read_skyserver_csv(
     where the answer is an error message or not the table that was asked for."""
     text = content.decode("utf-8", "replace").lstrip("\ufeff")
     head = re.sub(r"<[^>]*>|\s+", " ", text[:2000]).strip()[:300] or "nothing"
-    try: table = pd.read_csv(io.StringIO(text), comment="#", dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (ValueError, pd.errors.ParserError) as error: raise ArchiveError(f"SkyServer answered no table but: {head}") from error
-    table.columns = [_RENAMED.get(str(c).strip().lower(), str(c).strip().lower()) for c in table.columns]
+    try: table = _read_csv(text)
+    except InvalidInputError as error: raise ArchiveError(f"SkyServer answered no table ({error}) but: {head}") from error
+    table.columns = [_RENAMED.get(c.lower(), c.lower()) for c in table.columns]
+    if twice := table.columns[table.columns.duplicated()].tolist(): raise ArchiveError(f"SkyServer's answer has two columns {twice[0]}.")
     missing = [c for c in _CATALOGUE_COLUMNS if c not in table.columns]
     if not missing and not text.endswith("\n"): raise ArchiveError("SkyServer's answer is cut off: its last line has no end.")
     if missing: raise ArchiveError(f"SkyServer's answer lacks {', '.join(missing[:5])}. It says: {head}")
@@ -1038,7 +1061,9 @@ def _open_table(path:Path) -> tuple:
     if path.stat().st_size > _MAX_TABLE_BYTES: raise InvalidInputError(f"{path.name} has more than {_MAX_TABLE_BYTES >> 30} GB; divide it.")
     with _damage_reported(f"{path.name} is no readable {kind} table"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of units and VOTable versions that are not quite by the book
-        if kind == "csv": return pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, comment="#", encoding="utf-8-sig"), {}
+        if kind == "csv":
+            try: return _read_csv(path.read_text("utf-8-sig")), {}
+            except InvalidInputError as error: raise InvalidInputError(f"{path.name}: {error}") from error
         if kind == "parquet": return pd.read_parquet(path), {}
         from astropy.table import Table
         with open_fits(path) if kind == "fits" else open(path, "rb") as source: table = Table.read(source, format=kind)
@@ -1356,24 +1381,31 @@ def _survey_digest(folder:Path) -> str:
 
 def _source(parameters:ArchiveParameters, survey:Path | None) -> dict:
     "What raw/ is downloaded from: URLs, or the digest of the local survey that stands in for them."
-    urls = {k: getattr(parameters, k) for k in ("skyserver_url", "sas_url", "ps1_url")}
+    urls = {k: url and str(httpx.URL(url)).rstrip("/") for k in ("skyserver_url", "sas_url", "ps1_url") for url in [getattr(parameters, k)]}
     return urls | {"survey": _survey_digest(survey) if None in urls.values() else None}
 
 def _held_source(raw:Path) -> dict | None:
-    "What `raw` says that its files are from; None if nothing, empty if that cannot be read."
-    try: return json.loads((raw/"source.json").read_text())
+    "What `raw` says that its files are from; None if nothing. Raises `InvalidInputError` if that cannot be read."
+    try: return dict(json.loads((raw/"source.json").read_text()))
     except FileNotFoundError: return None
-    except ValueError: return {}
+    except (ValueError, TypeError) as error:
+        raise InvalidInputError(f"{raw/'source.json'} is damaged ({error}), so where the files beside it are from is unknown. Move {raw} away and run this again.") from error
 
+# %% ../nbs/02_archives.ipynb #78f7e8f1
 def _claim(raw:Path, source:dict):
-    "Makes `raw` a folder for files from `source`, emptied if it holds those of another."
+    "Makes `raw` a folder for files from `source`. Files of another local survey are removed; raises `InvalidInputError` for those of other archives."
+    for leftover in (raw/".partial", *raw.glob(".*.tmp")): shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
     held = _held_source(raw)
     if held is None and raw.is_dir() and any(raw.iterdir()):
         raise InvalidInputError(f"{raw} holds files of unknown origin (it has no source.json). Move them away and run this again.")
-    if held is not None and held != source: shutil.rmtree(raw)
-    for leftover in (raw/".partial", *raw.glob(".*.tmp")): shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
-    if held != source:
-        with atomic_path(raw/"source.json") as part: part.write_text(json.dumps(source, indent=1))
+    if held == source: return
+    if held is not None:
+        if any(held.get(k) or source[k] for k in ("skyserver_url", "sas_url", "ps1_url")):
+            changed = "; ".join(f"{k} was {held.get(k)} and is {source[k]}" for k in source if held.get(k) != source[k])
+            raise InvalidInputError(f"{raw} holds files from another archive: {changed}. Nothing was changed. Move {raw} away, or choose another --data-dir.")
+        for name in ("catalogue.parquet", "state.sqlite", "state.sqlite-wal", "state.sqlite-shm", *(p.name for p in raw.glob("query-*.csv"))): (raw/name).unlink(missing_ok=True)
+        for name in ("spectra", "cutouts", "quarantine"): shutil.rmtree(raw/name, ignore_errors=True)
+    with atomic_path(raw/"source.json") as part: part.write_text(json.dumps(source, indent=1))  # last: a kill before this line starts over
 
 # %% ../nbs/02_archives.ipynb #52facf6c
 @contextlib.contextmanager
@@ -1412,36 +1444,45 @@ def _files(catalogue:pd.DataFrame, size:int, release:str):
     place = np.lexsort([catalogue.ra, np.floor(catalogue.dec/0.4)])
     for row in catalogue.iloc[place].itertuples(index=False): yield row, _spectrum_items(row, release), _cutout_items(row, size)
 
-def _tasks(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls):
-    "What is left to do: for each galaxy its spectrum, and those of its cutouts that are not there yet."
+def _tasks(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls, closed:dict):
+    "What is left to do: for each galaxy its spectrum, and those of its cutouts that are not there yet, but nothing of archives that are `closed`."
     for row, spectrum, cutouts in _files(catalogue, size, release):
         for function, arguments, items in ((_fetch_spectrum, (client, urls, raw, row), spectrum), (_fetch_cutouts, (client, urls, raw, row, size), cutouts)):
             todo = {name: request for name, request in items.items() if not _is_kept(raw, state[name], request)}
-            if todo: yield partial(function, *arguments, todo)
+            if todo and _archive_of(next(iter(todo))) not in closed: yield partial(function, *arguments, todo)
+
+def _archive_of(name:str) -> str: return "SAS" if name.startswith("spectra/") else "PS1"
 
 # %% ../nbs/02_archives.ipynb #28cec06d
 _FAILURES_THAT_END_IT = 40  # galaxies in a row of which no file could be had
 
+def _closes(outcomes:list, failures:Counter) -> bool:
+    "Whether an archive is to be left in peace after these outcomes of one galaxy; `failures` counts its galaxies in a row of which nothing could be had."
+    archive = _archive_of(outcomes[0].name)
+    failures[archive] = failures[archive] + 1 if all(o.status in ("failed", "refused") for o in outcomes) else 0
+    return failures[archive] >= _FAILURES_THAT_END_IT or any(o.cause == "closed" for o in outcomes)
+
 def _fetch_all(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls, progress:bool):
-    "Downloads what is missing and records what became of it."
+    "Downloads what is missing and records what became of it. Raises `ArchiveError` in the end where an archive had to be left in peace."
     state.want(item for _, *both in _files(catalogue, size, release) for items in both for item in items.items())
     (raw/".partial").mkdir(exist_ok=True)
-    pool, failures, n_bytes = ThreadPoolExecutor(2*client.concurrency, "download"), 0, 0
+    pool, failures, closed, n_bytes = ThreadPoolExecutor(2*client.concurrency, "download"), Counter(), {}, 0
     total = int((catalogue.plate > 0).sum()) + len(BANDS)*int((catalogue.dec > PS1_SOUTH).sum())
     with tqdm(total=total, unit="file", desc="download", disable=not progress, mininterval=0.5) as bar:
         try:
-            for outcomes in _as_they_finish(pool, _tasks(catalogue, size, release, raw, state, client, urls), 4*client.concurrency):
+            for outcomes in _as_they_finish(pool, _tasks(catalogue, size, release, raw, state, client, urls, closed), 4*client.concurrency):
                 for outcome in outcomes: state.record(outcome)
                 n_bytes += sum(o.size for o in outcomes)
                 bar.set_postfix_str(f"{n_bytes/1e6:.1f} MB", refresh=False), bar.update(len(outcomes))
-                failures = failures + 1 if all(o.status == "failed" for o in outcomes) else 0
-                if failures >= _FAILURES_THAT_END_IT:
-                    raise ArchiveError(f"The archive does not answer: {outcomes[0].error}. Run this again later; what has arrived is kept.")
+                if _closes(outcomes, failures): closed.setdefault(_archive_of(outcomes[0].name), outcomes[0].error)
         finally:
             client.stopping.set()
             pool.shutdown(cancel_futures=True)
+            client.stopping.clear()  # nobody is at work any more, and the client may be wanted again
             shutil.rmtree(raw/".partial", ignore_errors=True)
-        bar.update(total - bar.n)  # what was there already
+        if not closed: bar.update(total - bar.n)  # what was there already
+    if closed:
+        raise ArchiveError("; ".join(f"{archive} gives nothing any more: {error}" for archive, error in closed.items()) + ". Run this again later; what has arrived is kept.")
 
 # %% ../nbs/02_archives.ipynb #493aadd6
 def _lacking(row, size:int, release:str, state:DownloadState) -> list:
@@ -1477,10 +1518,23 @@ def _alone(raw:Path):
     except Timeout: raise ArchiveError(f"Another download into {raw} is under way.") from None
 
 def _split(catalogue:pd.DataFrame, parameters:ArchiveParameters, seed:int) -> pd.DataFrame:
-    "The catalogue with block and split; where no row has a spectrum nothing can be fitted, and all are test."
-    if not (catalogue.plate > 0).any(): return catalogue.assign(block=sky_blocks(catalogue.ra, catalogue.dec, parameters.block_deg), split="test")
-    block, split = split_by_sky(catalogue.ra, catalogue.dec, parameters.split, parameters.block_deg, seed)
+    "The catalogue with block and split; a table of one's own in which nothing can be fitted, for want of spectra or of blocks of sky, is all test."
+    try:
+        if parameters.table and not (catalogue.plate > 0).any(): raise InvalidInputError("no row names a spectrum")
+        block, split = split_by_sky(catalogue.ra, catalogue.dec, parameters.split, parameters.block_deg, seed)
+    except InvalidInputError:
+        if not parameters.table: raise
+        block, split = sky_blocks(catalogue.ra, catalogue.dec, parameters.block_deg), "test"
     return catalogue.assign(block=block, split=split)
+
+def _one_file_each(catalogue:pd.DataFrame):
+    "Raises `InvalidInputError` where two rows want different spectra under the one name that plate, mjd and fiberid make."
+    named = catalogue[catalogue.plate > 0]
+    twice = named[named.duplicated(["plate", "mjd", "fiberid"], keep=False) & ~named.duplicated(["plate", "mjd", "fiberid", "run2d"], keep=False)]
+    if len(twice):
+        row = twice.iloc[0]
+        raise InvalidInputError(f"Spectrum {spectrum_name(row.plate, row.mjd, row.fiberid)} is wanted from several reductions (run2d), e.g. {row.run2d}: they would take one "
+            "another's place. Keep one of them.")
 
 def _checked_survey(parameters:ArchiveParameters, survey) -> Path | None:
     "The folder that a local server has to serve, or None where the parameters name all services."
@@ -1514,16 +1568,17 @@ def download(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(raw))
         _claim(raw, _source(parameters, survey))
-        (raw/"catalogue.parquet").unlink(missing_ok=True)  # it speaks of files that are about to change
-        urls, client, state = map(stack.enter_context, (_services(parameters, survey), client or client_for(parameters), DownloadState(raw/"state.sqlite")))
+        urls, state = map(stack.enter_context, (_services(parameters, survey), DownloadState(raw/"state.sqlite")))
+        if client is None: client = stack.enter_context(client_for(parameters))
         if catalogue is None: catalogue = _catalogue(client, urls.skyserver_url, raw, catalogue_query(parameters.n_max, seed))
         catalogue = _split(catalogue, parameters, seed)
+        _one_file_each(catalogue)
+        (raw/"catalogue.parquet").unlink(missing_ok=True)  # it speaks of files that are about to change
         try: _fetch_all(catalogue, size, release, raw, state, client, urls, progress)
         except OSError as error: raise ArchiveError(f"Cannot write to {raw}: {error}. What has arrived is kept; run this again.") from error
         catalogue = _with_outcomes(catalogue, size, release, state)
-        if not catalogue.has_spectrum.any() and ((catalogue.plate > 0).any() or not catalogue.has_images.any()):
-            raise ArchiveError(f"Not one {'spectrum' if (catalogue.plate > 0).any() else 'galaxy'} arrived. Most often: {catalogue.status.mode()[0]}. "
-                               f"What was wrong lies in {raw/'quarantine'}.")
+        if not (catalogue.has_spectrum | catalogue.has_images).any():
+            raise ArchiveError(f"Nothing arrived of any galaxy. Most often: {catalogue.status.mode()[0]}. What was wrong lies in {raw/'quarantine'}.")
         with atomic_path(raw/"catalogue.parquet") as part: catalogue.to_parquet(part, index=False)
     return catalogue
 

@@ -34,7 +34,7 @@ def reproduce(
     from specpred import runner
     from specpred.config import get_paths
     run = runner.reproduce(profile, start, only, force, tuple(set_), data_dir)
-    print(f"\n{runner.summary(get_paths(profile, data_dir))}\n\nExecuted notebooks: {run}")
+    print(f"\n{runner.summary(get_paths(profile, data_dir))}" + (f"\n\nExecuted notebooks: {run}" if run.is_dir() else ""))
 
 # %% ../nbs/13_cli.ipynb #120a844a
 @app.command()
@@ -56,8 +56,8 @@ def predict(
 ):
     "Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each."
     from specpred import predict as prediction
-    from specpred.config import get_paths
-    for written in prediction.predict_files(cutouts, get_paths(profile, data_dir), out, model=model): print(written)
+    from specpred.config import get_paths, get_profile
+    for written in prediction.predict_files(cutouts, get_paths(get_profile(profile), data_dir), out, model=model): print(written)
 
 # %% ../nbs/13_cli.ipynb #f749b208
 def _download_settings(profile:str, table:Optional[Path], overrides:List[str], data_dir:Optional[Path]) -> tuple:
@@ -105,8 +105,9 @@ def serve(
     from specpred import archives
     def say(port:int):
         settings = " ".join(f"--set archives.{k}={v}" for k, v in vars(archives.ArchiveURLs.local(port)).items())
-        print(f"serving {folder} on port {port}; to download from it:\n  specpred download {settings}", flush=True)
-    archives.serve_forever(folder, port, archives.read_faults(faults), badflag, say)
+        print(f"serving {folder} on port {port}; to download from it into a folder of its own:\n  specpred download --data-dir from-{port} {settings}", flush=True)
+    try: archives.serve_forever(folder, port, archives.read_faults(faults), badflag, say)
+    except KeyboardInterrupt: print("stopped")
 
 # %% ../nbs/13_cli.ipynb #d2e9f2c7
 def main():

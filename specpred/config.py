@@ -4,16 +4,16 @@
 
 # %% ../nbs/00_config.ipynb #d33aac5b
 from __future__ import annotations
-import ast, contextlib, dataclasses, difflib, hashlib, json, os, platform, re, shutil, sys, tempfile, time, zlib
+import ast, contextlib, dataclasses, difflib, hashlib, json, os, platform, re, shutil, sys, tempfile, threading, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PROFILES', 'STAGES', 'SpecpredError', 'ProfileError', 'MissingInputError', 'InvalidInputError', 'DamagedFileError',
-           'ArchiveError', 'WeightsError', 'MockParameters', 'ArchiveParameters', 'ImageParameters',
+__all__ = ['IMAGE_MODELS', 'PROFILES', 'STAGES', 'SpecpredError', 'ProfileError', 'MissingInputError', 'InvalidInputError',
+           'DamagedFileError', 'ArchiveError', 'WeightsError', 'MockParameters', 'ArchiveParameters', 'ImageParameters',
            'SpectraParameters', 'VAEParameters', 'TrainingParameters', 'EvaluationParameters', 'Profile', 'get_profile',
            'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths', 'atomic_path', 'Stage',
-           'why_outdated', 'StageRun', 'start_stage', 'peak_memory_mb', 'versions']
+           'read_manifest', 'why_outdated', 'StageRun', 'start_stage', 'PeakMemory', 'versions']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
@@ -37,17 +37,33 @@ class ArchiveError(SpecpredError):
 class WeightsError(SpecpredError):
     "A weights file that does not belong to the model it is loaded into."
 
+# %% ../nbs/00_config.ipynb #82398d5c
+class _Section:
+    "A part of a profile. Making one raises `InvalidInputError` for a setting outside its limits."
+    _limits = {}  # by name: (least, most) of a number or of each number of a tuple, or a set of words to choose from
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, limits = getattr(self, f.name), self._limits.get(f.name)
+            of_numbers = isinstance(f.default, tuple) and f.default and isinstance(f.default[0], (int, float))
+            if of_numbers and len(value) != len(f.default): raise InvalidInputError(f"{f.name}={value!r}: expected {len(f.default)} numbers, such as {f.default!r}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(limits, set) and one not in limits: raise InvalidInputError(f"{f.name}={one!r}: expected one of {', '.join(sorted(limits))}")
+                if isinstance(limits, tuple) and not limits[0] <= one <= limits[1]:
+                    raise InvalidInputError(f"{f.name}={value!r}: expected {limits[0]:g} to {limits[1]:g}")
+
 # %% ../nbs/00_config.ipynb #b143dad9
 @dataclass(frozen=True)
-class MockParameters:
+class MockParameters(_Section):
     "Size of the mock survey (01_mock_survey). `n_galaxies=0` makes none: the profile downloads a real survey."
     n_galaxies: int = 0  # galaxies with both images and a spectrum
     n_spectra_only: int = 0  # further spectra south of PS1's sky, which train the autoencoder only
     galaxies_per_side: int = 4  # a mock skycell is a square of this many galaxies on a side
     stamp_size: int = 80  # pixels of sky around each galaxy in a skycell; larger than the cutout
+    _limits = dict(n_galaxies=(0, 500_000), n_spectra_only=(0, 500_000), galaxies_per_side=(1, 64), stamp_size=(16, 4096))
 
 @dataclass(frozen=True)
-class ArchiveParameters:
+class ArchiveParameters(_Section):
     "Where catalogue, spectra and cutouts come from (02_archives). `None` is a local server over the mock survey."
     skyserver_url: str | None = None  # SQL search service of SDSS
     sas_url: str | None = None  # SDSS science archive server, the folder above dr*/
@@ -62,17 +78,25 @@ class ArchiveParameters:
     timeout: float = 60.0  # seconds without a byte after which a request has failed
     split: tuple[float, float, float] = (0.6, 0.2, 0.2)  # train, valid, test as fractions of the galaxies
     block_deg: float = 2.0  # side of the sky blocks that are kept together in one split, degrees
+    _limits = dict(n_max=(1, 10**8), concurrency=(1, 256), attempts=(1, 1000), bad_attempts=(1, 1000), wait=(0, 3600), timeout=(0.001, 86_400),
+        split=(0, 1), block_deg=(0.001, 90))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.wait[0] > self.wait[1]: raise InvalidInputError(f"wait={self.wait!r}: the first pause is longer than the longest")
+        if not re.fullmatch(r"dr\d{1,3}", self.release): raise InvalidInputError(f"release={self.release!r}: expected a name such as dr17")
 
 # %% ../nbs/00_config.ipynb #0f914358
 @dataclass(frozen=True)
-class ImageParameters:
+class ImageParameters(_Section):
     "The cutouts (03_images)."
     size: int = 224  # side of a cutout, pixels of 0.25 arcsec
     max_mask_fraction: float = 0.2  # a galaxy with more masked pixels than this in any band is left out
     dtype: str = "float16"  # of the stored pixels, in units of the sky's noise; or "float32", in nJy
+    _limits = dict(size=(8, 10_000), max_mask_fraction=(0, 1), dtype={"float16", "float32"})
 
 @dataclass(frozen=True)
-class SpectraParameters:
+class SpectraParameters(_Section):
     "The rest-frame grid and the gap filling (04_spectra)."
     n_bins: int = 1000  # bins of the rest-frame grid
     loglam0: float = 3.53  # log10 of the first bin's centre, vacuum Angstrom
@@ -84,10 +108,12 @@ class SpectraParameters:
     extinction: str = "none"  # law of the Milky Way's extinction to correct for: "none", "F99" or "CCM89"
     min_error: float = 0.125  # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom
     max_missing: float = 0.5  # a spectrum with a larger fraction of missing bins is left out
+    _limits = dict(n_bins=(10, 100_000), loglam0=(3, 4.5), dloglam=(1e-6, 0.1), n_components=(1, 1000), n_iter=(1, 10_000), error={"propagated", "published"},
+        extinction={"none", "F99", "CCM89"}, min_error=(0, 1e6), max_missing=(0, 1))
 
 # %% ../nbs/00_config.ipynb #b0341cec
 @dataclass(frozen=True)
-class VAEParameters:
+class VAEParameters(_Section):
     "The spectrum autoencoder (05_vae)."
     n_latents: int = 10  # latent dimensions of the InfoVAE
     hidden: tuple[int, int] = (549, 110)  # sizes of its two hidden layers
@@ -102,12 +128,20 @@ class VAEParameters:
     valid_fraction: float = 0.25  # part of the training spectra that decides when to stop
     n_trials: int = 1  # settings of hidden sizes and lambda to choose from: these and random ones
     trial_epochs: int = 20  # epochs of each trial, at most
+    _limits = dict(n_latents=(1, 1000), hidden=(1, 100_000), n_targets=(1, 1000), lambda_=(0, 1e12), alpha=(-1e6, 1), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100),
+        plateau_patience=(0, 10**6), stop_patience=(1, 10**6), valid_fraction=(0.001, 0.999), n_trials=(1, 10**6), trial_epochs=(1, 10**6))
 
-# %% ../nbs/00_config.ipynb #61422051
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_targets > self.n_latents: raise InvalidInputError(f"n_targets={self.n_targets}: there are only {self.n_latents} latents (n_latents)")
+
+# %% ../nbs/00_config.ipynb #1fb48f7c
+IMAGE_MODELS = ("conv3", "deconv3", *(f"xresnet{depth}{kind}" for depth in (18, 34, 50) for kind in ("", "_hybrid", "_deconv")))  # see 07_models
+
 @dataclass(frozen=True)
-class TrainingParameters:
+class TrainingParameters(_Section):
     "The image models (08_training)."
-    models: tuple[str, ...] = ("xresnet18", "xresnet18_hybrid")  # names in specpred.models.MODELS
+    models: tuple[str, ...] = ("xresnet18", "xresnet18_hybrid")  # some of `IMAGE_MODELS`
     seeds: int = 1  # independent trainings of each model
     epochs: int = 10  # one-cycle epochs
     batch_size: int = 128
@@ -117,15 +151,22 @@ class TrainingParameters:
     stretch: str = "asinh"  # of the images; "linear" as published; or "image", which divides each by its own brightness
     max_shift: int = 0  # augmentation by moves of up to so many pixels; none as published
     loader: str = "batches"  # whole batches from memory or the store; or "fastai", a DataBlock, item by item
+    _limits = dict(models=set(IMAGE_MODELS), seeds=(1, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100), lr_deconv=(1e-12, 100), weight_decay=(0, 100), stretch={"asinh", "linear", "image"},
+        max_shift=(0, 1000), loader={"batches", "fastai"})
 
-# %% ../nbs/00_config.ipynb #0b8cfef3
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.models: raise InvalidInputError("models=(): expected at least one")
+
+# %% ../nbs/00_config.ipynb #61422051
 @dataclass(frozen=True)
-class EvaluationParameters:
+class EvaluationParameters(_Section):
     "The baselines that see magnitudes only (09_evaluation)."
     n_neighbors: int = 20  # of the k-nearest-neighbour regression
     boosting_iterations: int = 200  # of the gradient boosting
+    _limits = dict(n_neighbors=(1, 10**6), boosting_iterations=(1, 10**6))
 
-# %% ../nbs/00_config.ipynb #f2c3ffda
+# %% ../nbs/00_config.ipynb #0b8cfef3
 @dataclass(frozen=True)
 class Profile:
     "All numbers of one run of the pipeline."
@@ -179,7 +220,7 @@ def _parse(text:str, default, key:str):
     try: value = ast.literal_eval(text)
     except (ValueError, SyntaxError): value = text
     if isinstance(default, tuple):
-        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        value = tuple(value) if isinstance(value, (tuple, list)) else tuple(value.split(",")) if isinstance(value, str) else (value,)
         same = len(default) == 0 or all(isinstance(v, (type(default[0]), int)) for v in value)
     else: same = isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
     if not same or isinstance(value, bool):
@@ -191,7 +232,7 @@ def get_profile(
     name:str | Profile,  # one of `PROFILES`, or a profile, which is returned with the changes made
     overrides=(),  # texts "section.setting=value" or "seed=value"
 ) -> Profile:
-    "The profile of that name with `overrides` applied. Raises `ProfileError` for a name or setting that is unknown."
+    "The profile of that name with `overrides` applied. Raises `ProfileError` for a name or setting that is unknown, or a value outside its limits."
     if isinstance(name, str) and name not in PROFILES:
         raise ProfileError(f"There is no profile {name!r}; {_nearest(name, PROFILES)}")
     profile = PROFILES[name] if isinstance(name, str) else name
@@ -205,8 +246,13 @@ def get_profile(
             keys = [f"{f.name}.{g.name}" for f in dataclasses.fields(Profile) if f.name not in ("name", "description", "seed")
                     for g in dataclasses.fields(getattr(profile, f.name))]
             raise ProfileError(f"Cannot set {text!r}: write section.setting=value; {_nearest(key, ['seed', *keys])}")
-        changed = dataclasses.replace(owner, **{setting: _parse(value.strip(), getattr(owner, setting), key)})
+        try: changed = dataclasses.replace(owner, **{setting: _parse(value.strip(), getattr(owner, setting), key)})
+        except InvalidInputError as error: raise ProfileError(f"Cannot set {section}.{error}.") from error
         profile = dataclasses.replace(profile, **{section: changed}) if dot else changed
+    if profile.seed < 0: raise ProfileError(f"Cannot set seed={profile.seed}: expected 0 or more.")
+    # galaxies lie up to a sixteenth of a stamp off its centre
+    if profile.mock.n_galaxies and profile.images.size > (largest := profile.mock.stamp_size*7//8):
+        raise ProfileError(f"images.size={profile.images.size} is more than mock images have around a galaxy: with mock.stamp_size={profile.mock.stamp_size} at most {largest}.")
     return profile
 
 # %% ../nbs/00_config.ipynb #b690c63f
@@ -241,7 +287,7 @@ def repo_root() -> Path:
     raise MissingInputError("This needs a checkout of specpred (the folder with settings.ini and nbs/), and the package "
         f"in {root} is not in one. Clone the repository and install it with `pip install -e .`.")
 
-# %% ../nbs/00_config.ipynb #3b6dc16b
+# %% ../nbs/00_config.ipynb #f2c3ffda
 @dataclass(frozen=True)
 class Paths:
     "Names of all files of one profile, below `root`."
@@ -302,7 +348,8 @@ def _fsync(path:Path):
 def atomic_path(
     path:str | os.PathLike,  # final name of a file or folder
 ):
-    "Context that gives a temporary name beside `path`; what was written there gets its final name when the context ends well."
+    """Context that gives a temporary name beside `path`; what was written there gets its final name when the context ends well. Raises
+    `InvalidInputError` where that name is taken by a folder and what was written is a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -310,12 +357,13 @@ def atomic_path(
         yield folder/path.name
         made = folder/path.name
         for part in ([made] if made.is_file() else sorted(p for p in made.rglob("*") if p.is_file())): _fsync(part)
+        if path.is_dir() and made.is_file(): raise InvalidInputError(f"{path} is a folder; a file cannot take its place")
         if path.is_dir(): os.rename(path, folder/"replaced")  # a folder cannot be renamed over a full one
         os.replace(made, path)
         if os.name == "posix": _fsync(path.parent)
     finally: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/00_config.ipynb #4437c845
+# %% ../nbs/00_config.ipynb #3b6dc16b
 @dataclass(frozen=True)
 class Stage:
     "One numbered notebook: which parts of the profile it depends on, which files it reads and writes (names in `Paths`)."
@@ -330,18 +378,18 @@ class Stage:
 
 STAGES = {s.name: s for s in (
     Stage("00_config"),
-    Stage("01_mock_survey", ("mock", "images"), (), ("mock",)),
+    Stage("01_mock_survey", ("mock",), (), ("mock",)),
     Stage("02_archives", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
     Stage("03_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
     Stage("04_spectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
     Stage("04a_lines", ("spectra",), ("spectra",), ("lines",)),
-    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_history", "latents")),
+    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_search", "vae_history", "latents")),
     Stage("06_deconv", (), ("images",)),
-    Stage("07_models"),
+    Stage("07_models", ("training", "images")),
     Stage("08_training", ("training",), ("images", "vae", "latents"), ("models",)),
-    Stage("09_evaluation", ("evaluation", "training"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "lines"),
+    Stage("09_evaluation", ("evaluation", "training", "spectra"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "lines"),
           ("predictions", "results")),
-    Stage("10_figures", ("training",), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "predictions", "results"),
+    Stage("10_figures", ("training", "vae"), ("catalogue", "images", "spectra", "vae", "latents", "models", "mock", "predictions", "results"),
           ("figures",)),
     Stage("11_predict", (), ("catalogue", "raw_cutouts", "images", "spectra", "vae", "latents", "models", "mock"), ("predicted_spectra",)))}
 
@@ -371,19 +419,35 @@ class _Digests:
     def save(self):
         with atomic_path(self.memory) as part: part.write_text(json.dumps(self.known))
 
-# %% ../nbs/00_config.ipynb #7d8ff81a
+# %% ../nbs/00_config.ipynb #a2b7712b
+def _meaning(source:str) -> ast.Module:
+    "The statements of a source without its docstrings; comments are none."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Module)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+def _package_modules(tree:ast.Module, package:Path) -> set[str]:
+    "Names of the modules of this package that are imported anywhere in the statements."
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").split(".")[0] == "specpred"): continue
+        module = (node.module or "").removeprefix("specpred").lstrip(".")
+        found |= {module} if module else {alias.name for alias in node.names if (package/f"{alias.name}.py").is_file()}
+    return found
+
 def _code_digest(stage:Stage) -> str:
-    "sha256 over the code cells of the stage's notebook and of the modules that it imports from this package."
+    "sha256 over what the code cells of the stage's notebook, and the modules of this package that it needs, do. A comment or a docstring changes nothing."
     cells = [c for c in json.loads(stage.notebook.read_text())["cells"] if c["cell_type"] == "code"]
-    sources = {stage.name: "\n".join("".join(c["source"]) for c in cells)}
-    package, waiting = repo_root()/"specpred", [sources[stage.name]]
+    package, waiting, meanings = repo_root()/"specpred", {stage.name: "\n".join("".join(c["source"]) for c in cells)}, {}
     while waiting:
-        for name in re.findall(r"^\s*from (?:specpred)?\.(\w+) import", waiting.pop(), re.M):
-            # what this chapter defines enters as parameters; counting its text too would rerun everything for a comment
-            if name == "config" or name in sources: continue
-            sources[name] = (package/f"{name}.py").read_text()
-            waiting.append(sources[name])
-    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
+        name, source = waiting.popitem()
+        meanings[name] = ast.dump(tree := _meaning(source))
+        # what this chapter defines enters as parameters; counting its text too would rerun everything for every change of it
+        new = _package_modules(tree, package) - {"config", *meanings, *waiting}
+        waiting |= {module: (package/f"{module}.py").read_text() for module in new}
+    return hashlib.sha256(json.dumps(meanings, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00_config.ipynb #58031529
 def _request(stage:Stage, profile:Profile, paths:Paths, digests:_Digests) -> dict:
@@ -395,8 +459,16 @@ def _request(stage:Stage, profile:Profile, paths:Paths, digests:_Digests) -> dic
     return json.loads(json.dumps(dict(parameters=parameters, inputs=inputs, code=_code_digest(stage))))
 
 def _read_json(path:Path) -> dict:
-    try: return json.loads(path.read_text())
-    except (OSError, ValueError): return {}
+    try: return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError): return {}
+
+# %% ../nbs/00_config.ipynb #30c77082
+def read_manifest(
+    stage:str,  # e.g. "03_images"
+    paths:Paths,
+) -> dict:
+    "What the stage wrote when it ended; empty where it did not, or where that is damaged."
+    return _read_json(paths.manifests/f"{stage}.json")
 
 # %% ../nbs/00_config.ipynb #ee7bd3a6
 def why_outdated(
@@ -405,7 +477,7 @@ def why_outdated(
     paths:Paths,
 ) -> str | None:
     "Why the stage has to run, in a few words, or None when its manifest matches parameters, code, inputs and outputs."
-    manifest = _read_json(paths.manifests/f"{stage.name}.json")
+    manifest = read_manifest(stage.name, paths)
     if not manifest: return "it has not run yet"
     digests = _Digests(paths.manifests/"digests.json")
     request = _request(stage, profile, paths, digests)
@@ -422,7 +494,7 @@ def why_outdated(
 class StageRun:
     "A stage under way: its `profile`, `paths` and, through `finish`, its manifest."
     def __init__(self, stage:Stage, profile:Profile, paths:Paths):
-        self.stage, self.profile, self.paths, self.started = stage, profile, paths, time.time()
+        self.stage, self.profile, self.paths, self.started, self._memory = stage, profile, paths, time.time(), PeakMemory()
         self._digests = _Digests(paths.manifests/"digests.json")
         self.request = _request(stage, profile, paths, self._digests)
         missing = [name for name, digest in self.request["inputs"].items() if digest is None]
@@ -432,6 +504,7 @@ class StageRun:
         started = paths.manifests/f"{stage.name}.started.json"
         if _read_json(started) != self.request and not stage.keeps: self._clear()
         with atomic_path(started) as part: part.write_text(json.dumps(self.request))
+        self._memory.start()
 
     def _clear(self):
         for path in (getattr(self.paths, name) for name in self.stage.writes):
@@ -446,7 +519,7 @@ class StageRun:
         self._digests.save()
         manifest = dict(stage=self.stage.name, profile=self.profile.name, **self.request, outputs=outputs, versions=versions(),
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), wall_time_s=round(time.time() - self.started, 3),
-            peak_memory_mb=peak_memory_mb(), facts=facts)
+            peak_memory_mb=self._memory.stop(), facts=facts)
         with atomic_path(self.paths.manifests/f"{self.stage.name}.json") as part: part.write_text(json.dumps(manifest, indent=1))
         return manifest
 
@@ -461,12 +534,29 @@ def start_stage(
     profile = get_profile(profile, overrides)
     return StageRun(STAGES[name], profile, get_paths(profile, data_dir))
 
-# %% ../nbs/00_config.ipynb #3468f6a0
-def peak_memory_mb() -> int:
-    "Largest memory of this process, or of its largest child process, so far, MB."
-    import resource
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round(peak/(1e6 if sys.platform == "darwin" else 1e3))
+# %% ../nbs/00_config.ipynb #161d5a82
+class PeakMemory(threading.Thread):
+    "The largest memory of this process and its workers together, looked at five times a second from `start()` on; pages that they share count for each."
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.mb, self._ended = 0, threading.Event()
+
+    def run(self):
+        while True:
+            self.look()
+            if self._ended.wait(0.2): return
+
+    def look(self):
+        import psutil
+        me, total = psutil.Process(), 0
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error): total += process.memory_info().rss  # it may have ended meanwhile
+        self.mb = max(self.mb, round(total/1e6))
+
+    def stop(self) -> int:
+        "The result, MB."
+        self.look(), self._ended.set()
+        return self.mb
 
 def versions() -> dict:
     "Versions of Python, of this package and of the libraries that results depend on."

@@ -16,9 +16,9 @@ from .training import target_columns
 from .vae import SpectrumModel
 
 # %% auto #0
-__all__ = ['LINE_QUANTITIES', 'rmse_per_target', 'pooled_rmse', 'bootstrap_error', 'fractional_error', 'reduced_chi2',
-           'predict_by_neighbors', 'predict_by_boosting', 'Reference', 'load_reference', 'score_spectra', 'score',
-           'score_lines']
+__all__ = ['LINE_QUANTITIES', 'rmse_per_target', 'pooled_rmse', 'bootstrap_error', 'rmse_difference', 'fractional_error',
+           'reduced_chi2', 'predict_by_neighbors', 'predict_by_boosting', 'Reference', 'load_reference',
+           'score_spectra', 'score', 'score_lines']
 
 # %% ../nbs/09_evaluation.ipynb #d389f5ac
 def rmse_per_target(
@@ -42,13 +42,23 @@ def bootstrap_error(
     "Standard deviation of a statistic over resampled galaxies (Efron 1979)."
     return float(np.std([statistic(rng.integers(0, n, n)) for _ in range(n_draws)]))
 
+def rmse_difference(
+    prediction:np.ndarray,  # (N, n_targets) of one model
+    other:np.ndarray,  # (N, n_targets) of another
+    truth:np.ndarray,  # (N, n_targets)
+    rng:np.random.Generator,
+) -> tuple[float, float]:
+    "`pooled_rmse` of the one minus that of the other, and its bootstrap error. Both see the same resampled galaxies, so that what is difficult for both drops out."
+    def difference(rows): return pooled_rmse(prediction[rows], truth[rows]) - pooled_rmse(other[rows], truth[rows])
+    return difference(np.arange(len(truth))), bootstrap_error(difference, len(truth), rng)
+
 # %% ../nbs/09_evaluation.ipynb #7a85609c
 def fractional_error(
     spectra:np.ndarray,  # (N, n_bins)
     reference:np.ndarray,  # (N, n_bins), NaN in bins that do not count
 ) -> np.ndarray:
     "(N,) RMS difference over bins as a fraction of the RMS of the reference."
-    return np.sqrt(np.nanmean((spectra - reference)**2, axis=1)/np.nanmean(np.where(np.isnan(reference), np.nan, reference)**2, axis=1))
+    return np.sqrt(np.nanmean((spectra - reference)**2, axis=1)/np.nanmean(reference**2, axis=1))
 
 def reduced_chi2(
     spectra:np.ndarray,  # (N, n_bins) normalised

@@ -4,6 +4,7 @@
 
 # %% ../nbs/10_figures.ipynb #d33aac5b
 from __future__ import annotations
+import itertools
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -13,11 +14,11 @@ from .evaluation import Reference, pooled_rmse
 from .images import composite
 
 # %% auto #0
-__all__ = ['LINES', 'COLOURS', 'mark_lines', 'choose_gallery', 'plot_gallery', 'plot_losses', 'plot_latents', 'plot_results',
+__all__ = ['LINE_MARKS', 'COLOURS', 'mark_lines', 'choose_gallery', 'plot_gallery', 'plot_losses', 'plot_latents', 'plot_results',
            'write_figure']
 
-# %% ../nbs/10_figures.ipynb #ecd46a25
-LINES = {"[O II]": 3728.48, "Ca K": 3934.78, r"H$\delta$": 4102.89, "G": 4305.61, r"H$\beta$": 4862.68, "[O III]": 5008.24,
+# %% ../nbs/10_figures.ipynb #c81e8fb6
+LINE_MARKS = {"[O II]": 3728.48, "Ca K": 3934.78, r"H$\delta$": 4102.89, "G": 4305.61, r"H$\beta$": 4862.68, "[O III]": 5008.24,
     "Mg": 5176.63, "Na D": 5894.6, r"H$\alpha$": 6564.61, "[S II]": 6725.48}  # vacuum Angstrom
 
 def mark_lines(
@@ -25,7 +26,7 @@ def mark_lines(
     names:bool = True,  # write the lines' names above the axes
 ):
     "Marks the strong lines of galaxies."
-    for name, wavelength in LINES.items():
+    for name, wavelength in LINE_MARKS.items():
         ax.axvline(wavelength, color="0.88", lw=.7, zorder=0)
         if names: ax.annotate(name, (wavelength, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=6, color="0.35", rotation=60)
 
@@ -65,8 +66,8 @@ def plot_gallery(
         if k == 0: below.legend(frameon=False, fontsize=6, loc="upper right")
     return figure
 
-# %% ../nbs/10_figures.ipynb #1f9bcc5c
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe & Ito (2008)
+# %% ../nbs/10_figures.ipynb #4fc1312b
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "k")  # Okabe & Ito (2008)
 
 def plot_losses(
     histories:dict[str, pd.DataFrame],  # by model: epoch, train_loss, rmse
@@ -74,7 +75,7 @@ def plot_losses(
     "RMSE on training batches and on the valid galaxies, by epoch."
     figure = Figure(figsize=(5.5, 3.2), layout="constrained")
     ax = figure.subplots()
-    for colour, (name, history) in zip(COLOURS, histories.items()):
+    for colour, (name, history) in zip(itertools.cycle(COLOURS), histories.items()):
         ax.plot(history.epoch, history.train_loss, color=colour, ls="--", lw=1)
         ax.plot(history.epoch, history.rmse, color=colour, marker="o", ms=3, label=name)
     ax.plot([], [], color="0.4", ls="--", lw=1, label="on training batches")
@@ -92,7 +93,7 @@ def plot_latents(
     for k, ax in enumerate(np.ravel(figure.subplots(-(-n//3), 3))[:n]):
         limits = np.percentile(truth[:, k], (.5, 99.5)) + np.array([-.5, .5])
         ax.plot(limits, limits, color="0.6", lw=.8, zorder=0), ax.axhline(0, color="0.85", lw=.8, zorder=0)
-        for colour, (name, predicted) in zip(COLOURS, predictions.items()):
+        for colour, (name, predicted) in zip(itertools.cycle(COLOURS), predictions.items()):
             ax.plot(truth[:, k], predicted[:, k], ".", ms=3, alpha=.5, color=colour, label=f"{name}: {pooled_rmse(predicted[:, k], truth[:, k]):.2f}")
         ax.set(xlim=limits, ylim=limits, title=f"target {k + 1}"), ax.legend(frameon=False, fontsize=7, loc="upper left")
     figure.supxlabel("true"), figure.supylabel("predicted")
@@ -106,7 +107,8 @@ def plot_results(
     figure = Figure(figsize=(9, .45*len(summary) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     y = np.arange(len(summary))[::-1]
-    left.errorbar(summary.rmse_test, y, xerr=summary.rmse_test_error, fmt="o", color=COLOURS[0], capsize=2)
+    model = (summary.rmse_test > 0).to_numpy()
+    left.errorbar(summary.rmse_test[model], y[model], xerr=summary.rmse_test_error[model], fmt="o", color=COLOURS[0], capsize=2)
     left.set(yticks=y, yticklabels=summary.model, xlabel="RMSE of the latents (test)")
     for colour, column, label in ((COLOURS[1], "error_true", "noiseless truth"), (COLOURS[2], "error_reconstruction", "reconstruction")):
         if summary[column].notna().any(): right.plot(100*summary[column], y, "o", color=colour, label=f"against the {label}")

@@ -25,7 +25,7 @@ __all__ = ['PredictedSpectra', 'decode_with_errors', 'Predictor', 'write_cube', 
 # %% ../nbs/11_predict.ipynb #12858813
 @dataclass
 class PredictedSpectra:
-    "Rest-frame spectra of N galaxies, each normalised to the same L2 norm as the training spectra."
+    "Rest-frame spectra of N galaxies, in the unit of the training spectra, whose L2 norm is 1 (a decoded one's is 1 to a few percent)."
     wavelength: np.ndarray  # (n_bins,) vacuum Angstrom
     flux: np.ndarray  # (N, n_bins) decoded from the predicted targets
     lower: np.ndarray  # (N, n_bins) 16th percentile of the decoded draws
@@ -38,12 +38,13 @@ def decode_with_errors(
     covariance:np.ndarray,  # (n_targets, n_targets) of predicted minus true targets
     decoder:SpectrumModel,
     seed:int,
+    bias:np.ndarray | float = 0.,  # (n_targets,) mean of predicted minus true targets
     n_draws:int = 128,
 ) -> PredictedSpectra:
-    "Decodes predicted targets, and draws around them for the 68 % band."
+    "Decodes predicted targets, and draws around them, less the bias, for the 68 % band."
     draws = random_generator(seed, "band").multivariate_normal(np.zeros(len(covariance)), covariance, n_draws, method="eigh")
     # the same draws for every galaxy: a band must not depend on which other galaxies are asked for
-    bands = [np.percentile(decoder.decode((t + draws).astype(np.float32)), (16, 84), axis=0) for t in targets]
+    bands = [np.percentile(decoder.decode((t - bias + draws).astype(np.float32)), (16, 84), axis=0) for t in targets]
     lower, upper = np.stack(bands, axis=1).astype(np.float32) if len(bands) else np.zeros((2, 0, len(decoder.wavelength)), np.float32)
     return PredictedSpectra(decoder.wavelength, decoder.decode(targets), lower, upper, targets)
 
@@ -55,7 +56,7 @@ class Predictor:
         self.transform = transform_of(trained)
         try:
             self.size, self.seed = int(trained.provenance["image_size"]), int(trained.provenance["seed"])
-            self.covariance = np.array(trained.provenance["residual_covariance"])
+            self.covariance, self.bias = (np.array(trained.provenance[f"residual_{name}"]) for name in ("covariance", "mean"))
         except KeyError as error: raise WeightsError(f"The weights of {trained.name} do not say their {error}, which an error band needs: they are not from "
             "08_training. `TrainedModel.predict` gives the latents of published weights.") from None
 
@@ -75,7 +76,7 @@ class Predictor:
         if not np.isfinite(flux).all(): raise InvalidInputError("the images hold NaN or infinite pixels; set pixels without data to 0")
         batches = (self.trained.in_channel_order(central_crop(flux[k:k + 256], self.size)) for k in range(0, len(flux), 256))
         targets = predict_targets(self.trained.model, batches, self.transform)
-        return decode_with_errors(targets, self.covariance, self.decoder, self.seed)
+        return decode_with_errors(targets, self.covariance, self.decoder, self.seed, self.bias)
 
 # %% ../nbs/11_predict.ipynb #d3285feb
 def write_cube(
@@ -138,7 +139,7 @@ def write_table(
     from astropy.table import Table
     columns = {"wavelength": spectra.wavelength*u.AA} | {k: getattr(spectra, k)[row] for k in ("flux", "lower", "upper")}
     table = Table(columns, meta=facts | {"targets": [round(float(t), 5) for t in spectra.targets[row]], "wavelengths": "vacuum, rest frame",
-        "flux": "F_lambda, normalised over the rest-frame grid", "band": "lower to upper holds 68 %"})
+        "flux": "F_lambda, normalised over the rest-frame grid", "band": "lower to upper holds 68 % on average over galaxies and bins"})
     with atomic_path(path) as part: table.write(part, format="ascii.ecsv")
 
 # %% ../nbs/11_predict.ipynb #149d170f
@@ -167,6 +168,12 @@ def best_model(paths:Paths) -> Path:
     if not scores: raise MissingInputError(f"there is no trained model in {paths.models}; run specpred reproduce --profile {paths.root.name}")
     return min(scores, key=scores.get).with_suffix(".safetensors")
 
+def _weights_of(model:str, paths:Paths) -> Path:
+    "Weights of the first seed of a model. Raises `MissingInputError`."
+    made = {path.stem.rpartition("-")[0]: path for path in sorted(paths.models.glob("*.safetensors"), reverse=True)}
+    if model not in made: raise MissingInputError(f"there is no trained {model!r} in {paths.models}; there is {', '.join(sorted(made)) or 'none'}")
+    return made[model]
+
 # %% ../nbs/11_predict.ipynb #9f1858fe
 def predict_files(
     cutouts,  # see `name_galaxies`
@@ -177,7 +184,7 @@ def predict_files(
 ) -> list[Path]:
     """Predicts the spectra of some galaxies; writes `<name>.ecsv` and `<name>.png` for each and returns their paths. Raises, after all others are
     done, the error of a galaxy that cannot be read, or an `InvalidInputError` that lists several."""
-    weights = best_model(paths) if model is None else next(iter(sorted(paths.models.glob(f"{model}-*.safetensors"))), paths.models/f"{model}-*.safetensors")
+    weights = best_model(paths) if model is None else _weights_of(model, paths)
     predictor, galaxies, out = Predictor.load(weights, paths.vae), name_galaxies(cutouts), Path(out)
     if not galaxies: raise InvalidInputError("no cutouts were given")
     written, wrong, names = [], {}, list(galaxies)

@@ -8,7 +8,7 @@ import ast, asyncio, contextlib, importlib, json, re, sys, tempfile, threading, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from specpred.config import (PROFILES, STAGES, Paths, ProfileError, SpecpredError, Stage, atomic_path, get_paths, get_profile,
+from specpred.config import (PROFILES, STAGES, Paths, ProfileError, SpecpredError, Stage, atomic_path, get_paths, get_profile, read_manifest,
     why_outdated)
 
 # %% auto #0
@@ -220,6 +220,13 @@ def _only_one(paths:Paths):
         with FileLock(paths.root/"running.lock", timeout=0): yield
     except Timeout: raise SpecpredError(f"Another run of this profile is under way in {paths.root}; wait for it or choose another --data-dir.") from None
 
+# %% ../nbs/12_runner.ipynb #469e4e63
+def _forget_unfinished(paths:Paths):
+    "Removes notebooks that a killed run was executing. Where one had reached its end but was not saved, its stage counts as not run."
+    for running in paths.runs.glob("*/*.running.ipynb"):
+        (paths.manifests/f"{running.name.removesuffix('.running.ipynb')}.json").unlink(missing_ok=True)
+        running.unlink()
+
 # %% ../nbs/12_runner.ipynb #efb224ec
 def reproduce(
     profile:str = "demo",  # name of a profile
@@ -229,15 +236,15 @@ def reproduce(
     overrides=(),  # changes to the profile, e.g. ("training.epochs=3",)
     data_dir=None,  # folder that holds <profile>/
 ) -> Path:
-    """Runs the notebooks in order and returns the folder of the executed ones.
+    """Runs the notebooks in order and returns the folder of the executed ones, which is made where there is anything to execute.
 
     Stages whose manifest matches are skipped. Raises `NotebookFailed` at the first that fails; the next call goes on
     from there."""
     stages, chosen = choose_stages(start, only), get_profile(profile, overrides)
     paths = get_paths(chosen, data_dir)
     with _only_one(paths):
+        _forget_unfinished(paths)
         run = paths.runs/time.strftime("%Y%m%d-%H%M%S")
-        run.mkdir(parents=True, exist_ok=True)
         bars = _Bars(len(stages))
         # pages are written beside the next notebook's run, which seldom needs all cores
         with ThreadPoolExecutor(1) as pages, contextlib.closing(_KernelsAhead([s.notebook for s in stages])) as kernels, contextlib.closing(bars):
@@ -246,7 +253,7 @@ def reproduce(
     return run
 
 def _run_stage(stage, profile, paths, run, force, overrides, bars, pages, kernels):
-    "Runs the stage if it has to; returns the future of its page, or None when it was skipped."
+    "Runs the stage if it has to; returns the future of its page, or None where it has one."
     page = None
     reason = "--force" if force else why_outdated(stage, profile, paths)
     if reason:
@@ -254,14 +261,19 @@ def _run_stage(stage, profile, paths, run, force, overrides, bars, pages, kernel
         started = time.monotonic()
         manifest = paths.manifests/f"{stage.name}.json"
         manifest.unlink(missing_ok=True)
+        if force: (paths.manifests/f"{stage.name}.started.json").unlink(missing_ok=True)  # so that nothing of it is kept
+        run.mkdir(parents=True, exist_ok=True)
         executed = execute_notebook(stage.notebook, run/f"{stage.name}.ipynb",
             dict(profile=profile.name, overrides=overrides, data_dir=str(paths.root.parent)), bars.on_cell, kernels.take(stage.notebook))
         if not manifest.exists():
             raise NotebookFailed(stage.name, "the last one", "the notebook ended without run.finish(), so its results are not recorded", executed)
         page = pages.submit(_write_html, executed)
-        facts = json.loads(manifest.read_text())
+        facts = read_manifest(stage.name, paths)
         bars.say(f"{stage.name:16} {time.monotonic() - started:7.1f} s  {facts['peak_memory_mb']:6} MB   ({reason})")
-    else: bars.say(f"{stage.name:16} up to date, skipped")
+    else:
+        bars.say(f"{stage.name:16} up to date, skipped")
+        last = last_executed(paths).get(stage.name)
+        if last and not last.with_suffix(".html").exists(): page = pages.submit(_write_html, last)  # an interrupted run left it out
     bars.stages.update()
     return page
 
@@ -279,7 +291,9 @@ def summary(
     import pandas as pd
     parts = []
     table = paths.results/"summary.csv"
-    if table.exists(): parts.append(pd.read_csv(table).to_string(index=False, float_format="{:.3f}".format))
+    if table.exists():
+        try: parts.append(pd.read_csv(table).to_string(index=False, float_format="{:.3f}".format))
+        except ValueError as error: parts.append(f"{table} is damaged ({error}); run specpred reproduce --only 09_evaluation --force")
     figures = sorted(paths.figures.glob("*.png"))
     if figures: parts.append("Figures:\n" + "\n".join(f"  {f}" for f in figures))
     return "\n\n".join(parts)
@@ -297,7 +311,7 @@ def describe_profiles(data_dir=None) -> str:
     for profile in PROFILES.values():
         lines.append(f"{profile.name}: {profile.description}")
         paths = get_paths(profile, data_dir)
-        made = [json.loads(f.read_text()) for name in STAGES if (f := paths.manifests/f"{name}.json").exists()]
+        made = [manifest for name in STAGES if (manifest := read_manifest(name, paths))]
         lines += [f"  {m['stage']:16} {m['finished'][:16].replace('T', ' ')} {m['wall_time_s']:8.1f} s {m['peak_memory_mb']:7} MB" for m in made]
         if not made: lines.append("  nothing made yet")
     return "\n".join(lines)

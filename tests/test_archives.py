@@ -1,6 +1,7 @@
 "Downloads through failures: hostile servers, damaged files, kills, and archives that stop to answer."
 import faulthandler, gzip, io, json, os, random, signal, subprocess, sys, threading, time, warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def test_an_archive_that_stops_to_answer_ends_the_download_but_not_what_has_arri
         parameters = ArchiveParameters(**vars(urls))
         download(parameters, raw, SIZE, 1)
     for spectrum in list((raw/"spectra").iterdir()): spectrum.unlink()
-    with pytest.raises(ArchiveError, match="does not answer"):
+    with pytest.raises(ArchiveError, match="SAS gives nothing any more: ConnectError"):
         download(parameters, raw, SIZE, 1, client=ArchiveClient(8, attempts=2, wait=(0.01, 0.02)))
     assert len(list((raw/"cutouts").rglob("*.fits"))) == 45*5
 
@@ -269,12 +270,94 @@ def endless(handler):
 
 @pytest.mark.parametrize("answer", [
     lambda h: h.send(302, Location="http://127.0.0.2/elsewhere"), lambda h: h.send(302, Location="file:///etc/passwd"),
-    lambda h: h.send(302, Location=h.path), lambda h: h.send(302), lambda h: h.send(302, Location="http://[/"), lambda h: h.send(200, gzip.compress(bytes(10**7)), Content_Encoding="gzip"),
+    lambda h: h.send(302, Location=h.path), lambda h: h.send(302), lambda h: h.send(302, Location="http://[/"), lambda h: h.send(302, Location="http://xn--zzzzzzz9999/"),
+    lambda h: h.send(200, gzip.compress(bytes(10**7)), Content_Encoding="gzip"),
     lambda h: h.send(200, b"", Content_Length=10**12), endless, lambda h: h.send(503, Retry_After="864000")],
-    ids=["other host", "file", "circle", "nowhere", "nonsense", "compressed", "huge", "endless", "closed for days"])
+    ids=["other host", "file", "circle", "nowhere", "nonsense", "no host name", "compressed", "huge", "endless", "closed for days"])
 def test_unsafe_answers_are_refused(server, answer):
     server.answer = answer
     with ArchiveClient(attempts=2, wait=(0.01, 0.02), timeout=5) as client, pytest.raises(RefusedError): client.get(f"{server.url}/file", max_bytes=10**6)
+
+
+def test_when_one_request_is_told_to_wait_all_do(server):
+    arrivals = []
+    def answer(handler):
+        arrivals.append(time.monotonic())
+        handler.send(429, Retry_After="1") if len(arrivals) == 1 else handler.send(200, b"x")
+    server.answer = answer
+    with ArchiveClient(concurrency=1, wait=(0.01, 0.02)) as client, ThreadPoolExecutor(8) as pool:
+        assert [a.content for a in pool.map(lambda k: client.get(f"{server.url}/{k}"), range(8))] == [b"x"]*8
+    assert min(arrivals[1:]) - arrivals[0] > 0.95
+
+
+def test_a_client_that_is_stopped_does_not_sit_out_a_pause(server):
+    server.answer = lambda h: h.send(429, Retry_After="60")
+    with ArchiveClient() as client:
+        threading.Timer(0.3, client.stopping.set).start()
+        started = time.monotonic()
+        with pytest.raises((BusyError, RefusedError)): client.get(f"{server.url}/file")
+        assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("status, headers", [(403, {}), (503, dict(Retry_After="86400"))], ids=["refused", "closed"])
+def test_an_archive_that_does_not_want_us_is_left_in_peace(large, server, tmp_path, status, headers):
+    folder, files = large
+    asked = Counter()
+    with serve(folder) as urls:
+        def answer(handler):
+            asked[handler.path.split("?")[0]] += 1
+            if "fitscut" in handler.path: return handler.send(status, b"go away", **headers)
+            relayed = httpx.get(urls.ps1_url.replace("/cgi-bin", "") + handler.path)
+            handler.send(relayed.status_code, relayed.content)
+        server.answer = answer
+        parameters = ArchiveParameters(**vars(urls) | dict(ps1_url=f"{server.url}/cgi-bin"))
+        with pytest.raises(ArchiveError, match="PS1 gives nothing any more") as raised: download(parameters, tmp_path/"raw", SIZE, 1, progress=False)
+        n_spectra = sum(name.startswith("spectra/") for name in files)
+        assert asked["/cgi-bin/fitscut.cgi"] < 5*N_GALAXIES/2 and len(list((tmp_path/"raw/spectra").iterdir())) == n_spectra  # the other archive goes on
+        assert "Run this again" in str(raised.value)
+
+
+def test_what_came_over_the_network_is_never_removed(survey, tmp_path):
+    raw = tmp_path/"raw"
+    with serve(survey[0]) as urls: download(ArchiveParameters(**vars(urls)), raw, SIZE, 1, progress=False)
+    (raw/"mine.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in raw.rglob("*") if p.is_file()}
+    for parameters, folder in ((ArchiveParameters(**vars(urls) | dict(skyserver_url="http://127.0.0.1:9")), None), (ArchiveParameters(), survey[0])):
+        with pytest.raises(InvalidInputError, match="Nothing was changed"): download(parameters, raw, SIZE, 1, folder, progress=False)
+    with pytest.raises(ArchiveError): download(ArchiveParameters(**{k: f"{u}/" for k, u in vars(urls).items()}, attempts=1), raw, SIZE, 7, progress=False)  # nobody answers
+    (raw/"source.json").write_text("{")
+    with pytest.raises(InvalidInputError, match="source.json is damaged"): download(ArchiveParameters(**vars(urls)), raw, SIZE, 1, progress=False)
+    before.pop(raw/"source.json")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_kill_before_the_first_file_leaves_nothing_in_the_way(survey, tmp_path):
+    (tmp_path/"raw/.source.json.abc.tmp").mkdir(parents=True)
+    assert len(download(ArchiveParameters(), tmp_path/"raw", SIZE, 1, survey[0], progress=False)) == len(survey[1])
+
+
+def test_a_client_can_be_used_again(survey, tmp_path):
+    with serve(survey[0]) as urls, ArchiveClient() as client:
+        for k in range(2): download(ArchiveParameters(**vars(urls)), tmp_path/f"{k}", SIZE, 1, progress=False, client=client)
+    assert downloaded(tmp_path/"0") == downloaded(tmp_path/"1")
+
+
+def test_few_galaxies_of_ones_own_are_all_test(survey, tmp_path):
+    survey[1].head(2).rename(columns=dict(specObjID="specobjid", fiberID="fiberid"))[["ra", "dec", "z", "plate", "mjd", "fiberid", "run2d"]].to_csv(tmp_path/"own.csv", index=False)
+    with serve(survey[0]) as urls: own = download(ArchiveParameters(**vars(urls), table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
+    assert set(own.split) == {"test"} and own.has_spectrum.all()
+
+
+def test_two_reductions_of_one_spectrum_are_refused(survey, tmp_path):
+    row = survey[1].head(1)[["ra", "dec", "z", "plate", "mjd", "fiberID"]]
+    pd.concat([row.assign(run2d=r) for r in ("26", "103")]).to_csv(tmp_path/"own.csv", index=False)
+    with pytest.raises(InvalidInputError, match="several reductions"): download(ArchiveParameters(table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, survey[0], progress=False)
+
+
+@pytest.mark.parametrize("text, message", [("ra,dec,z\n150.0,2.0,0.1,\n", "4 fields, the header 3"), ("ra,ra,dec\n1,2,3\n", "two columns are called 'ra'"), ("# nothing\n", "nothing in it")])
+def test_tables_whose_rows_do_not_fit_their_header_are_refused(text, message, tmp_path):
+    (tmp_path/"own.csv").write_text(text)
+    with pytest.raises((DamagedFileError, InvalidInputError), match=message): read_table(tmp_path/"own.csv")
 
 
 def test_redirects_on_the_same_host_are_followed(server):
@@ -462,7 +545,7 @@ def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positi
 
 
 @pytest.mark.parametrize("content, named", [("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"), ("ra,dec\n1,2\n3,x\n", "'dec', row 2"), ("ra,dec\n361,2\n", "'ra', row 1"),
-    ("ra,dec,z\n1,2,99\n", "'redshift', row 1"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "'dec', row 1"),
+    ("ra,dec,z\n1,2,99\n", "'redshift', row 1"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
     ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1")])
 def test_what_is_wrong_with_a_table_is_said_by_column(tmp_path, content, named):
     (tmp_path/"own.csv").write_text(content)

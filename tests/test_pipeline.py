@@ -1,11 +1,14 @@
 "The whole pipeline, from nothing to figures, and what happens when something is wrong on the way."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from astropy.table import Table
-from specpred.config import STAGES, get_paths, get_profile
+from safetensors.torch import load_file
+from specpred.config import _FILES, IMAGE_MODELS, STAGES, get_paths, get_profile
+from specpred.models import MODELS
 
 FIGURES = ("gallery", "losses", "latents", "results")
 
@@ -73,6 +76,33 @@ def test_a_second_run_skips_everything(copied_run):
     assert done.stdout.count("up to date, skipped") == len(STAGES)
 
 
+def test_a_notebook_that_was_lost_in_an_interruption_is_made_again(copied_run):
+    (notebook,) = copied_run.runs.glob("*/07_models.ipynb")
+    notebook.rename(notebook.with_suffix(".running.ipynb")), notebook.with_suffix(".html").unlink()
+    (page,) = copied_run.runs.glob("*/00_config.html")
+    page.unlink()
+    done = reproduce(copied_run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if " MB " in line] == ["07_models"]
+    assert page.exists() and len(list(copied_run.runs.glob("*/07_models.html"))) == 1 and not list(copied_run.runs.glob("*/*.running.ipynb"))
+
+
+def test_profiles_know_all_models():
+    assert set(IMAGE_MODELS) == set(MODELS)
+
+
+def test_what_a_stage_uses_is_declared():
+    "The sections of the profile and the files that the Run cells of a notebook name."
+    for stage in STAGES.values():
+        cells = [c for c in json.loads(stage.notebook.read_text())["cells"] if c["cell_type"] == "code" and "#| eval: false" in "".join(c["source"])]
+        source = "\n".join("".join(c["source"]) for c in cells)
+        sections = set(re.findall(r"run\.profile\.(\w+)\.", source)) | set(re.findall(r"\bp\.(\w+)\.", source) if "p, paths = run.profile" in source else [])
+        assert sections <= set(stage.parameters), stage.name
+        files = {f for f in re.findall(r"(?:run\.)?paths\.(\w+)", source) if f in _FILES}
+        undeclared = {f for f in files if not any(_FILES[f].split("/")[0] == _FILES[d].split("/")[0] for d in (*stage.reads, *stage.writes))}
+        assert not undeclared, stage.name
+
+
 def test_a_changed_result_reruns_its_stage_only(copied_run):
     (copied_run.figures/"losses.png").write_bytes(b"not a picture any more")
     done = reproduce(copied_run)
@@ -81,9 +111,15 @@ def test_a_changed_result_reruns_its_stage_only(copied_run):
     assert reran == ["10_figures"] and (copied_run.figures/"losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_seed_gives_the_same_numbers(copied_run, smoke_run):
+def test_the_same_seed_gives_the_same_numbers_from_nothing(copied_run, smoke_run):
+    made = [paths for folder in (copied_run.mock, copied_run.models) for paths in folder.rglob("*.*") if paths.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in made}
     done = reproduce(copied_run, "--force")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert all(path.stat().st_mtime_ns > time for path, time in before.items())  # all made again, nothing kept
+    for weights in smoke_run.models.glob("*.safetensors"):
+        ours, theirs = (load_file(folder/weights.name) for folder in (copied_run.models, smoke_run.models))
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     for name in ("summary.csv", "per_target.csv"):
         assert (copied_run.results/name).read_bytes() == (smoke_run.results/name).read_bytes()
     pd.testing.assert_frame_equal(pd.read_parquet(copied_run.predictions), pd.read_parquet(smoke_run.predictions), check_exact=True)
@@ -121,6 +157,7 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_half_made(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--profile", "dmeo"], "did you mean 'demo'"),
     (["--set", "training.epoch=3"], "did you mean 'training.epochs'"),
+    (["--set", "training.models=xresnet19"], "expected one of conv3"),
     (["--from", "13_more"], "The stages are: 00_config"),
     (["--from", "08", "--only", "09"], "not both")])
 def test_wrong_arguments_get_one_clear_line(arguments, message, tmp_path):
@@ -141,6 +178,10 @@ def test_predict_from_cutouts(smoke_run, tmp_path):
     table = Table.read(tmp_path/f"{folder.name}.ecsv")
     assert len(table) == 1000 and str(table["wavelength"].unit) == "Angstrom" and (table["lower"] <= table["upper"]).all()
     assert (tmp_path/f"{folder.name}.png").exists()
+
+    for arguments, said in ((["--profile", "smok"], "did you mean 'smoke'"), (["--profile", "smoke", "--model", "nosuch"], "there is xresnet18")):
+        wrong = specpred("predict", folder, "--data-dir", smoke_run.root.parent, "--out", tmp_path, *arguments)
+        assert wrong.returncode == 1 and said in wrong.stderr and "Traceback" not in wrong.stderr
 
     (tmp_path/"page.fits").write_text("<html>not found</html>")
     wrong = specpred("predict", tmp_path/"page.fits", "--profile", "smoke", "--data-dir", smoke_run.root.parent, "--out", tmp_path)

@@ -145,6 +145,18 @@ def test_pages_show_the_outputs_of_the_run(site, smoke_run):
         assert (site/f"{name}.html").read_text().count("<img") >= pictures
 
 
+def test_prose_and_code_are_those_of_the_checkout_and_outputs_only_those_of_the_same_code(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/"docs")
+    from build import take_outputs
+    from nbformat import v4
+    def cells(prose, *codes): return v4.new_notebook(cells=[v4.new_markdown_cell(prose, id="prose"), *(v4.new_code_cell(c, id=f"c{k}") for k, c in enumerate(codes))])
+    executed, now = cells("old", "1 + 1", "f(2)"), cells("new", "1 + 1\n", "f(3)", "g()")
+    for cell in executed.cells[1:]: cell.outputs = [v4.new_output("stream", text="out")]
+    assert take_outputs(now, executed)
+    assert [len(c.get("outputs", [])) for c in now.cells] == [0, 1, 0, 0] and now.cells[0].source == "new"
+    assert not take_outputs(cells("newer", "1 + 1", "f(2)"), executed)
+
+
 def test_pages_hide_what_is_for_machines(site, smoke_run):
     for name in sorted(p.stem for p in (ROOT/"nbs").glob("*.ipynb")):
         text = "".join(Page(site/f"{name}.html").text)
