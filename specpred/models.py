@@ -269,7 +269,8 @@ def _by_name(arguments):
 # %% ../nbs/07_models.ipynb #6862ff99
 def _check_channels(channels, c_in):
     "Raises `InvalidInputError` unless `channels` are `c_in` different ones of the bands g, r, i, z, y."
-    if not isinstance(channels, (str, list, tuple)) or not all(isinstance(b, str) and len(b) == 1 and b in "grizy" for b in channels) or not len(set(channels)) == len(channels) == c_in:
+    listed = list(channels) if isinstance(channels, (str, list, tuple)) else []
+    if not all(band in list("grizy") for band in listed) or len(listed) != c_in or len(set(listed)) != c_in:
         raise InvalidInputError(f"channels must be {c_in} different bands of grizy in the order of the model, got {channels!r}.")
 
 def _check_provenance(provenance):

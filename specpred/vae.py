@@ -129,8 +129,8 @@ def bin_weights(
 # %% ../nbs/05_vae.ipynb #69d24b29
 _POSSIBLE = {  # settings, and what they must be
     "n_latents": lambda p: p.n_latents >= 1, "hidden": lambda p: len(p.hidden) == 2 and min(p.hidden) >= 1, "n_targets": lambda p: 1 <= p.n_targets <= p.n_latents,
-    "lambda_": lambda p: 0 <= p.lambda_ < math.inf, "alpha": lambda p: -math.inf < p.alpha <= 1, "epochs": lambda p: p.epochs >= 1, "batch_size": lambda p: p.batch_size >= 1,
-    "lr": lambda p: 0 < p.lr < math.inf, "plateau_patience": lambda p: p.plateau_patience >= 0, "stop_patience": lambda p: p.stop_patience >= 1,
+    "lambda_": lambda p: 0 <= p.lambda_ < math.inf, "alpha": lambda p: -math.inf < p.alpha <= 1,
+    "epochs": lambda p: p.epochs >= 1, "batch_size": lambda p: p.batch_size >= 1, "lr": lambda p: 0 < p.lr < math.inf, "plateau_patience": lambda p: p.plateau_patience >= 0, "stop_patience": lambda p: p.stop_patience >= 1,
     "valid_fraction": lambda p: 0 < p.valid_fraction < 1, "n_trials": lambda p: p.n_trials >= 1, "trial_epochs": lambda p: p.trial_epochs >= 1}
 
 def _check_parameters(parameters:VAEParameters):
@@ -306,7 +306,8 @@ def search(
     table = None,  # CSV file that keeps every finished trial, so that an interrupted search goes on
     progress:bool = True,
 ) -> tuple[VAEParameters, pd.DataFrame]:
-    "The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides. A single setting is returned untried, with an empty table."
+    """The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides. A single setting is
+    returned untried, with an empty table."""
     _check_parameters(parameters)
     configurations, known, rows = random_configurations(parameters, seed), _finished_trials(table), []
     if len(configurations) == 1: return parameters, pd.DataFrame(columns=_TRIAL)
@@ -672,11 +673,13 @@ def plot_traversals(
     n = model.n_targets if axis == "target" else model.vae.n_latents
     spectra = np.stack([_along(model, axis, k, values) for k in range(n)])
     fig, axes = plt.subplots(math.ceil(n/2), 2, figsize=(10, 2.3*math.ceil(n/2)), sharex=True, sharey=True, layout="constrained", squeeze=False)
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
+    colors, middle = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values))), np.median(spectra)
     for k, ax in enumerate(axes.flat[:n]):
-        for value, color, spectrum in zip(values, colors, spectra[k]): ax.plot(model.wavelength, spectrum, lw=0.7, color=color, label=f"{value:+g} σ" if value else "mean")
-        ax.set_yscale("asinh", linear_width=np.median(spectra))
-        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]], ylim=(min(0, spectra.min()), 1.1*spectra.max()))
+        for value, color, spectrum in zip(values, colors, spectra[k]):  # the mean on top
+            ax.plot(model.wavelength, spectrum, lw=0.6, color=color, zorder=3 - abs(value)/100, label=f"{value:+g} σ" if value else "mean")
+        ax.set_yscale("asinh", linear_width=middle), ax.minorticks_off()
+        ax.set_yticks(middle*np.array([0, 1, 3, 10]), ["0", *(f"{middle*m:.2g}" for m in (1, 3, 10))])
+        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]], ylim=(min(0, np.percentile(spectra, 0.1)), 1.1*spectra.max()))
     for ax in axes[:, 0]: ax.set_ylabel("normalised flux")
     for ax in axes[-1]: ax.set_xlabel("rest-frame wavelength (Å)")
     for ax in axes.flat[n:]: ax.set_axis_off()
