@@ -785,7 +785,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'specpred.vae._along': ('vae.html#_along', 'specpred/vae.py'),
                               'specpred.vae._array': ('vae.html#_array', 'specpred/vae.py'),
                               'specpred.vae._batch_loss': ('vae.html#_batch_loss', 'specpred/vae.py'),
-                              'specpred.vae._check_parameters': ('vae.html#_check_parameters', 'specpred/vae.py'),
                               'specpred.vae._checked_spectra': ('vae.html#_checked_spectra', 'specpred/vae.py'),
                               'specpred.vae._epoch': ('vae.html#_epoch', 'specpred/vae.py'),
                               'specpred.vae._finished_trials': ('vae.html#_finished_trials', 'specpred/vae.py'),

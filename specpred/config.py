@@ -391,7 +391,7 @@ STAGES = {s.name: s for s in (
     Stage("03_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
     Stage("04_spectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
     Stage("04a_lines", ("spectra",), ("spectra",), ("lines",)),
-    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_search", "vae_history", "latents")),
+    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_history", "latents")),
     Stage("06_deconv", (), ("images",)),
     Stage("07_models", ("training", "images")),
     Stage("08_training", ("training",), ("images", "vae", "latents"), ("models",)),

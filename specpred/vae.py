@@ -126,27 +126,13 @@ def bin_weights(
     relative = np.where(counts, error, 1)/norm[:, None]
     return np.where(counts, 1/(relative**2 + 1/2e6), 0).astype(np.float32)
 
-# %% ../nbs/05_vae.ipynb #69d24b29
-_POSSIBLE = {  # settings, and what they must be
-    "n_latents": lambda p: p.n_latents >= 1, "hidden": lambda p: len(p.hidden) == 2 and min(p.hidden) >= 1, "n_targets": lambda p: 1 <= p.n_targets <= p.n_latents,
-    "lambda_": lambda p: 0 <= p.lambda_ < math.inf, "alpha": lambda p: -math.inf < p.alpha <= 1,
-    "epochs": lambda p: p.epochs >= 1, "batch_size": lambda p: p.batch_size >= 1, "lr": lambda p: 0 < p.lr < math.inf, "plateau_patience": lambda p: p.plateau_patience >= 0, "stop_patience": lambda p: p.stop_patience >= 1,
-    "valid_fraction": lambda p: 0 < p.valid_fraction < 1, "n_trials": lambda p: p.n_trials >= 1, "trial_epochs": lambda p: p.trial_epochs >= 1}
-
-def _check_parameters(parameters:VAEParameters):
-    "Raises `InvalidInputError` that names the settings which cannot be."
-    wrong = [f"vae.{name}={getattr(parameters, name)!r}" for name, possible in _POSSIBLE.items() if not possible(parameters)]
-    if wrong: raise InvalidInputError(f"No autoencoder can be trained with {', '.join(wrong)}. Sizes and numbers of epochs are positive, `hidden` are two sizes, "
-        "n_targets is at most n_latents, alpha at most 1 and valid_fraction between 0 and 1.")
-
 # %% ../nbs/05_vae.ipynb #22b125ea
 def new_vae(
     n_bins:int,
     parameters:VAEParameters,
     seed:int,
 ) -> InfoVAE:
-    "An untrained autoencoder whose weights depend on `seed` alone. Raises `InvalidInputError` that names a setting which cannot be."
-    _check_parameters(parameters)
+    "An untrained autoencoder whose weights depend on `seed` alone."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_generator(seed, "vae", "weights").integers(2**31)))
         return InfoVAE(n_bins, parameters.n_latents, parameters.hidden)
@@ -180,7 +166,6 @@ class Training:
         parameters:VAEParameters,
         seed:int,
     ):
-        _check_parameters(parameters)
         x, weights = _checked_spectra(x, weights)
         order = random_generator(seed, "vae", "valid").permutation(len(x))
         n_valid = round(parameters.valid_fraction*len(x))
@@ -308,7 +293,6 @@ def search(
 ) -> tuple[VAEParameters, pd.DataFrame]:
     """The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides. A single setting is
     returned untried, with an empty table."""
-    _check_parameters(parameters)
     configurations, known, rows = random_configurations(parameters, seed), _finished_trials(table), []
     if len(configurations) == 1: return parameters, pd.DataFrame(columns=_TRIAL)
     # a trial is the same, whatever the number of the others: a search that is made longer keeps what it has

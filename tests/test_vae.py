@@ -135,10 +135,7 @@ def test_the_history_marks_the_epoch_whose_weights_are_kept():
 @pytest.mark.parametrize("setting", (dict(epochs=0), dict(batch_size=0), dict(valid_fraction=0.), dict(valid_fraction=2.), dict(lr=-1.), dict(lr=float("nan")), dict(n_latents=0), dict(hidden=(5,)),
     dict(hidden=(0, 3)), dict(n_trials=0), dict(alpha=2.), dict(lambda_=-1.), dict(n_targets=9), dict(stop_patience=0), dict(plateau_patience=-1), dict(trial_epochs=0)))
 def test_settings_that_cannot_be_are_named(setting):
-    flux, weights = spectra(), np.ones((200, 50))
-    wrong = dataclasses.replace(SMALL, **setting)
-    for call in (lambda: new_vae(50, wrong, 1), lambda: fit(new_vae(50, SMALL, 1), flux, weights, wrong, 1, progress=False), lambda: search(flux, weights, wrong, 1, progress=False)):
-        with pytest.raises(InvalidInputError, match=f"vae.{next(iter(setting))}="): call()
+    with pytest.raises(InvalidInputError, match=f"{next(iter(setting))}="): dataclasses.replace(SMALL, **setting)
 
 
 @pytest.mark.parametrize("arguments", (dict(hidden=(3, 4, 5)), dict(dropout=3), dict(n_bins=0), dict(hidden=(0, 3)), dict(n_latents=2.5)))
