@@ -8,7 +8,7 @@ import contextlib, csv, difflib, email.utils, hashlib, io, json, math, os, re, s
 import sys, threading, time, warnings, zlib
 from collections import Counter, OrderedDict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +32,11 @@ __all__ = ['SELECTION', 'BANDS', 'PS1_SOUTH', 'FAULTS', 'SPLITS', 'SPLIT_COLORS'
            'read_faults', 'serve_forever', 'ArchiveURLs', 'serve', 'sky_blocks', 'split_by_sky', 'plot_split',
            'specobjid_of_spectrum', 'specobjid_of_position', 'read_table', 'Outcome', 'DownloadState',
            'describe_download', 'losses', 'client_for', 'download', 'plot_cutouts', 'estimate', 'plan_download']
+
+# %% ../nbs/02_archives.ipynb #9f63c030
+def _printable(text:str) -> str:
+    "The text on one line, without control characters."
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 # %% ../nbs/02_archives.ipynb #fb3f9351
 class BusyError(ArchiveError):
@@ -64,7 +69,7 @@ def _raise_for_status(response:httpx.Response):
         seconds = _retry_after(response.headers.get("Retry-After"))
         if seconds > _LONGEST_WAIT: raise RefusedError(f"closed: {url} asks to come back in {seconds:.0f} s ({status})")
         raise BusyError(f"busy ({status}): {url}", seconds)
-    said = next(response.iter_raw(), b"")[:300].decode("utf-8", "replace").strip()
+    said = _printable(next(response.iter_raw(), b"")[:300].decode("utf-8", "replace"))
     raise RefusedError(f"refused ({status}): {url} {said}".strip())
 
 # %% ../nbs/02_archives.ipynb #a46bd627
@@ -93,15 +98,15 @@ class ArchiveClient:
     def __init__(self,
         concurrency:int = 8,  # requests under way at once, per host
         attempts:int = 6,  # how often a busy archive is asked
-        timeout:float = 60.0,  # seconds without a byte after which a request has failed
+        timeout:float = 60.0,  # seconds without a byte, or with less than 1 kB a second, after which a request has failed
         wait:tuple = (1.0, 30.0),  # first and longest pause between attempts, seconds
         bad_attempts:int = 3,  # how often a file is asked for that arrives damaged
     ):
-        if concurrency < 1: raise InvalidInputError(f"concurrency is {concurrency}; it takes at least one request at once.")
-        self.concurrency, self.attempts, self.wait, self.bad_attempts = concurrency, attempts, wait, bad_attempts
+        ArchiveParameters(concurrency=concurrency, attempts=attempts, timeout=timeout, wait=wait, bad_attempts=bad_attempts)  # refuses what has no sense
+        self.concurrency, self.attempts, self.timeout, self.wait, self.bad_attempts = concurrency, attempts, timeout, wait, bad_attempts
         self._hosts, self._lock, self.stopping = {}, threading.Lock(), threading.Event()
         # identity: a compressed answer could unpack to any size, and Content-Length would not be the file's
-        self._http = httpx.Client(timeout=httpx.Timeout(timeout, pool=None), follow_redirects=False, mounts={"all://127.0.0.1": None},
+        self._http = httpx.Client(follow_redirects=False, mounts={"all://127.0.0.1": None},
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=4*concurrency),
             headers={"User-Agent": "specpred (python-httpx)", "Accept-Encoding": "identity"})
 
@@ -111,31 +116,36 @@ class ArchiveClient:
     def _host(self, url:httpx.URL) -> _Host:
         with self._lock: return self._hosts.setdefault(url.netloc, _Host(self.concurrency))
 
-# %% ../nbs/02_archives.ipynb #524dd333
-def _read_bounded(response:httpx.Response, max_bytes:int) -> bytes:
+# %% ../nbs/02_archives.ipynb #d2f83aad
+_LOWEST_RATE = 1000.0  # bytes a second, over all of an answer that takes longer than the time-out
+
+def _read_bounded(response:httpx.Response, max_bytes:int, timeout:float) -> bytes:
     "The body, at most `max_bytes` long and exactly as long as its Content-Length says."
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise RefusedError(f"compressed: {response.url.host} sent what was not asked for")
     said, parts, size = response.headers.get("Content-Length", ""), [], 0
     if said.isdigit() and int(said) > max_bytes:
         raise RefusedError(f"too long: {said} bytes, at most {max_bytes} expected")
+    started = time.monotonic()
     for part in response.iter_raw():
         parts.append(part)
         size += len(part)
         if size > max_bytes: raise RefusedError(f"too long: more than the {max_bytes} bytes expected")
+        if (took := time.monotonic() - started) > timeout and size < took*_LOWEST_RATE: raise BusyError(f"slow: {size} bytes in {took:.0f} s")
     if said.isdigit() and int(said) != size: raise BusyError(f"incomplete: {size} bytes of {said}")
     return b"".join(parts)
 
-# %% ../nbs/02_archives.ipynb #ee0a35ad
-def _get_once(self:ArchiveClient, url:httpx.URL, max_bytes:int) -> bytes:
+# %% ../nbs/02_archives.ipynb #4053fd74
+def _get_once(self:ArchiveClient, url:httpx.URL, max_bytes:int, timeout:float) -> bytes:
     "One request, following a redirect on the same host."
+    patience = httpx.Timeout(timeout, connect=self.timeout, pool=None)
     for _ in range(4):
         host = self._host(url)
         try:
-            with host.place(self.stopping), self._http.stream("GET", url) as response:
+            with host.place(self.stopping), self._http.stream("GET", url, timeout=patience) as response:
                 if not response.has_redirect_location:
                     _raise_for_status(response)
-                    return _read_bounded(response, max_bytes)
+                    return _read_bounded(response, max_bytes, timeout)
                 target = url.join(response.headers["Location"])
                 if not _same_place(target, url): raise RefusedError(f"redirected: {url.host} points to {target.scheme}://{target.host}, which is not followed")
         except BusyError as error:
@@ -176,6 +186,7 @@ def get(self:ArchiveClient,
     params:dict | None = None,  # the query
     max_bytes:int = 1 << 20,  # largest answer that is read
     check = None,  # called with the content; raises `DamagedFileError` where it is not what was asked for
+    timeout:float | None = None,  # seconds; None: the client's
 ) -> Answer:
     "The answer to a GET request. Raises `NotFoundError`, `RefusedError`, or after the last attempt `BusyError` or `DamagedFileError`."
     try: address = httpx.URL(url, params=params) if params else httpx.URL(url)
@@ -185,7 +196,7 @@ def get(self:ArchiveClient,
         with attempt:
             number = attempt.retry_state.attempt_number
             try:
-                content = self._get_once(address, max_bytes)
+                content = self._get_once(address, max_bytes, timeout or self.timeout)
                 if check is not None: check(content)
             except SpecpredError as error:
                 error.attempts = number
@@ -230,9 +241,17 @@ def _integers(text:pd.Series, dtype) -> np.ndarray:
     try: return np.array([int(v) for v in values], dtype=dtype)
     except OverflowError as error: raise ArchiveError(f"The catalogue's column {text.name} has values beyond {np.dtype(dtype)}.") from error
 
+def _absent(column:pd.Series) -> np.ndarray:
+    "Where a column says that there is nothing; -9999 is how SDSS says it."
+    return (column.isna() | column.astype(str).str.strip().str.lower().isin(["", "nan", "none", "null", "--", "<na>", "-9999", "-9999.0"])).to_numpy()
+
 def _numbers(text:pd.Series) -> np.ndarray:
     values = pd.to_numeric(text.str.strip(), errors="coerce").to_numpy(np.float64)
-    return np.where(values <= -9999, np.nan, values)  # SDSS's mark for a missing measurement
+    wrong = ~np.isfinite(values) & ~_absent(text)
+    if wrong.any(): raise ArchiveError(f"The catalogue's column {text.name} has entries that are no numbers, such as {text[wrong].iloc[0][:40]!r}.")
+    return _measured(values)
+
+def _measured(values:np.ndarray) -> np.ndarray: return np.where(values <= -9999, np.nan, values)
 
 # %% ../nbs/02_archives.ipynb #22f1cefd
 def _read_csv(text:str) -> pd.DataFrame:
@@ -249,11 +268,12 @@ def _read_csv(text:str) -> pd.DataFrame:
 # %% ../nbs/02_archives.ipynb #bfded40d
 def read_skyserver_csv(
     content:bytes,  # what the SQL service answered
+    n_max:int | None = None,  # rows asked for at most
 ) -> pd.DataFrame:
     """The catalogue in SkyServer's answer, one row a galaxy, lower-case names, angles in degrees, magnitudes in mag. Raises `ArchiveError`
     where the answer is an error message or not the table that was asked for."""
     text = content.decode("utf-8", "replace").lstrip("\ufeff")
-    head = re.sub(r"<[^>]*>|\s+", " ", text[:2000]).strip()[:300] or "nothing"
+    head = _printable(re.sub(r"<[^>]*>", " ", text[:2000]))[:300] or "nothing"
     try: table = _read_csv(text)
     except InvalidInputError as error: raise ArchiveError(f"SkyServer answered no table ({error}) but: {head}") from error
     table.columns = [_RENAMED.get(c.lower(), c.lower()) for c in table.columns]
@@ -261,17 +281,20 @@ def read_skyserver_csv(
     missing = [c for c in _CATALOGUE_COLUMNS if c not in table.columns]
     if not missing and not text.endswith("\n"): raise ArchiveError("SkyServer's answer is cut off: its last line has no end.")
     if missing: raise ArchiveError(f"SkyServer's answer lacks {', '.join(missing[:5])}. It says: {head}")
+    if n_max and len(table) > n_max: raise ArchiveError(f"SkyServer's answer has {len(table)} rows, asked for {n_max} at most.")
     columns = {c: _integers(table[c], _INTEGERS[c]) if c in _INTEGERS else table[c].str.strip() if c in _TEXTS else _numbers(table[c])
                for c in _CATALOGUE_COLUMNS}
     return _checked_catalogue(pd.DataFrame(columns))
 
 # %% ../nbs/02_archives.ipynb #f263511c
 def _checked_catalogue(table:pd.DataFrame) -> pd.DataFrame:
-    "The table, ordered by specobjid, if every row can name its spectrum and lies on the sky."
+    "The table, ordered by specobjid, if every row can name its spectrum, lies on the sky and fulfils the selection."
     wrong = {"specobjid twice": table.specobjid.duplicated(),
         "ra or dec outside the sky": ~(table.ra.between(0, 360) & table.dec.between(-90, 90)),
         "plate, mjd or fiberid out of range": ~(table.plate.between(1, 99_999) & table.mjd.between(1, 99_999) & table.fiberid.between(1, 9_999)),
-        "run2d of no known form": ~table.run2d.str.fullmatch(_RUN2D)}
+        "run2d of no known form": ~table.run2d.str.fullmatch(_RUN2D),
+        "a redshift that the selection leaves out": ~((table.redshift > 0) & (table.redshift < 0.360001)),  # 32 bits hold 0.36 as 0.36000001
+        "a primtarget that the selection leaves out": (table.primtarget & 70) == 0}
     for reason, rows in wrong.items():
         if rows.any(): raise ArchiveError(f"The catalogue has {rows.sum()} rows with {reason}, e.g. specobjid {table.specobjid[rows].iloc[0]}.")
     if not len(table): raise ArchiveError("No galaxy fulfils the selection.")
@@ -284,12 +307,16 @@ def fetch_catalogue(
     query:str,  # from `catalogue_query`
 ) -> bytes:
     "SkyServer's answer to the query, checked to be a catalogue. Raises `ArchiveError`."
-    url = f"{skyserver_url.rstrip('/')}/SkyServerWS/SearchTools/SqlSearch"
+    url, n_max = f"{skyserver_url.rstrip('/')}/SkyServerWS/SearchTools/SqlSearch", int(re.search(r"TOP (\d+)", query)[1])
     def check(content:bytes):
-        try: read_skyserver_csv(content)
+        try: read_skyserver_csv(content, n_max)
         except ArchiveError as error: raise DamagedFileError(str(error)) from error
-    try: return client.get(url, dict(cmd=query, format="csv"), max_bytes=1 << 30, check=check).content
+    # a server may sort for minutes before it says a word
+    try: return client.get(url, dict(cmd=query, format="csv"), max_bytes=1 << 30, check=check, timeout=10*client.timeout).content
     except (DamagedFileError, NotFoundError, BusyError) as error: raise ArchiveError(f"No catalogue from {skyserver_url}: {error}") from error
+
+# %% ../nbs/02_archives.ipynb #d9f3cdc1
+_BOSS_RUN2D = dict(dr9="v5_4_45", dr10="v5_5_12", dr11="v5_6_5", dr12="v5_7_0", dr13="v5_9_0", dr14="v5_10_0", dr15="v5_10_0", dr16="v5_13_0", dr17="v5_13_2")
 
 # %% ../nbs/02_archives.ipynb #68ccb230
 def spectrum_name(
@@ -309,7 +336,8 @@ def spectrum_path(
 ) -> str:
     "Path of a `lite` spectrum (without single exposures) below the science archive server's root. Raises `InvalidInputError`."
     if not re.fullmatch(_RUN2D, run2d): raise InvalidInputError(f"run2d is {run2d!r}; expected e.g. 26 or v5_13_2.")
-    survey = "eboss" if run2d.startswith("v") else "sdss"
+    if release not in _BOSS_RUN2D: raise InvalidInputError(f"The data release is {release!r}; expected one of {', '.join(_BOSS_RUN2D)}.")
+    survey = "sdss" if not run2d.startswith("v") else "boss" if int(release[2:]) <= 12 else "eboss"
     return f"{release}/{survey}/spectro/redux/{run2d}/spectra/lite/{int(plate):04d}/{spectrum_name(plate, mjd, fiberid)}"
 
 # %% ../nbs/02_archives.ipynb #a83c5803
@@ -496,13 +524,13 @@ def read_cutout_names(
     rows = [dict(zip(columns, line)) for line in words if len(line) == len(columns)]
     if len(rows) < len(words) or any(not row["filename"].endswith("/" + row.get("shortname", "")) and "shortname" in row for row in rows):
         raise DamagedFileError("no list of files: a line is cut off or garbled")
-    usable = [row for row in rows if row.get("type") == "stack" and row.get("badflag", "0") == "0" and row.get("filter") in set(BANDS)]
-    cells = Counter((row.get("projcell"), row.get("subcell")) for row in usable)
-    # where cells overlap, all bands from the cell that has most of them, so that their pixels coincide
-    names = {row["filter"]: row["filename"] for row in sorted(usable, key=lambda r: cells[r.get("projcell"), r.get("subcell")])}
-    for name in names.values():
-        if not re.fullmatch(r"/rings\.v3\.skycell/(\d{4})/(\d{3})/rings\.v3\.skycell\.\1\.\2\.stk\.[grizy]\.unconv\.fits", name):
-            raise DamagedFileError(f"a foreign file name: {name[:100]!r} is not PS1's")
+    cells = {}  # bands and names of each skycell
+    for band, name in ((row["filter"], row["filename"]) for row in rows if row["type"] == "stack" and row.get("badflag", "0") == "0" and row["filter"] in set(BANDS)):
+        cell = re.fullmatch(rf"/rings\.v3\.skycell/(\d{{4}})/(\d{{3}})/rings\.v3\.skycell\.\1\.\2\.stk\.{band}\.unconv\.fits", name)
+        if not cell: raise DamagedFileError(f"a foreign file name: {name[:100]!r} is not PS1's of a stack in {band}")
+        cells.setdefault(cell.groups(), {})[band] = name
+    # where cells overlap, all bands are from the one that has most of them, so that their pixels coincide; among equals from the last
+    names = max(cells.items(), key=lambda cell: (len(cell[1]), cell[0]))[1] if cells else {}
     return {band: names[band] for band in BANDS if band in names}
 
 # %% ../nbs/02_archives.ipynb #237682d3
@@ -598,11 +626,11 @@ def _query_form() -> re.Pattern:
     form = re.escape(" ".join(SELECTION.split())).replace(r"\ ", r"\s+")
     columns = form[form.index(r"s\.specObjID"):form.index(r"\s+FROM")]
     numbers = {columns: r"(?P<columns>[sp]\.\w+(?:\s*,\s*[sp]\.\w+)*)", r"\{n_max\}": r"(?P<n_max>\d{1,9})", r"\{seed\}": r"(?P<seed>-?\d{1,18})",
-        r"\&\s+70\)": r"\&\s+(?P<mask>\d{1,18})\)", r"z\s+>\s+0": r"z\s+>\s+(?P<low>[\d.]{1,20})", r"<=\s+0\.36": r"<=\s+(?P<high>[\d.]{1,20})"}
+        r"\&\s+70\)": r"\&\s+(?P<mask>\d{1,18})\)", r"z\s+>\s+0": r"z\s+>\s+(?P<low>[0-9]{1,9}(?:\.[0-9]{1,9})?)", r"<=\s+0\.36": r"<=\s+(?P<high>[0-9]{1,9}(?:\.[0-9]{1,9})?)"}
     for old, new in numbers.items():
         assert form.count(old) == 1, old
         form = form.replace(old, new)
-    return re.compile(form, re.IGNORECASE)
+    return re.compile(form, re.IGNORECASE | re.ASCII)
 
 # %% ../nbs/02_archives.ipynb #a5bece73
 def _run_query(
@@ -612,9 +640,10 @@ def _run_query(
     "SkyServer's CSV answer. Raises `_AnswerError` for any query but the supported one."
     match = _query_form().fullmatch(" ".join(query.split()))
     if not match: raise _AnswerError(400, "Incorrect syntax: this server answers the catalogue query of specpred only.")
-    known = {c.lower(): c for c in table.columns}
-    columns = [c.split(".")[1] for c in re.split(r"\s*,\s*", match["columns"])]
-    unknown = [c for c in columns if c.lower() not in known]
+    known, photometric = {c.lower(): c for c in table.columns}, {c.lower() for c in re.findall(r"\bp\.(\w+)", SELECTION.partition("FROM")[0])}
+    asked = [c.split(".") for c in re.split(r"\s*,\s*", match["columns"])]
+    columns = [c for _, c in asked]
+    unknown = [c for alias, c in asked if c.lower() not in known or (c.lower() in photometric) != (alias.lower() == "p")]
     if unknown: raise _AnswerError(400, f"Invalid column name '{unknown[0]}'.")
     z, prim_target = table[known["z"]], table[known["primtarget"]].astype(np.int64)
     rows = table[((prim_target & int(match["mask"])) > 0) & (z > float(match["low"])) & (z <= float(match["high"]))]
@@ -691,7 +720,9 @@ class LocalArchive:
 
     def answer(self, path:str, query:dict) -> tuple:
         "(content, content type). Raises `_AnswerError`."
-        if path.endswith("/SkyServerWS/SearchTools/SqlSearch"): return _run_query(self.spec_obj, query.get("cmd", "")), "text/plain"
+        if path.endswith("/SkyServerWS/SearchTools/SqlSearch"):
+            if query.get("format", "csv") != "csv": raise _AnswerError(400, "This server answers format=csv only.")
+            return _run_query(self.spec_obj, query.get("cmd", "")), "text/plain"
         if path.startswith("/sas/"): return self.file(self.folder/"sas", path.removeprefix("/sas/")), "application/fits"
         if path == "/cgi-bin/ps1filenames.py": return self.filenames(query), "text/plain"
         if path == "/cgi-bin/fitscut.cgi": return self.cutout(query), "image/fits"
@@ -708,7 +739,7 @@ def _file(self:LocalArchive, root:Path, path:str) -> bytes:
     parts = unquote(path).split("/")
     if any(p in ("", ".", "..") or "\\" in p or "\0" in p for p in parts): raise _AnswerError(404, "Not found")
     file = root.joinpath(*parts)
-    if not file.is_file() or root.resolve() not in file.resolve().parents: raise _AnswerError(404, "Not found")
+    if not os.path.isfile(file) or root.resolve() not in file.resolve().parents: raise _AnswerError(404, "Not found")
     return file.read_bytes()
 
 def _position(query:dict) -> tuple:
@@ -739,7 +770,7 @@ def _cutout(self:LocalArchive, query:dict) -> bytes:
     name, (ra, dec, size) = query.get("red", ""), _position(query)
     if query.get("format") != "fits": raise _AnswerError(400, "This server answers format=fits only.")
     path = self.folder/"ps1"/name.lstrip("/")
-    if not re.fullmatch(r"/rings\.v3\.skycell/[\w./]+\.fits", name) or ".." in name or not path.is_file(): raise _AnswerError(404, "No such image")
+    if not re.fullmatch(r"/rings\.v3\.skycell/[\w./]+\.fits", name) or ".." in name or not os.path.isfile(path): raise _AnswerError(404, "No such image")
     return self.stack(path).cutout(ra, dec, size)
 
 LocalArchive.file, LocalArchive.filenames, LocalArchive.cutout = _file, _filenames, _cutout
@@ -809,6 +840,12 @@ class Faults:
     latency: float = 0.2  # seconds
     retry_after: float = 1.0  # seconds, said with 429
 
+    def __post_init__(self):
+        right = {name: 0 <= getattr(self, name) <= most for name, most in dict(passing=1, lasting=1, latency=3600, retry_after=math.inf).items()}
+        right |= {name: bool(getattr(self, name)) and set(getattr(self, name)) <= set(FAULTS) for name in ("kinds", "lasting_kinds")}
+        for name in (name for name in right if not right[name]):
+            raise InvalidInputError(f"{name}={getattr(self, name)}: passing and lasting are 0 to 1, seconds are from 0, kinds are of {', '.join(FAULTS)}.")
+
     def choose(self, target:str, attempt:int) -> str | None:
         "The fault of the `attempt`-th request for `target`, or None. Lasting faults are those of files, not of queries."
         is_file = ".fits" in target
@@ -826,12 +863,12 @@ def read_faults(
     for word in text.split():
         name, _, value = word.partition("=")
         default = vars(Faults()).get(name)
-        try: settings[name] = tuple(value.split(",")) if isinstance(default, tuple) else type(default)(value)
-        except (TypeError, ValueError): default = None
-        strange = sorted(set(settings[name]) - set(FAULTS)) if isinstance(default, tuple) else []
-        if default is None or strange or (name in ("passing", "lasting") and not 0 <= settings[name] <= 1):
+        try:
+            settings[name] = tuple(value.split(",")) if isinstance(default, tuple) else type(default)(value)
+            Faults(**settings)
+        except (TypeError, ValueError, InvalidInputError) as error:
             raise InvalidInputError(f"{word!r} is no setting of faults. They are {', '.join(vars(Faults()))}, as name=value; passing and lasting "
-                                    f"are 0 to 1, kinds are {', '.join(FAULTS)}.")
+                                    f"are 0 to 1, seconds are from 0, kinds are {', '.join(FAULTS)}.") from error
     return Faults(**settings)
 
 # %% ../nbs/02_archives.ipynb #11fb44f6
@@ -857,7 +894,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *message): "Requests are not logged: the client keeps account of them."
 
     def do_GET(self):
-        url, server = urlsplit(self.path), self.server
+        server = self.server
         with server.counting:
             server.asked[self.path] += bool(server.faults.passing or server.faults.lasting)
             fault = server.faults.choose(self.path, server.asked[self.path])
@@ -866,24 +903,33 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault in sent:
             headers = {"Retry-After": f"{server.faults.retry_after:g}"} if fault == "busy" else {}
             return self._send(sent[fault], b"on demand\n", "text/plain", headers)
-        try: content, kind = server.archive.answer(url.path, {k: v[0] for k, v in parse_qs(url.query).items()})
-        except _AnswerError as error:
-            text = json.dumps({"Error Code": error.status, "Error Type": HTTPStatus(error.status).phrase.replace(" ", ""), "Error Message": error.text})
-            return self._send(error.status, text.encode(), "application/json")
+        try:
+            url = urlsplit(self.path)
+            content, kind = server.archive.answer(url.path, {k: v[0] for k, v in parse_qs(url.query).items()})
+        except Exception as error: return self._refuse(error)
         self._send(200, _spoil(fault, content, url.path.endswith("fitscut.cgi")), kind, fault=fault)
 
-    def _send(self, status:int, content:bytes, kind:str, headers=(), fault=None):
-        length = len(content) + (5760 if fault == "short" else 0)
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {kind}", f"Content-Length: {length}",
-                 *(f"{k}: {v}" for k, v in dict(headers).items())]
-        whole = "\r\n".join(lines).encode() + b"\r\n\r\n" + content
-        if fault in ("short", "reset"): self.close_connection = True
-        if fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            whole = whole[:len(whole)//2]
-        try: self.wfile.write(whole)
-        except OSError: self.close_connection = True  # the client went away
-        if fault == "reset": self.connection.close()
+# %% ../nbs/02_archives.ipynb #0b6f37cb
+def _refuse(self:_Handler, error:Exception):
+    "SkyServer's kind of error, also for what nobody has thought of."
+    status, text = (error.status, error.text) if isinstance(error, _AnswerError) else (500, f"{type(error).__name__}: {error}")
+    said = {"Error Code": status, "Error Type": HTTPStatus(status).phrase.replace(" ", ""), "Error Message": text}
+    self._send(status, json.dumps(said).encode(), "application/json")
+
+def _send(self:_Handler, status:int, content:bytes, kind:str, headers=(), fault=None):
+    length = len(content) + (5760 if fault == "short" else 0)
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {kind}", f"Content-Length: {length}",
+             *(f"{k}: {v}" for k, v in dict(headers).items())]
+    whole = "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+    if fault in ("short", "reset"): self.close_connection = True
+    if fault == "reset":
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        whole = whole[:len(whole)//2]
+    try: self.wfile.write(whole)
+    except OSError: self.close_connection = True  # the client went away
+    if fault == "reset": self.connection.close()
+
+_Handler._refuse, _Handler._send = _refuse, _send
 
 # %% ../nbs/02_archives.ipynb #74b0598e
 class _Server(ThreadingHTTPServer):
@@ -942,13 +988,15 @@ def serve(
 ):
     "Context that serves a survey's folder on 127.0.0.1 and gives its `ArchiveURLs`. Raises `MissingInputError` where there is no survey."
     LocalArchive(folder)
-    code = "import json, sys; path, faults, a = json.loads(sys.argv[1]); sys.path[:] = path; from specpred.archives import *; " \
-           "serve_forever(**a, faults=Faults(**faults), started=lambda port: print(port, flush=True), until=sys.stdin.buffer)"
+    code = "import json, sys; path, faults, a = json.loads(sys.argv[1]); sys.path[:] = path; from specpred.archives import *\n" \
+           "from specpred.config import ArchiveError\n" \
+           "try: serve_forever(**a, faults=Faults(**faults), started=lambda port: print(port, flush=True), until=sys.stdin.buffer)\n" \
+           "except ArchiveError as error: print(error, flush=True)"
     settings = sys.path, vars(faults or Faults()), dict(folder=str(Path(folder).resolve()), port=port, badflag=badflag)
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        line = process.stdout.readline().strip()
-        if not line.isdigit(): raise ArchiveError(f"The local archive did not start on port {port}; its message is above.")
+        line = process.stdout.readline().decode().strip()
+        if not line.isdigit(): raise ArchiveError(line or f"The local archive did not start on port {port}; its message is above.")
         yield ArchiveURLs.local(int(line))
     finally:
         process.stdin.close(), process.stdout.close()
@@ -963,7 +1011,7 @@ def sky_blocks(
 ) -> np.ndarray:
     "Block number of each position, (N,) int64. All blocks have the same area. Raises `InvalidInputError`."
     ra, dec = np.atleast_1d(np.asarray(ra, float)), np.atleast_1d(np.asarray(dec, float))
-    if not 0.1 <= block_deg <= 90: raise InvalidInputError(f"block_deg is {block_deg}; expected 0.1 to 90 degrees.")
+    ArchiveParameters(block_deg=block_deg)  # refuses what has no sense
     if ra.shape != dec.shape or not (np.isfinite(ra) & (np.abs(dec) <= 90)).all():
         raise InvalidInputError("ra and dec have to be finite degrees, as many of one as of the other, dec from -90 to 90.")
     n_rings = max(1, round(180/block_deg))
@@ -1008,10 +1056,8 @@ def split_by_sky(
 ) -> tuple:
     """(block, split): the block number of each position and its split, "train", "valid" or "test", both (N,). Whole blocks are in one split.
     Blocks that reach south of declination -30 degrees are train. Raises `InvalidInputError` where there are too few blocks."""
-    fractions = np.asarray(fractions, float)
-    if fractions.shape != (3,) or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-6 or fractions[0] == 0:
-        raise InvalidInputError(f"The fractions of train, valid and test are {tuple(fractions.tolist())}; expected three numbers that add up to 1, the first above 0.")
-    block = sky_blocks(ra, dec, block_deg)
+    ArchiveParameters(split=tuple(fractions), block_deg=block_deg)  # refuses what has no sense
+    block, fractions = sky_blocks(ra, dec, block_deg), np.asarray(fractions, float)
     inside = np.atleast_1d(np.asarray(dec, float)) > PS1_SOUTH
     blocks, index = np.unique(block, return_inverse=True)
     sizes, fixed = np.bincount(index, inside, len(blocks)), np.bincount(index, ~inside, len(blocks)) > 0
@@ -1075,63 +1121,84 @@ _ALIASES = dict(ra="ra raj2000 _raj2000 ra_deg ra_icrs ra_j2000 right_ascension"
     redshift="redshift z z_spec zspec", redshift_err="redshift_err zerr z_err", fiberid="fiberid fiber fiber_id", specobjid="specobjid specobj_id")
 _NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 
-def _named(table:pd.DataFrame, units:dict, file:str) -> tuple:
-    "The table and its units with our names of columns. Raises `InvalidInputError` without ra and dec, or where two columns claim a name."
-    origin = {}
-    for column in map(str, table.columns):
-        name = _NAMES.get(column.strip().lower(), column.strip().lower())
-        if name in origin and name in _CATALOGUE_COLUMNS:
-            raise InvalidInputError(f"{file}: the columns {origin[name]!r} and {column!r} both mean {name}. Remove or rename one.")
-        origin.setdefault(name, column)
+def _names_of_columns(written:list, file:str) -> dict:
+    "What a file calls its columns, by our names. Raises `InvalidInputError` where two columns claim a name."
+    names, lower = {}, {column.strip().lower() for column in written}
+    magnitudes = len({"g", "r", "i"} & lower) > 1
+    for column in written:
+        name = column.strip().lower()
+        if not (name == "z" and magnitudes): name = _NAMES.get(name, name)
+        if name in names and name in _CATALOGUE_COLUMNS:
+            raise InvalidInputError(f"{file}: the columns {names[name]!r} and {column!r} both mean {name}. Remove or rename one.")
+        names.setdefault(name, column)
+    if "z" in names and "redshift" not in names:
+        warnings.warn(f"{file}: {names['z']!r} is taken for a magnitude, since it stands beside others. If it is the redshift, call it redshift.")
+    return names
+
+# %% ../nbs/02_archives.ipynb #b0341cec
+@dataclass(frozen=True)
+class _OwnTable:
+    "A user's table with our names of columns, and what is needed to speak of it in the user's words."
+    file: str
+    rows: pd.DataFrame
+    units: dict
+    names: dict  # what the file calls a column, by our name
+
+    def complain(self, name:str, wrong:np.ndarray, expected:str):
+        "Raises `InvalidInputError` that names the column and the first of the rows that are `wrong`."
+        if not wrong.any(): return
+        row = int(np.flatnonzero(wrong)[0])
+        raise InvalidInputError(f"{self.file}, column {self.names[name]!r}, row {row + 1}: {str(self.rows[name].iloc[row])[:40]!r}; expected {expected}. "
+                                f"({wrong.sum()} such rows.)")
+
+# %% ../nbs/02_archives.ipynb #ca73bd40
+def _own_table(path:Path) -> _OwnTable:
+    "Reads a table. Raises `InvalidInputError` where it has no ra and dec."
+    table, units = _open_table(path)
+    written = list(map(str, table.columns))
+    names = _names_of_columns(written, path.name)
     for name in ("ra", "dec"):
-        if name not in origin:
-            near = difflib.get_close_matches(name, list(origin), 1, 0.5)
-            raise InvalidInputError(f"{file} has no column {name!r}" + (f" (is it {origin[near[0]]!r}?)" if near else "") +
-                f"; it has {', '.join(map(repr, list(origin.values())[:12]))}. Positions are ra and dec in degrees, J2000.")
-    table = table.set_axis(list(map(str, table.columns)), axis=1)
-    return table[list(origin.values())].set_axis(list(origin), axis=1), {name: units.get(column) for name, column in origin.items()}
+        if name not in names:
+            near = difflib.get_close_matches(name, list(names), 1, 0.5)
+            raise InvalidInputError(f"{path.name} has no column {name!r}" + (f" (is it {names[near[0]]!r}?)" if near else "") +
+                f"; it has {', '.join(map(repr, list(names.values())[:12]))}. Positions are ra and dec in degrees, J2000.")
+    rows = table.set_axis(written, axis=1)[list(names.values())].set_axis(list(names), axis=1).reset_index(drop=True)
+    if not len(rows): raise InvalidInputError(f"{path.name} has no rows.")
+    return _OwnTable(path.name, rows, {name: units.get(column) for name, column in names.items()}, names)
 
 # %% ../nbs/02_archives.ipynb #cabf2ce5
 _DEGREES = dict(ra=(0, 360), dec=(-90, 90))
 _RANGES = dict(_DEGREES, redshift=(-0.1, 12), plate=(1, 16_383), mjd=(50_000, 99_999), fiberid=(1, 4095), specobjid=(1, 2**64 - 1),
                bestobjid=(1, 2**64 - 1), zwarning=(0, 2**31 - 1), primtarget=(-2**31, 2**32))
 
-def _absent(column:pd.Series) -> np.ndarray:
-    return (column.isna() | column.astype(str).str.strip().str.lower().isin(["", "nan", "none", "null", "--", "<na>"])).to_numpy()
-
-def _complain(file:str, column:pd.Series, wrong:np.ndarray, expected:str):
-    "Raises `InvalidInputError` that names the column and the first of the rows that are `wrong`."
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise InvalidInputError(f"{file}, column {column.name!r}, row {row + 1}: {str(column.iloc[row])[:40]!r}; expected {expected}. "
-                                f"({wrong.sum()} such rows.)")
-
-def _table_numbers(file:str, column:pd.Series, unit) -> np.ndarray:
-    "The column as float64, in degrees if it is an angle; NaN where there is nothing."
+def _table_numbers(own:_OwnTable, name:str) -> np.ndarray:
+    "A column as float64, in degrees if it is an angle; NaN where there is nothing."
+    column, unit, angle = own.rows[name], own.units[name], name in _DEGREES
     values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    low, high = _RANGES.get(column.name, (-np.inf, np.inf))
-    angle = " in degrees (10:20:30.5 is none)" if column.name in _DEGREES else ""
-    _complain(file, column, ~np.isfinite(values) & (~_absent(column) | (angle != "")), f"a number{angle}")
-    if angle and unit is not None and str(unit) != "":
+    own.complain(name, ~np.isfinite(values) & (~_absent(column) | angle), "a number" + " in degrees (10:20:30.5 is none)"*angle)
+    if not angle: values = _measured(values)
+    elif unit is not None and str(unit) != "":
         from astropy import units as u
         try: values = values*u.Unit(unit).to(u.deg)
-        except (u.UnitConversionError, ValueError, TypeError) as error: raise InvalidInputError(f"{file}, column {column.name!r}: its unit is {unit}; expected deg.") from error
-    _complain(file, column, (values < low) | (values > high), f"{low} to {high}")
+        except (u.UnitConversionError, ValueError, TypeError) as error: raise InvalidInputError(f"{own.file}, column {own.names[name]!r}: its unit is {unit}; expected deg.") from error
+    low, high = _RANGES.get(name, (-np.inf, np.inf))
+    own.complain(name, (values < low) | (values > high), f"{low} to {high}")
     return values
 
-# %% ../nbs/02_archives.ipynb #bf481cb9
-def _table_integers(file:str, column:pd.Series, dtype) -> np.ndarray:
-    "The column as integers; 0 where there is nothing. Identifiers of 64 bits are refused as floats, which hold 53."
-    absent, (low, high), is_float = _absent(column), _RANGES[column.name], column.dtype.kind == "f"
-    if is_float and column.name in ("specobjid", "bestobjid"):
-        raise InvalidInputError(f"{file}, column {column.name!r}: its type is {column.dtype}, in which 20 digits have lost the last ones. "
+# %% ../nbs/02_archives.ipynb #87fb3cca
+def _table_integers(own:_OwnTable, name:str) -> np.ndarray:
+    "A column as integers; 0 where there is nothing. Identifiers of 64 bits are refused as floats, which hold 53."
+    column = own.rows[name]
+    absent, (low, high), is_float = _absent(column), _RANGES[name], column.dtype.kind == "f"
+    if is_float and name in ("specobjid", "bestobjid"):
+        raise InvalidInputError(f"{own.file}, column {own.names[name]!r}: its type is {column.dtype}, in which 20 digits have lost the last ones. "
                                 "Write it as text or as 64-bit integers.")
     if is_float: text = pd.Series([str(int(v)) if not a and np.isfinite(v) and v == int(v) else str(v) for v, a in zip(column, absent)])
     else: text = column.astype(str).str.strip()
-    _complain(file, column, ~(text.str.fullmatch(r"-?\d{1,20}").to_numpy() | absent), "an integer")
+    own.complain(name, ~(text.str.fullmatch(r"-?\d{1,20}").to_numpy() | absent), "an integer")
     values = [0 if a else int(v) for a, v in zip(absent, text)]
-    _complain(file, column, np.array([not a and not low <= v <= high for a, v in zip(absent, values)], bool), f"{low} to {high}")
-    return np.array(values, dtype)
+    own.complain(name, np.array([not a and not low <= v <= high for a, v in zip(absent, values)], bool), f"{low} to {high}")
+    return np.array(values, _INTEGERS[name])
 
 # %% ../nbs/02_archives.ipynb #c6725ab7
 def specobjid_of_spectrum(
@@ -1153,60 +1220,60 @@ def specobjid_of_position(
     x, y = np.floor(np.asarray(ra) % 360/360*2**25), np.minimum(np.floor((np.asarray(dec) + 90)/180*2**25), 2**25 - 1)
     return np.uint64(16_383 << 50) | (x.astype(np.uint64) << np.uint64(25)) | y.astype(np.uint64)
 
-# %% ../nbs/02_archives.ipynb #82e86f8b
-def _spectra_of_table(file:str, table:pd.DataFrame) -> pd.DataFrame:
+# %% ../nbs/02_archives.ipynb #800360cc
+def _spectra_of_table(own:_OwnTable, release:str) -> pd.DataFrame:
     "plate, mjd, fiberid and run2d of every row, 0 and empty where it names no spectrum."
-    given = [c for c in ("plate", "mjd", "fiberid") if c in table]
+    table, given = own.rows, [c for c in ("plate", "mjd", "fiberid") if c in own.names]
     if 0 < len(given) < 3:
-        raise InvalidInputError(f"{file} has {' and '.join(given)}, and no column {next(c for c in ('plate', 'mjd', 'fiberid') if c not in given)!r}. "
+        raise InvalidInputError(f"{own.file} has {' and '.join(own.names[c] for c in given)}, and no column {next(c for c in ('plate', 'mjd', 'fiberid') if c not in given)!r}. "
                                 "A spectrum is named by plate, mjd and fiberid; without all three only cutouts are downloaded.")
-    names = pd.DataFrame({c: _table_integers(file, table[c], _INTEGERS[c]) if given else np.zeros(len(table), np.int32) for c in ("plate", "mjd", "fiberid")})
+    names = pd.DataFrame({c: _table_integers(own, c) if given else np.zeros(len(table), np.int32) for c in ("plate", "mjd", "fiberid")})
     asked = (names > 0).to_numpy()
-    if given: _complain(file, table["plate"], asked.any(1) & ~asked.all(1), "plate, mjd and fiberid in every row that has one of them")
-    usual = pd.Series(np.where(names.plate < 3510, "26", "v5_13_2"))  # the last legacy plate and BOSS's first
+    if given: own.complain("plate", asked.any(1) & ~asked.all(1), "plate, mjd and fiberid in every row that has one of them")
+    usual = pd.Series(np.where(names.plate < 3510, "26", _BOSS_RUN2D[release]))  # the last legacy plate and BOSS's first
     run2d = table["run2d"].astype(str).str.strip().mask(_absent(table["run2d"]), usual) if "run2d" in table else usual
-    if "run2d" in table: _complain(file, table["run2d"], ~run2d.str.fullmatch(_RUN2D).to_numpy(), "the reduction, e.g. 26 or v5_13_2")
+    if "run2d" in table: own.complain("run2d", ~run2d.str.fullmatch(_RUN2D).to_numpy(), "the reduction, e.g. 26 or v5_13_2")
     return names.assign(run2d=run2d.where(asked.all(1), ""))
 
-def _without_repeats(file:str, table:pd.DataFrame) -> pd.DataFrame:
+def _without_repeats(own:_OwnTable, table:pd.DataFrame) -> pd.DataFrame:
     "Each specobjid once. Raises `InvalidInputError` where one has two positions or spectra."
     first = table.drop_duplicates("specobjid").set_index("specobjid").loc[table.specobjid]
     apart = np.linalg.norm(_unit_vectors(table.ra, table.dec) - _unit_vectors(first.ra, first.dec), axis=1) > np.radians(1/3600)
     other = (table[["plate", "mjd", "fiberid"]].to_numpy() != first[["plate", "mjd", "fiberid"]].to_numpy()).any(1)
-    _complain(file, table["specobjid"], apart | other, "an identifier for one galaxy only, this one has several positions or spectra")
+    if (wrong := apart | other).any():  # without identifiers of its own the table names a spectrum at two places
+        own.complain("specobjid" if "specobjid" in own.names else "plate", wrong, "one galaxy for one identifier or spectrum, this row's has several positions or spectra")
     repeats = table.specobjid.duplicated()
-    if repeats.any(): warnings.warn(f"{file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
+    if repeats.any(): warnings.warn(f"{own.file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
     return table[~repeats]
 
 # %% ../nbs/02_archives.ipynb #ccfcc56b
 def read_table(
     path:str | Path,  # .csv, .fits, .vot, .votable, .xml or .parquet
+    release:str = "dr17",  # data release, whose reduction is meant where a row names a spectrum and no run2d
 ) -> pd.DataFrame:
     """A table of one's own as a catalogue with the columns of SkyServer's: ra and dec are required (degrees, or an angle in the unit that the file
     states), the others are NaN, 0 or empty where the file lacks them. `table_row` counts the file's rows from 0. Raises `MissingInputError`,
     `DamagedFileError`, or `InvalidInputError` that names the column."""
     path = Path(path).expanduser()
-    with _damage_reported(f"{path.name} is no readable table"): return _catalogue_of_table(path)
+    if release not in _BOSS_RUN2D: raise InvalidInputError(f"The data release is {release!r}; expected one of {', '.join(_BOSS_RUN2D)}.")
+    with _damage_reported(f"{path.name} is no readable table"): return _catalogue_of_table(_own_table(path), release)
 
-# %% ../nbs/02_archives.ipynb #ee53e159
-def _catalogue_of_table(path:Path) -> pd.DataFrame:
-    table, units = _named(*_open_table(path), path.name)
-    if not len(table): raise InvalidInputError(f"{path.name} has no rows.")
-    table, file, columns = table.reset_index(drop=True), path.name, {}
-    spectra = _spectra_of_table(file, table)
+# %% ../nbs/02_archives.ipynb #38238b73
+def _catalogue_of_table(own:_OwnTable, release:str) -> pd.DataFrame:
+    table, spectra, columns = own.rows, _spectra_of_table(own, release), {}
     for name in _CATALOGUE_COLUMNS:
         if name in spectra: columns[name] = spectra[name]
-        elif name in _INTEGERS: columns[name] = _table_integers(file, table[name], _INTEGERS[name]) if name in table else np.zeros(len(table), _INTEGERS[name])
+        elif name in _INTEGERS: columns[name] = _table_integers(own, name) if name in table else np.zeros(len(table), _INTEGERS[name])
         elif name in _TEXTS: columns[name] = table[name].astype(str).mask(_absent(table[name]), "").str.strip() if name in table else ""
-        else: columns[name] = _table_numbers(file, table[name], units[name]) if name in table else np.full(len(table), np.nan)
+        else: columns[name] = _table_numbers(own, name) if name in table else np.full(len(table), np.nan)
     made = pd.DataFrame(columns).assign(table_row=np.arange(len(table)))
     named = spectra.plate.to_numpy() > 0
     made.loc[(made.specobjid == 0) & ~named, "specobjid"] = specobjid_of_position(made.ra, made.dec)[(made.specobjid == 0) & ~named]
     derived = (made.specobjid == 0).to_numpy()
     if derived.any(): made.loc[derived, "specobjid"] = specobjid_of_spectrum(*(made[c][derived] for c in ("plate", "mjd", "fiberid", "run2d")))
-    return _without_repeats(file, made).sort_values("specobjid", ignore_index=True)
+    return _without_repeats(own, made).sort_values("specobjid", ignore_index=True)
 
-# %% ../nbs/02_archives.ipynb #b0341cec
+# %% ../nbs/02_archives.ipynb #61422051
 @dataclass(frozen=True)
 class Outcome:
     "What became of one file: status is good, missing (the archive has none), bad (in quarantine), refused, failed (try again), or waiting."
@@ -1222,56 +1289,75 @@ class Outcome:
     @property
     def cause(self) -> str: return self.error.partition(":")[0]
 
+# %% ../nbs/02_archives.ipynb #eeb942d3
+_OUTCOME = "name, request, status, attempts, size, sha256, mtime_ns, error"
+_LAYOUT = ("name TEXT PRIMARY KEY, request TEXT, status TEXT, attempts INTEGER DEFAULT 0, size INTEGER DEFAULT 0, sha256 TEXT DEFAULT '', "
+           "mtime_ns INTEGER DEFAULT 0, error TEXT DEFAULT '', time REAL, wanted INTEGER")
+
+@contextlib.contextmanager
+def _database_errors(path:Path):
+    "What SQLite raises inside is an `ArchiveError` where it cannot read or write now, a `DamagedFileError` where the file is no database."
+    try: yield
+    except sqlite3.OperationalError as error: raise ArchiveError(f"Cannot use {path}: {error}. What has arrived is kept; run this again.") from error
+    except sqlite3.Error as error: raise DamagedFileError(f"{path} is no record of a download ({error}). Move the folder {path.parent} away to start anew.") from error
+
 # %% ../nbs/02_archives.ipynb #586df5bf
 class DownloadState:
-    "The files that are wanted and the outcomes so far, in SQLite. Use as a context; raises `DamagedFileError` where the file is none of ours."
-    _columns = ("name", "request", "status", "attempts", "size", "sha256", "mtime_ns", "error")
-
+    """The files that are wanted and the outcomes so far, in SQLite. Use as a context; raises `DamagedFileError` where the file is none of ours,
+    `ArchiveError` where it cannot be written."""
     def __init__(self, path:str | Path):
         self.path, self._saved = Path(path), time.monotonic()
-        try:
+        with _database_errors(self.path):
             self.database = sqlite3.connect(self.path, timeout=30)
-            self.database.execute("CREATE TABLE IF NOT EXISTS file (name TEXT PRIMARY KEY, request TEXT, status TEXT, attempts INTEGER DEFAULT 0, "
-                "size INTEGER DEFAULT 0, sha256 TEXT DEFAULT '', mtime_ns INTEGER DEFAULT 0, error TEXT DEFAULT '', time REAL, wanted INTEGER)")
-        except sqlite3.DatabaseError as error:
-            raise DamagedFileError(f"{self.path} is no record of a download ({error}). Delete the folder {self.path.parent} to start anew.") from error
+            self.database.execute(f"CREATE TABLE IF NOT EXISTS file ({_LAYOUT})")
+            found = ", ".join(row[1] for row in self.database.execute("PRAGMA table_info(file)"))
+            if found != f"{_OUTCOME}, time, wanted": raise sqlite3.DatabaseError(f"its columns are {found}")
 
     def __enter__(self): return self
-    def __exit__(self, *failure):
-        self.database.commit()
-        self.database.close()
+    def __exit__(self, kind, error, trace):
+        with _database_errors(self.path), contextlib.closing(self.database):
+            if isinstance(error, sqlite3.Error): raise error
+            self.database.commit()
 
     def __getitem__(self, name:str) -> Outcome | None:
-        row = self.database.execute(f"SELECT {', '.join(self._columns)} FROM file WHERE name = ?", (name,)).fetchone()
+        row = self.database.execute(f"SELECT {_OUTCOME} FROM file WHERE name = ?", (name,)).fetchone()
         return Outcome(*row) if row else None
 
-    def want(self, files):
-        "Makes `files`, pairs of name and request, those that are wanted; what is known of others is kept for another time."
-        self.database.execute("UPDATE file SET wanted = 0")
-        self.database.executemany("INSERT INTO file (name, request, status, wanted) VALUES (?, ?, 'waiting', 1) ON CONFLICT (name) DO UPDATE SET "
-            "wanted = 1, status = CASE request WHEN excluded.request THEN status ELSE 'waiting' END, request = excluded.request", files)
-        self.database.commit()
+    def _table(self, query:str, *values) -> pd.DataFrame:
+        found = self.database.execute(query, values)
+        return pd.DataFrame(found.fetchall(), columns=[column[0] for column in found.description])
 
-    def record(self, outcome:Outcome):
-        "Keeps the outcome; written to the disk at least every half second of recording."
-        values = [getattr(outcome, c) for c in self._columns] + [time.time()]
-        self.database.execute(f"INSERT OR REPLACE INTO file ({', '.join(self._columns)}, time, wanted) VALUES ({', '.join('?'*len(values))}, 1)", values)
-        if time.monotonic() - self._saved > 0.5:
-            self.database.commit()
-            self._saved = time.monotonic()
+# %% ../nbs/02_archives.ipynb #2f41031a
+def _want(self:DownloadState, files) -> int:
+    """Makes `files`, pairs of name and request, those that are wanted; what is known of others is kept for another time. Returns how many of
+    them have arrived or are known to be missing."""
+    self.database.execute("UPDATE file SET wanted = 0")
+    self.database.executemany("INSERT INTO file (name, request, status, wanted) VALUES (?, ?, 'waiting', 1) ON CONFLICT (name) DO UPDATE SET "
+        "wanted = 1, status = CASE request WHEN excluded.request THEN status ELSE 'waiting' END, request = excluded.request", files)
+    self.database.commit()
+    return self.database.execute("SELECT count(*) FROM file WHERE wanted AND status IN ('good', 'missing')").fetchone()[0]
+
+def _record(self:DownloadState, outcome:Outcome):
+    "Keeps the outcome; written to the disk at least every half second of recording."
+    self.database.execute(f"INSERT OR REPLACE INTO file ({_OUTCOME}, time, wanted) VALUES ({'?, '*9}1)", (*(getattr(outcome, c) for c in _OUTCOME.split(", ")), time.time()))
+    if time.monotonic() - self._saved > 0.5:
+        self.database.commit()
+        self._saved = time.monotonic()
+
+DownloadState.want, DownloadState.record = _want, _record
 
 # %% ../nbs/02_archives.ipynb #eac34cae
 _CAUSE = "substr(error || ':', 1, instr(error || ':', ':') - 1)"
 
 def _counts(self:DownloadState) -> pd.DataFrame:
     "Number of wanted files and their bytes by kind (spectra, cutouts), status and cause."
-    return pd.read_sql(f"SELECT substr(name, 1, instr(name, '/') - 1) AS kind, status, {_CAUSE} AS cause, count(*) AS files, sum(size) AS bytes "
-                       "FROM file WHERE wanted GROUP BY kind, status, cause ORDER BY kind, files DESC", self.database)
+    return self._table(f"SELECT substr(name, 1, instr(name, '/') - 1) AS kind, status, {_CAUSE} AS cause, count(*) AS files, sum(size) AS bytes "
+                       "FROM file WHERE wanted GROUP BY kind, status, cause ORDER BY kind, files DESC")
 
 def _examples(self:DownloadState, n:int = 3) -> pd.DataFrame:
     "The first `n` wanted files of each status and cause that are not good."
-    return pd.read_sql(f"SELECT name, status, attempts, error FROM (SELECT *, row_number() OVER (PARTITION BY status, {_CAUSE} ORDER BY name) AS place "
-                       "FROM file WHERE wanted AND status != 'good') WHERE place <= ? ORDER BY status, error, name", self.database, params=(n,))
+    return self._table(f"SELECT name, status, attempts, error FROM (SELECT *, row_number() OVER (PARTITION BY status, {_CAUSE} ORDER BY name) AS place "
+                       "FROM file WHERE wanted AND status != 'good') WHERE place <= ? ORDER BY status, error, name", n)
 
 DownloadState.counts, DownloadState.examples = _counts, _examples
 
@@ -1284,14 +1370,15 @@ def describe_download(
     with DownloadState(state_file) as state: counts, examples = state.counts(), state.examples()
     good = counts[counts.status == "good"]
     lines = [f"{raw}: {good.files.sum():,} of {counts.files.sum():,} files have arrived, {good.bytes.sum()/1e6:,.2f} MB"]
-    rest = counts[counts.status != "good"]
+    rest = counts[counts.status != "good"].assign(cause=lambda table: table.cause.map(_printable))
     if len(rest): lines += ["", rest.drop(columns="bytes").to_string(index=False), "", "for example", *(
-        f"  {e.name}  {e.status}{f' after {e.attempts} requests' if e.attempts else ''}{f': {e.error[:150]}' if e.error else ''}" for e in examples.itertuples())]
+        f"  {e.name}  {e.status}{f' after {e.attempts} requests' if e.attempts else ''}{f': {_printable(e.error)[:150]}' if e.error else ''}" for e in examples.itertuples())]
     return "\n".join(lines)
 
-# %% ../nbs/02_archives.ipynb #b6d27f8e
-def _is_kept(raw:Path, outcome:Outcome | None, request:str) -> bool:
-    "Whether the file of an earlier download is what is asked for now, and untouched; or the archive is known not to have it."
+# %% ../nbs/02_archives.ipynb #787c2153
+def _is_kept(raw:Path, outcome:Outcome | None, request:str, record=lambda outcome: None) -> bool:
+    """Whether the file of an earlier download is what is asked for now, and untouched; or the archive is known not to have it. One that has only
+    another time of writing is handed to `record`, so that its content need not be looked at again."""
     if outcome is None or outcome.request != request: return False
     if outcome.status == "missing": return True
     path = raw/outcome.name
@@ -1299,7 +1386,9 @@ def _is_kept(raw:Path, outcome:Outcome | None, request:str) -> bool:
     except OSError: return False
     if outcome.status != "good" or stat.st_size != outcome.size: return False
     if stat.st_mtime_ns == outcome.mtime_ns: return True
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest() == outcome.sha256
+    with open(path, "rb") as file: same = hashlib.file_digest(file, "sha256").hexdigest() == outcome.sha256
+    if same: record(replace(outcome, mtime_ns=stat.st_mtime_ns))
+    return same
 
 # %% ../nbs/02_archives.ipynb #99ae4df5
 def _write_whole(raw:Path, name:str, content:bytes) -> int:
@@ -1313,11 +1402,17 @@ def _write_whole(raw:Path, name:str, content:bytes) -> int:
     os.replace(part, path)
     return mtime_ns
 
-def _quarantine(raw:Path, name:str, content:bytes | None, reason:str = ""):
-    "Keeps a wrong file and what was wrong with it; without content, lets go of what an earlier download kept."
-    for path, data in ((f"quarantine/{name}", content), (f"quarantine/{name}.reason", f"{reason}\n".encode())):
-        if content is not None: _write_whole(raw, path, data)
-        else: (raw/path).unlink(missing_ok=True)
+def _quarantine(raw:Path, name:str, content:bytes, reason:str):
+    "Keeps a wrong file and what was wrong with it."
+    _write_whole(raw, f"quarantine/{name}", content), _write_whole(raw, f"quarantine/{name}.reason", f"{reason}\n".encode())
+
+def _let_go(raw:Path, outcome:Outcome):
+    "Removes a file that the archive no longer has in this form, and what is in quarantine for another reason than the outcome's."
+    if outcome.status in ("missing", "bad"): (raw/outcome.name).unlink(missing_ok=True)
+    if not (quarantine := raw/"quarantine").is_dir(): return
+    reason = quarantine/f"{outcome.name}.reason"
+    if not (reason.is_file() and reason.read_text().strip() == outcome.error.strip()):
+        (quarantine/outcome.name).unlink(missing_ok=True), reason.unlink(missing_ok=True)
 
 # %% ../nbs/02_archives.ipynb #acf4f809
 def _fetch_file(client:ArchiveClient, raw:Path, name:str, request:str, url:str, params:dict | None, max_bytes:int, check) -> Outcome:
@@ -1333,7 +1428,6 @@ def _fetch_file(client:ArchiveClient, raw:Path, name:str, request:str, url:str, 
     except DamagedFileError as error:
         _quarantine(raw, name, received[0], str(error))
         return Outcome(name, request, "bad", getattr(error, "attempts", 0), error=str(error))
-    if (raw/"quarantine").is_dir(): _quarantine(raw, name, None)
     mtime_ns = _write_whole(raw, name, answer.content)
     return Outcome(name, request, "good", answer.attempts, len(answer.content), hashlib.sha256(answer.content).hexdigest(), mtime_ns)
 
@@ -1448,8 +1542,15 @@ def _tasks(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:Downlo
     "What is left to do: for each galaxy its spectrum, and those of its cutouts that are not there yet, but nothing of archives that are `closed`."
     for row, spectrum, cutouts in _files(catalogue, size, release):
         for function, arguments, items in ((_fetch_spectrum, (client, urls, raw, row), spectrum), (_fetch_cutouts, (client, urls, raw, row, size), cutouts)):
-            todo = {name: request for name, request in items.items() if not _is_kept(raw, state[name], request)}
-            if todo and _archive_of(next(iter(todo))) not in closed: yield partial(function, *arguments, todo)
+            todo = {name: request for name, request in items.items() if not _is_kept(raw, state[name], request, state.record)}
+            if todo and _archive_of(next(iter(todo))) not in closed: yield partial(_outcomes, function, *arguments, todo)
+
+def _outcomes(function, *arguments) -> list:
+    "What a task comes to. An error that nobody has thought of is that of its files and not the end of all others; one of the disk is."
+    try: return function(*arguments)
+    except OSError: raise
+    except Exception as error:
+        return [Outcome(name, request, "failed", error=f"{type(error).__name__}: {error}") for name, request in arguments[-1].items()]
 
 def _archive_of(name:str) -> str: return "SAS" if name.startswith("spectra/") else "PS1"
 
@@ -1460,27 +1561,28 @@ def _closes(outcomes:list, failures:Counter) -> bool:
     "Whether an archive is to be left in peace after these outcomes of one galaxy; `failures` counts its galaxies in a row of which nothing could be had."
     archive = _archive_of(outcomes[0].name)
     failures[archive] = failures[archive] + 1 if all(o.status in ("failed", "refused") for o in outcomes) else 0
-    return failures[archive] >= _FAILURES_THAT_END_IT or any(o.cause == "closed" for o in outcomes)
+    return failures[archive] >= _FAILURES_THAT_END_IT or any(o.cause.endswith("closed") for o in outcomes)
 
+# %% ../nbs/02_archives.ipynb #c455cefc
 def _fetch_all(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls, progress:bool):
     "Downloads what is missing and records what became of it. Raises `ArchiveError` in the end where an archive had to be left in peace."
-    state.want(item for _, *both in _files(catalogue, size, release) for items in both for item in items.items())
+    n_kept = state.want(item for _, *both in _files(catalogue, size, release) for items in both for item in items.items())
     (raw/".partial").mkdir(exist_ok=True)
     pool, failures, closed, n_bytes = ThreadPoolExecutor(2*client.concurrency, "download"), Counter(), {}, 0
     total = int((catalogue.plate > 0).sum()) + len(BANDS)*int((catalogue.dec > PS1_SOUTH).sum())
-    with tqdm(total=total, unit="file", desc="download", disable=not progress, mininterval=0.5) as bar:
+    with tqdm(total=total, initial=n_kept, unit="file", desc="download", disable=not progress, mininterval=0.5) as bar:
         try:
             for outcomes in _as_they_finish(pool, _tasks(catalogue, size, release, raw, state, client, urls, closed), 4*client.concurrency):
-                for outcome in outcomes: state.record(outcome)
+                for outcome in outcomes: _let_go(raw, outcome), state.record(outcome)
                 n_bytes += sum(o.size for o in outcomes)
-                bar.set_postfix_str(f"{n_bytes/1e6:.1f} MB", refresh=False), bar.update(len(outcomes))
+                bar.set_postfix_str(f"{n_bytes/1e6:.1f} MB", refresh=False)
+                bar.update(min(len(outcomes), total - bar.n))  # some that were counted as kept may turn out to be lost
                 if _closes(outcomes, failures): closed.setdefault(_archive_of(outcomes[0].name), outcomes[0].error)
         finally:
             client.stopping.set()
             pool.shutdown(cancel_futures=True)
             client.stopping.clear()  # nobody is at work any more, and the client may be wanted again
             shutil.rmtree(raw/".partial", ignore_errors=True)
-        if not closed: bar.update(total - bar.n)  # what was there already
     if closed:
         raise ArchiveError("; ".join(f"{archive} gives nothing any more: {error}" for archive, error in closed.items()) + ". Run this again later; what has arrived is kept.")
 
@@ -1517,6 +1619,7 @@ def _alone(raw:Path):
         with FileLock(raw.with_name(f".{raw.name}.lock"), timeout=0): yield
     except Timeout: raise ArchiveError(f"Another download into {raw} is under way.") from None
 
+# %% ../nbs/02_archives.ipynb #785186d9
 def _split(catalogue:pd.DataFrame, parameters:ArchiveParameters, seed:int) -> pd.DataFrame:
     "The catalogue with block and split; a table of one's own in which nothing can be fitted, for want of spectra or of blocks of sky, is all test."
     try:
@@ -1536,6 +1639,10 @@ def _one_file_each(catalogue:pd.DataFrame):
         raise InvalidInputError(f"Spectrum {spectrum_name(row.plate, row.mjd, row.fiberid)} is wanted from several reductions (run2d), e.g. {row.run2d}: they would take one "
             "another's place. Keep one of them.")
 
+def _check_request(size:int, seed:int):
+    if size < 1: raise InvalidInputError(f"size={size}: cutouts have at least one pixel")
+    if seed < 0: raise InvalidInputError(f"seed={seed}: expected 0 or more")
+
 def _checked_survey(parameters:ArchiveParameters, survey) -> Path | None:
     "The folder that a local server has to serve, or None where the parameters name all services."
     if None not in (parameters.skyserver_url, parameters.sas_url, parameters.ps1_url): return None
@@ -1548,6 +1655,16 @@ def client_for(
 ) -> ArchiveClient:
     "The client that a profile asks for."
     return ArchiveClient(parameters.concurrency, parameters.attempts, parameters.timeout, parameters.wait, parameters.bad_attempts)
+
+def _fetched(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls, progress:bool) -> pd.DataFrame:
+    "Downloads what is missing; returns the catalogue with what became of it, which takes its place in `raw`."
+    (raw/"catalogue.parquet").unlink(missing_ok=True)  # it speaks of files that are about to change
+    _fetch_all(catalogue, size, release, raw, state, client, urls, progress)
+    catalogue = _with_outcomes(catalogue, size, release, state)
+    if not (catalogue.has_spectrum | catalogue.has_images).any():
+        raise ArchiveError(f"Nothing arrived of any galaxy. Most often: {catalogue.status.mode()[0]}. What was wrong lies in {raw/'quarantine'}.")
+    with atomic_path(raw/"catalogue.parquet") as part: catalogue.to_parquet(part, index=False)
+    return catalogue
 
 # %% ../nbs/02_archives.ipynb #b56490e3
 def download(
@@ -1562,9 +1679,9 @@ def download(
     """The catalogue (also raw/catalogue.parquet), with every spectrum and cutout that the archives have in `raw`. An interrupted download goes on
     where it was. Single files that cannot be had are a status in the catalogue; raises `ArchiveError` if there is no catalogue, an archive
     stops to answer or nothing arrives, `MissingInputError` without a survey where one is needed, and what `read_table` raises."""
+    _check_request(size, seed)
     raw, survey, release = Path(raw), _checked_survey(parameters, survey), parameters.release
-    if size < 1: raise InvalidInputError(f"Cutouts of {size} pixels; expected at least 1.")
-    catalogue = read_table(parameters.table) if parameters.table else None
+    catalogue = read_table(parameters.table, release) if parameters.table else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(raw))
         _claim(raw, _source(parameters, survey))
@@ -1573,14 +1690,8 @@ def download(
         if catalogue is None: catalogue = _catalogue(client, urls.skyserver_url, raw, catalogue_query(parameters.n_max, seed))
         catalogue = _split(catalogue, parameters, seed)
         _one_file_each(catalogue)
-        (raw/"catalogue.parquet").unlink(missing_ok=True)  # it speaks of files that are about to change
-        try: _fetch_all(catalogue, size, release, raw, state, client, urls, progress)
+        try: return _fetched(catalogue, size, release, raw, state, client, urls, progress)
         except OSError as error: raise ArchiveError(f"Cannot write to {raw}: {error}. What has arrived is kept; run this again.") from error
-        catalogue = _with_outcomes(catalogue, size, release, state)
-        if not (catalogue.has_spectrum | catalogue.has_images).any():
-            raise ArchiveError(f"Nothing arrived of any galaxy. Most often: {catalogue.status.mode()[0]}. What was wrong lies in {raw/'quarantine'}.")
-        with atomic_path(raw/"catalogue.parquet") as part: catalogue.to_parquet(part, index=False)
-    return catalogue
 
 # %% ../nbs/02_archives.ipynb #25d304cc
 def plot_cutouts(
@@ -1603,6 +1714,19 @@ def plot_cutouts(
     figure.colorbar(shown, ax=axes, shrink=0.75, label="asinh(counts / 3σ)")
     return figure
 
+# %% ../nbs/02_archives.ipynb #2bebbfe5
+def _files_of_survey(survey:Path, table:pd.DataFrame, size:int) -> dict:
+    "Every file of a survey under the name that it gets in raw/: the path and query that it is asked for by, and its content."
+    archive, files = LocalArchive(survey), {}
+    for row in table.itertuples():
+        path = f"/sas/{spectrum_path(row.run2d, row.plate, row.mjd, row.fiberID)}"
+        files[f"spectra/{spectrum_name(row.plate, row.mjd, row.fiberID)}"] = path, (survey/path[1:]).read_bytes()
+        at = dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=str(size), format="fits")
+        for band, name in read_cutout_names(archive.filenames(at)).items():
+            target = httpx.URL("http://archive/cgi-bin/fitscut.cgi", params=cutout_params(row.ra, row.dec, size, name)).raw_path.decode()
+            files[f"cutouts/{row.specObjID}/{band}.fits"] = target, archive.cutout(at | dict(red=name))
+    return files
+
 # %% ../nbs/02_archives.ipynb #54f64a41
 def estimate(
     n_spectra:int,
@@ -1610,9 +1734,11 @@ def estimate(
     size:int,  # side of the cutouts, pixels
     concurrency:int = 8,  # requests at once, per host
     seconds_per_request:float = 1.0,
+    n_lists:int | None = None,  # galaxies that lack a cutout; None: all five
 ) -> dict:
     "Files, requests, GB and hours of a download. Spectra and cutouts come from two hosts at the same time."
-    n_requests = n_cutouts + n_cutouts//len(BANDS)  # and one list for each galaxy
+    ArchiveParameters(concurrency=concurrency)  # refuses what has no sense
+    n_requests = n_cutouts + (n_cutouts//len(BANDS) if n_lists is None else n_lists)
     size_gb = (n_spectra*170e3 + n_cutouts*(4*size**2 + 20e3))/1e9
     return dict(files=n_spectra + n_cutouts, requests=n_spectra + n_requests, gigabytes=round(size_gb, 2),
                 hours=round(max(n_spectra, n_requests)*seconds_per_request/concurrency/3600, 2))
@@ -1620,9 +1746,17 @@ def estimate(
 # %% ../nbs/02_archives.ipynb #c0bb6df0
 def _known_catalogue(parameters:ArchiveParameters, raw:Path, query:str, survey:Path | None) -> pd.DataFrame | None:
     "The catalogue, where it can be had without asking an archive."
-    if parameters.table: return read_table(parameters.table)
+    if parameters.table: return read_table(parameters.table, parameters.release)
     if (kept := _kept_answer(raw, query)).is_file(): return read_skyserver_csv(kept.read_bytes())
     return read_skyserver_csv(_run_query(LocalArchive(survey).spec_obj, query)) if survey else None
+
+def _count_left(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState) -> tuple:
+    "How many files there are in all; and to download how many spectra, how many cutouts, and lists of files for these."
+    n_all = n_spectra = n_cutouts = n_lists = 0
+    for _, spectrum, cutouts in _files(catalogue, size, release):
+        left, lacking = (sum(not _is_kept(raw, state[name], request) for name, request in items.items()) for items in (spectrum, cutouts))
+        n_all, n_spectra, n_cutouts, n_lists = n_all + len(spectrum) + len(cutouts), n_spectra + left, n_cutouts + lacking, n_lists + (lacking > 0)
+    return n_all, n_spectra, n_cutouts, n_lists
 
 # %% ../nbs/02_archives.ipynb #f8d84954
 def plan_download(
@@ -1633,15 +1767,16 @@ def plan_download(
     survey:str | Path | None = None,
 ) -> str:
     "What a download would ask for and how long it would take, in words; changes nothing. Raises what `download` does for its inputs."
+    _check_request(size, seed)
     raw, survey = Path(raw), _checked_survey(parameters, survey)
     catalogue = _known_catalogue(parameters, raw, catalogue_query(parameters.n_max, seed), survey)
-    n_spectra, n_cutouts, n_all, most = parameters.n_max, len(BANDS)*parameters.n_max, (1 + len(BANDS))*parameters.n_max, "at most "
+    left, n_all, most = (parameters.n_max*n for n in (1, len(BANDS), 1)), (1 + len(BANDS))*parameters.n_max, "at most "
     if catalogue is not None:
-        files = [items for _, *both in _files(catalogue, size, parameters.release) for items in both]
+        _one_file_each(catalogue)
         same = _held_source(raw) == _source(parameters, survey) and (raw/"state.sqlite").is_file()
-        with DownloadState(raw/"state.sqlite" if same else ":memory:") as state:
-            left = [name for items in files for name, request in items.items() if not _is_kept(raw, state[name], request)]
-        n_spectra, n_cutouts, n_all, most = sum(n.startswith("spectra/") for n in left), sum(n.startswith("cutouts/") for n in left), sum(map(len, files)), ""
-    plan = estimate(n_spectra, n_cutouts, size, parameters.concurrency)
+        with DownloadState(raw/"state.sqlite" if same else ":memory:") as state: n_all, *left = _count_left(catalogue, size, parameters.release, raw, state)
+        most = ""
+    n_spectra, n_cutouts, n_lists = left
+    plan = estimate(n_spectra, n_cutouts, size, parameters.concurrency, n_lists=n_lists)
     return (f"{most}{n_all:,} files, {n_all - plan['files']:,} of them are there or known to be missing\n{most}{plan['files']:,} to download: {plan['requests']:,} requests, "
             f"{plan['gigabytes']:,} GB, about {plan['hours']:.1f} hours at {parameters.concurrency} requests at once of one second each")

@@ -79,6 +79,7 @@ def download(
     """Download the catalogue, spectra and cutouts of a profile, or of the galaxies in a table.
 
     An interrupted download goes on where it was when called again."""
+    if dry_run and status: raise typer.BadParameter("--dry-run says what is to come and --status what has been; give one of them.")
     chosen, paths = _download_settings(profile, table, set_, data_dir)
     from specpred import archives
     if status: return print(archives.describe_download(paths.raw))

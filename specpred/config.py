@@ -75,16 +75,20 @@ class ArchiveParameters(_Section):
     attempts: int = 6  # how often a busy archive is asked
     bad_attempts: int = 3  # how often a file is asked for that arrives damaged
     wait: tuple[float, float] = (1.0, 30.0)  # first and longest pause between attempts, seconds
-    timeout: float = 60.0  # seconds without a byte after which a request has failed
+    timeout: float = 60.0  # seconds without a byte, or with less than 1 kB a second, after which a request has failed
     split: tuple[float, float, float] = (0.6, 0.2, 0.2)  # train, valid, test as fractions of the galaxies
     block_deg: float = 2.0  # side of the sky blocks that are kept together in one split, degrees
     _limits = dict(n_max=(1, 10**8), concurrency=(1, 256), attempts=(1, 1000), bad_attempts=(1, 1000), wait=(0, 3600), timeout=(0.001, 86_400),
-        split=(0, 1), block_deg=(0.001, 90))
+        split=(0, 1), block_deg=(0.1, 90))
 
     def __post_init__(self):
         super().__post_init__()
         if self.wait[0] > self.wait[1]: raise InvalidInputError(f"wait={self.wait!r}: the first pause is longer than the longest")
-        if not re.fullmatch(r"dr\d{1,3}", self.release): raise InvalidInputError(f"release={self.release!r}: expected a name such as dr17")
+        if not re.fullmatch(r"dr(9|1[0-7])", self.release): raise InvalidInputError(f"release={self.release!r}: expected dr9 to dr17")
+        if abs(sum(self.split) - 1) > 1e-6 or not self.split[0]: raise InvalidInputError(f"split={self.split!r}: expected fractions that add up to 1, the first above 0")
+        for name in ("skyserver_url", "sas_url", "ps1_url"):
+            if not re.fullmatch(r"https?://[^/\s]\S*", getattr(self, name) or "http://none"):
+                raise InvalidInputError(f"{name}={getattr(self, name)!r}: expected None, http://… or https://…")
 
 # %% ../nbs/00_config.ipynb #0f914358
 @dataclass(frozen=True)

@@ -669,7 +669,7 @@ def fit_transform(
     flux:np.ndarray,  # (N, 5, height, width) nJy, training galaxies only
     noise:np.ndarray,  # (N, 5) noise a pixel, nJy
     stretch:str = "asinh",  # one of STRETCHES
-    factor:float = 3.,  # softening of the asinh stretch in units of the band's median noise
+    factor:float = 10.,  # softening of the asinh stretch in units of the band's median noise
 ) -> ImageTransform:
     """The transform whose output has mean 0 and standard deviation 1 per band over these galaxies.
 

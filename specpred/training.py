@@ -435,7 +435,6 @@ def make_loaders(
     progress:bool = True,  # say where the images are kept
 ) -> DataLoaders:
     "The loaders that the profile asks for. Raises `InvalidInputError` for settings that do not go together."
-    if parameters.loader not in ("batches", "fastai"): raise InvalidInputError(f"training.loader is 'batches' or 'fastai', not {parameters.loader!r}")
     if parameters.loader == "fastai":
         if parameters.max_shift: raise InvalidInputError("training.max_shift is for training.loader=batches; fastai's loader does not move images")
         return image_loaders(images, table, transform, parameters.batch_size)

@@ -10,10 +10,10 @@ from astropy.io import fits
 from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
-from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _miniature_survey,
-    _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, losses, open_fits, plan_download, read_cutout_names,
+from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _files_of_survey,
+    _miniature_survey, _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names,
     read_skyserver_csv, read_table, serve, spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
-from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, SpectraParameters
+from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, ProfileError, SpecpredError, SpectraParameters, get_profile
 
 SIZE = 24
 
@@ -23,21 +23,6 @@ def survey(tmp_path_factory):
     folder = tmp_path_factory.mktemp("survey")
     table = _miniature_survey(folder, n_cells=5, per_side=3, stamp=40)
     return folder, table
-
-
-@pytest.fixture(scope="module")
-def expected(survey):
-    "Every file of the survey under the name that it gets in raw/."
-    folder, table = survey
-    archive, files = LocalArchive(folder), {}
-    for row in table.itertuples():
-        name = spectrum_name(row.plate, row.mjd, row.fiberID)
-        files[f"spectra/{name}"] = (folder/"sas"/spectrum_path(row.run2d, row.plate, row.mjd, row.fiberID)).read_bytes()
-        at = dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=str(SIZE), format="fits")
-        for band, stack in read_cutout_names(archive.filenames(at)).items():
-            files[f"cutouts/{row.specObjID}/{band}.fits"] = archive.cutout(at | dict(red=stack))
-    assert len(files) == 46 + 45*5
-    return files
 
 
 def downloaded(raw) -> dict:
@@ -69,8 +54,8 @@ def server():
     made.shutdown(), made.server_close()
 
 
-# 500 galaxies are 3,000 files; SPECPRED_KILLS=20 takes half a minute longer
-N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in (("GALAXIES", 500), ("KILLS", 10)))
+# 500 galaxies are 3,000 files
+N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in (("GALAXIES", 500), ("KILLS", 20)))
 # 10 % of the requests fail; a 404 cannot be told from a lasting one, so that it is none of those that pass
 FAULTY = Faults(passing=0.07, lasting=0.03, seed=11, kinds=FAULTS[:-1], latency=0.05, retry_after=0.05)
 PATIENT = dict(attempts=12, wait=(0.01, 0.05), bad_attempts=8)
@@ -97,14 +82,7 @@ def large(tmp_path_factory):
     "A survey of `N_GALAXIES`, and of each of its files the request for it and its content."
     folder = tmp_path_factory.mktemp("large survey")
     table = _miniature_survey(folder, n_cells=5, per_side=round((N_GALAXIES/5)**0.5), stamp=40)
-    archive, files = LocalArchive(folder), {}
-    for row in table.itertuples():
-        path = f"/sas/{spectrum_path(row.run2d, row.plate, row.mjd, row.fiberID)}"
-        files[f"spectra/{spectrum_name(row.plate, row.mjd, row.fiberID)}"] = path, (folder/path[1:]).read_bytes()
-        at = dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=str(SIZE), format="fits")
-        for band, stack in read_cutout_names(archive.filenames(at)).items():
-            target = httpx.URL("http://archive/cgi-bin/fitscut.cgi", params=cutout_params(row.ra, row.dec, SIZE, stack)).raw_path.decode()
-            files[f"cutouts/{row.specObjID}/{band}.fits"] = target, archive.cutout(at | dict(red=stack))
+    files = _files_of_survey(folder, table, SIZE)
     assert len(files) == 6*len(table) - 5
     return folder, files
 
@@ -317,6 +295,120 @@ def test_an_archive_that_does_not_want_us_is_left_in_peace(large, server, tmp_pa
         assert "Run this again" in str(raised.value)
 
 
+def test_an_archive_that_is_closed_already_for_lists_is_asked_no_more(large, server, tmp_path):
+    asked = []
+    server.answer = lambda handler: (asked.append(handler.path), handler.send(503, Retry_After="86400"))
+    large_table = pd.read_parquet(large[0]/"skyserver/SpecObj.parquet")[["ra", "dec"]]
+    large_table.to_csv(tmp_path/"own.csv", index=False)
+    with pytest.raises(ArchiveError, match="PS1 gives nothing any more: list of files, closed"):
+        download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv", concurrency=2), tmp_path/"raw", SIZE, 1, progress=False)
+    assert len(asked) <= 20
+
+
+def test_an_error_that_nobody_thought_of_costs_one_file(survey, tmp_path, monkeypatch):
+    import specpred.archives
+    check = specpred.archives.check_spectrum
+    def unlucky(content, plate, mjd, fiberid):
+        if fiberid == 3: raise ZeroDivisionError("nobody thought of this")
+        check(content, plate, mjd, fiberid)
+    monkeypatch.setattr(specpred.archives, "check_spectrum", unlucky)
+    catalogue = download(ArchiveParameters(), tmp_path/"raw", SIZE, 1, survey[0], progress=False)
+    assert catalogue.has_spectrum.sum() == 45 and catalogue.has_images.sum() == 45
+    assert catalogue.status[catalogue.fiberid == 3].tolist() == ["spectrum failed (ZeroDivisionError)"]
+
+
+def test_an_answer_that_only_drips_is_given_up(server):
+    def answer(handler):
+        handler.send_response(200), handler.send_header("Content-Length", "1000"), handler.end_headers()
+        try:
+            for _ in range(200): handler.wfile.write(b"x"), time.sleep(0.05)
+        except OSError: handler.close_connection = True
+    server.answer = answer
+    with ArchiveClient(attempts=1, timeout=0.4) as client:
+        with pytest.raises(BusyError, match="slow: "): client.get(f"{server.url}/file")
+        server.answer = lambda handler: (time.sleep(1), handler.send(200, b"x"))
+        with pytest.raises(BusyError, match="ReadTimeout"): client.get(f"{server.url}/file")
+        assert client.get(f"{server.url}/file", timeout=10*client.timeout).content == b"x"  # as the query of the catalogue is
+
+
+def test_what_an_archive_says_is_printed_without_its_control_characters(server, survey, tmp_path):
+    server.answer = lambda handler: handler.send(400, b"no\x1b[2J\r\n\x07\xe2\x80\xaemore")
+    survey[1][["ra", "dec"]].head(2).to_csv(tmp_path/"own.csv", index=False)
+    with pytest.raises(ArchiveError) as raised: download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
+    with DownloadState(tmp_path/"raw/state.sqlite") as state: state.database.execute("UPDATE file SET error = 'so\x1b[31m\nit: goes' WHERE name LIKE '%/g.fits'")
+    said = describe_download(tmp_path/"raw")
+    assert "no [2J more" in said and "so [31m it" in said
+    for text in (said, str(raised.value)): assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_files_that_are_no_longer_right_do_not_stay(survey, tmp_path):
+    table, raw = survey[1][["ra", "dec", "plate", "mjd", "fiberID", "run2d", "specObjID"]].head(3).copy(), tmp_path/"raw"
+    def fetch(urls, **settings):
+        table.to_csv(tmp_path/"own.csv", index=False)
+        return download(ArchiveParameters(**vars(urls), table=f"{tmp_path}/own.csv", wait=(0.01, 0.02), **settings), raw, SIZE, 1, progress=False)
+    with serve(survey[0]) as urls:
+        fetch(urls)
+        table.loc[0, "ra"] += 10  # where PS1 has nothing
+        assert len(downloaded(raw)) == 18 and fetch(urls).has_images.sum() == 2 and len(downloaded(raw)) == 13
+        table.loc[1, "ra"] += 0.3/3600
+        kept, port = downloaded(raw), httpx.URL(urls.sas_url).port
+    assert fetch(urls, attempts=1).has_images.sum() == 1 and downloaded(raw) == kept  # nobody answers, which says nothing about the files
+    with serve(survey[0], port=port, faults=Faults(lasting=1.0, lasting_kinds=("truncated",))): fetch_bad = fetch(urls, bad_attempts=1)
+    assert not fetch_bad.has_images[fetch_bad.specobjid == table.specObjID[1]].any() and len(list((raw/"quarantine").rglob("*.fits"))) == 5 and len(downloaded(raw)) == 8
+    with serve(survey[0], port=port): assert fetch(urls).has_images.sum() == 2
+    assert not [p for p in (raw/"quarantine").rglob("*") if p.is_file()]
+
+
+def test_a_record_of_another_layout_or_a_full_disk_is_said_in_our_words(survey, tmp_path):
+    import sqlite3
+    raw = tmp_path/"raw"
+    download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)
+    with pytest.raises(ArchiveError, match="Cannot use .*state.sqlite: .*readonly"), DownloadState(raw/"state.sqlite") as state:
+        state.database.execute("PRAGMA query_only = 1")
+        state.want([("spectra/a.fits", "a")])
+    for change in ("ALTER TABLE file RENAME COLUMN status TO state", "DROP TABLE file; CREATE TABLE file (x)"):
+        with sqlite3.connect(raw/"state.sqlite") as database: database.executescript(change)
+        database.close()
+        for use in (lambda: describe_download(raw), lambda: download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)):
+            with pytest.raises(DamagedFileError, match="state.sqlite is no record of a download"): use()
+
+
+def test_touched_files_are_read_once(survey, tmp_path, monkeypatch):
+    import hashlib
+    raw, read, digest = tmp_path/"raw", [], hashlib.file_digest
+    download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)
+    for path in raw.rglob("*.fits"): os.utime(path)
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (read.append(1), digest(file, kind))[1])
+    for n in (271, 271):
+        download(ArchiveParameters(), raw, SIZE, 1, survey[0], progress=False)
+        assert len(read) == n
+
+
+def test_the_bar_of_a_download_that_goes_on_starts_where_that_was(survey, tmp_path, monkeypatch):
+    import specpred.archives
+    bars, tqdm = [], specpred.archives.tqdm
+    class Bar(tqdm):
+        def __init__(self, *arguments, **settings): bars.append(self), super().__init__(*arguments, **settings)
+    monkeypatch.setattr(specpred.archives, "tqdm", Bar)
+    for lost in (0, 46):
+        download(ArchiveParameters(), tmp_path/"raw", SIZE, 1, survey[0])
+        with DownloadState(tmp_path/"raw/state.sqlite") as state: state.database.execute("UPDATE file SET status = 'failed' WHERE name LIKE 'spectra/%'")
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 271, 271), (225, 271, 271)]
+
+
+@pytest.mark.parametrize("change", ["archives.wait=1", "archives.wait=5,1", "archives.wait=-1,-2", "archives.attempts=0", "archives.bad_attempts=0", "archives.timeout=-1", "archives.concurrency=0",
+    "archives.concurrency=-4", "images.size=-5", "images.size=0", "archives.n_max=0", "archives.split=0.5,0.5", "archives.block_deg=0", "archives.release=../x", "archives.ps1_url=foo", "seed=-1"])
+def test_a_setting_that_nothing_can_be_downloaded_with_is_named(survey, tmp_path, change):
+    with pytest.raises(ProfileError, match=f"Cannot set {change.partition('=')[0]}="): get_profile("paper", [change])
+
+
+def test_nothing_is_asked_for_with_a_size_or_seed_that_cannot_be(survey, tmp_path):
+    for use in (download, plan_download):
+        for wrong, name in (((0, 1), "size"), ((24, -1), "seed")):
+            with pytest.raises(InvalidInputError, match=f"^{name}="): use(ArchiveParameters(), tmp_path/"raw", *wrong, survey[0])
+    assert not (tmp_path/"raw").exists()
+
+
 def test_what_came_over_the_network_is_never_removed(survey, tmp_path):
     raw = tmp_path/"raw"
     with serve(survey[0]) as urls: download(ArchiveParameters(**vars(urls)), raw, SIZE, 1, progress=False)
@@ -436,13 +528,14 @@ def test_mutated_files_only_ever_raise_our_errors(survey, tmp_path):
 def one_galaxy(**changes) -> bytes:
     "SkyServer's answer with one row, some of it changed."
     columns = [c.split(".")[1].rstrip(",") for c in catalogue_query(1, 1).split() if c[:2] in ("s.", "p.")][:25]
-    row = dict.fromkeys(columns, "1") | dict(specObjID="299489676975171584", plate="266", mjd="51602", fiberID="1", run2d="26", ra="30", dec="5", z="0.1") | changes
+    row = dict.fromkeys(columns, "1") | dict(specObjID="299489676975171584", plate="266", mjd="51602", fiberID="1", run2d="26", ra="30", dec="5", z="0.1", primTarget="64") | changes
     return (",".join(row) + "\n" + ",".join(row.values()) + "\n").encode()
 
 
 @pytest.mark.parametrize("changes", [dict(specObjID="../../x"), dict(specObjID="2.9948967697517158e17"), dict(specObjID="-1"), dict(specObjID=str(2**64)),
-    dict(run2d="../26"), dict(run2d="26/.."), dict(plate="-1"), dict(fiberID="../1"), dict(mjd="1e5"), dict(ra="nan"), dict(dec="-91")])
-def test_names_in_a_catalogue_that_lead_elsewhere_are_refused(changes):
+    dict(run2d="../26"), dict(run2d="26/.."), dict(plate="-1"), dict(fiberID="../1"), dict(mjd="1e5"), dict(ra="nan"), dict(dec="-91"),
+    dict(z="abc"), dict(z="-0.5"), dict(z="7"), dict(z=""), dict(primTarget="8"), dict(petroMag_r="inf")])
+def test_rows_that_lead_elsewhere_or_were_not_asked_for_are_refused(changes):
     assert len(read_skyserver_csv(one_galaxy())) == 1
     with pytest.raises(ArchiveError): read_skyserver_csv(one_galaxy(**changes))
 
@@ -524,6 +617,22 @@ def test_other_sql_gets_skyservers_kind_of_error(survey):
         for sql in ("SELECT TOP 10 * FROM SpecObj", "DROP TABLE SpecObj", catalogue_query(5, 1) + " --", ""):
             answer = httpx.get(f"{urls.skyserver_url}/SkyServerWS/SearchTools/SqlSearch", params=dict(cmd=sql, format="csv"))
             assert answer.status_code == 400 and {"Error Code", "Error Type", "Error Message"} == set(answer.json())
+        good = dict(cmd=catalogue_query(5, 1), format="csv")
+        search = f"{urls.skyserver_url}/SkyServerWS/SearchTools/SqlSearch"
+        for wrong, status in ((dict(good, cmd=good["cmd"].replace("s.z > 0", "s.z > 1.2.3")), 400), (dict(good, cmd=good["cmd"].replace("p.modelMag_g", "s.modelMag_g")), 400),
+                (dict(good, format="json"), 400), (good, 200)):
+            assert httpx.get(search, params=wrong).status_code == status
+        for path in (f"sas/{'x'*400}.fits", f"sas/{'x/'*3000}a", "sas/%00", "cgi-bin/fitscut.cgi?ra=1&dec=1&format=fits&red=/rings.v3.skycell/" + "x"*400 + ".fits", "cgi-bin/ps1filenames.py?ra=٣&dec=nan"):
+            assert httpx.get(f"{urls.sas_url.removesuffix('sas')}{path}").status_code in (400, 404)
+
+
+def test_what_the_local_server_trips_over_is_an_answer_too(survey, tmp_path):
+    import shutil
+    shutil.copytree(survey[0], tmp_path/"survey")
+    for path in (tmp_path/"survey/ps1").rglob("*.fits"): path.write_bytes(b"no FITS")
+    with serve(tmp_path/"survey") as urls:
+        answer = httpx.get(f"{urls.ps1_url}/ps1filenames.py", params=dict(ra=survey[1].ra[0], dec=survey[1].dec[0]))
+        assert answer.status_code == 500 and answer.json()["Error Code"] == 500
 
 
 coordinates = st.tuples(st.floats(0, 359.999), st.floats(-29, 90))
@@ -545,11 +654,23 @@ def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positi
 
 
 @pytest.mark.parametrize("content, named", [("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"), ("ra,dec\n1,2\n3,x\n", "'dec', row 2"), ("ra,dec\n361,2\n", "'ra', row 1"),
-    ("ra,dec,z\n1,2,99\n", "'redshift', row 1"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
+    ("ra,dec,z\n1,2,99\n", "'z', row 1"), ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"), ("RAJ2000,dec\n-9999,2\n", "'RAJ2000', row 1"),
+    ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"), ("ra,dec,fiber\n1,2,9\n", "has fiber, and no column 'plate'"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
     ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1")])
 def test_what_is_wrong_with_a_table_is_said_by_column(tmp_path, content, named):
     (tmp_path/"own.csv").write_text(content)
     with pytest.raises(InvalidInputError, match=named): read_table(tmp_path/"own.csv")
+
+
+def test_missing_measurements_magnitudes_and_hashes_in_a_table_are_what_they_are(tmp_path):
+    def read(text):
+        (tmp_path/"own.csv").write_text(text)
+        return read_table(tmp_path/"own.csv", "dr16")
+    table = read("# of 2026\n#\nra,dec,modelMag_g,z,zwarning,plate,mjd,fiberid,class\n1,2,-9999,-9999.0,-9999,4055,55359,1,SDSS#1\n3,4,17.5,0.1,4,266,51602,2,b\n")
+    assert table.sort_values("ra")[["modelmag_g", "redshift"]].isna().values.tolist() == [[True, True], [False, False]]
+    assert table.sort_values("ra")[["class", "zwarning", "run2d"]].values.tolist() == [["SDSS#1", 0, "v5_13_0"], ["b", 4, "26"]]
+    with pytest.warns(UserWarning, match="'Z' is taken for a magnitude"): assert read("ra,dec,g,r,i,Z\n1,2,13,12,11.5,11.2\n").redshift.isna().all()
+    assert read("ra,dec,g,r,i,z,zspec\n1,2,13,12,11.5,11.2,0.1\n").redshift.tolist() == read("ra,dec,r,z\n1,2,12,0.1\n").redshift.tolist() == [0.1]
 
 
 def test_tables_of_other_kinds_are_refused(tmp_path):
@@ -599,7 +720,7 @@ def test_the_command_line_serves_downloads_and_tells_what_is_missing(survey, tmp
     status, said = specpred("download", "--data-dir", tmp_path, "--status")
     assert status == 0 and "not found" in said and said.count("after 3 requests: truncated") == 3
     for wrong, message in ((["download", "--data-dir", tmp_path/"none", "--status"], "holds no download yet"), (["archive", "serve", tmp_path], "holds no survey"),
-            (["download", "--table", tmp_path/"none.csv", "--dry-run"], "There is no table"), (["archive", "serve", survey[0], "--faults", "rain=1"], "no setting of faults")):
+            (["download", "--table", tmp_path/"none.csv", "--dry-run"], "There is no table"), (["download", "--dry-run", "--set", "archives.concurrency=0"], "archives.concurrency=0"), (["archive", "serve", survey[0], "--faults", "rain=1"], "no setting of faults")):
         status, said = specpred(*wrong)
         assert status.startswith("error: ") and message in status and "\n" not in status and not said
     done = subprocess.run([*command[:4], "download", "--status", "--profile", "smok"], capture_output=True, text=True)
@@ -612,6 +733,40 @@ def test_any_answer_to_a_query_is_read_or_refused(content):
     for read in (read_skyserver_csv, read_cutout_names):
         try: read(content)
         except SpecpredError as error: assert str(error)
+
+
+CELLS = st.one_of(st.sampled_from(["", "-1", "0", "-9999", "nan", "inf", "-inf", "null", "1e400", "99999999999999999999999", "0x10", "1_0", "٣", "../x", "a,b", '"', "'", "#", "\n",
+    "\x00", "1;2", "10:20:30", "<b>", "26", "v5_7_0", "2.5"]), st.floats(-400, 400).map(str), st.integers(-10, 2**64).map(str), st.text(max_size=6))
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_catalogue_with_any_cells_is_sound_or_refused(tmp_path_factory, data):
+    "A good table of three rows, of which a few cells or names of columns are anything."
+    names, *rows = (line.split(",") for line in (one_galaxy() + b"".join(one_galaxy(specObjID=str(k), fiberID=str(k)).split(b"\n")[1] + b"\n" for k in (7, 8))).decode().splitlines())
+    lines = [names, *rows]
+    for _ in range(data.draw(st.integers(1, 3))): lines[data.draw(st.integers(0, 3))][data.draw(st.integers(0, len(names) - 1))] = data.draw(CELLS)
+    content = "".join(",".join(line) + "\n" for line in lines).encode("utf-8", "surrogatepass")
+    path = tmp_path_factory.getbasetemp()/"cells.csv"
+    path.write_bytes(content)
+    for read, low, high in ((read_skyserver_csv, 0, 0.360001), (lambda _: read_table(path), -0.1, 12)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                table = read(content)
+        except SpecpredError as error: assert str(error)
+        else:
+            assert table.specobjid.dtype == np.uint64 and table.specobjid.is_unique and 0 < len(table) <= 3
+            assert table.ra.between(0, 360).all() and table.dec.between(-90, 90).all() and table.redshift.dropna().between(low, high).all()
+            assert table.run2d.str.fullmatch(r"([0-9]{2,3}|v[0-9]+(_[0-9]+){1,2})?").all() and not np.isinf(table.select_dtypes(float)).any().any()
+            for row in table[table.plate > 0].itertuples(): assert spectrum_path(row.run2d, row.plate, row.mjd, row.fiberid).count("/") == 8
+            if low == 0: assert (table.redshift > 0).all() and (table.primtarget & 70).all() and (table.plate > 0).all()
+
+
+def test_more_rows_than_asked_for_are_refused(server):
+    server.answer = lambda handler: handler.send(200, one_galaxy() + one_galaxy(specObjID="7").split(b"\n")[1] + b"\n")
+    with ArchiveClient(bad_attempts=1) as client:
+        assert fetch_catalogue(client, server.url, catalogue_query(2, 1))
+        with pytest.raises(ArchiveError, match="2 rows, asked for 1 at most"): fetch_catalogue(client, server.url, catalogue_query(1, 1))
 
 
 @settings(max_examples=30, deadline=None)

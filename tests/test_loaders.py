@@ -214,4 +214,4 @@ def test_loaders_of_what_does_not_fit_are_refused(sample):
 
 def test_wrong_settings_of_the_loader_are_refused(sample):
     with pytest.raises(InvalidInputError, match="max_shift"): make_loaders(*sample, TrainingParameters(loader="fastai", max_shift=1))
-    with pytest.raises(InvalidInputError, match="loader='torch': expected one of batches, fastai"): make_loaders(*sample, TrainingParameters(loader="torch"))
+    with pytest.raises(InvalidInputError, match="loader='torch': expected one of batches, fastai"): TrainingParameters(loader="torch")
