@@ -805,6 +805,7 @@ def build_store(
         group.attrs["crc32c"] = {name: _checksum(array) for name, array in group.arrays()}
     return left_out
 
+# %% ../nbs/04_spectra.ipynb #b50a8252
 def _checksum(array) -> int:
     "CRC-32C of an array's numbers, row by row, in memory or on disk."
     value = 0
