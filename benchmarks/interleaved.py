@@ -23,11 +23,13 @@ def arguments(description, repeats):
 
 
 def medians(steps, chosen):
-    "Median seconds of each of the functions `steps`, a dict, timed in turn after one round to warm up."
+    "Median seconds of each of the functions `steps`, a dict, timed in turn after one round to warm up; every round begins with another one."
     clock = time.process_time if chosen.cpu_time else time.perf_counter
     seconds = {name: [] for name in steps}
     for turn in tqdm(range(chosen.repeats + 1), leave=False):
-        for name, step in steps.items():
+        order = list(steps.items())
+        order = order[turn % len(order):] + order[:turn % len(order)]
+        for name, step in order:
             start = clock()
             step()
             if chosen.device != "cpu": torch.accelerator.synchronize()

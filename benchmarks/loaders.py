@@ -12,6 +12,7 @@ from fastai.basics import ColReader, ColSplitter, DataBlock, RegressionBlock
 from fastai.vision.augment import Dihedral, aug_transforms
 from galaxies import galaxies
 from interleaved import medians, setting, write
+from memory import peak_memory
 from specpred.images import _COLUMNS, Augmentation, GrizyImage, _columns_checksum, augment, fit_transform, open_images, pack_arrays
 from specpred.training import batch_loaders, grizyImageBlock, target_columns
 
@@ -51,14 +52,13 @@ def rate(loader):
     return len(loader)*loader.bs/(time.perf_counter() - start)
 
 
-def peak_memory(folder, n):
-    "Run in a process of its own: peak memory of an epoch of streaming, MB."
+def memory_of_an_epoch(folder, n):
+    "Run in a process of its own: prints the peak memory of an epoch of streaming, MB."
     images = open_images(folder)
     table = pd.DataFrame({"specobjid": images.specobjid[:n], "split": np.where(np.arange(n) < 2, "valid", "train")} | {f"target_{k}": np.zeros(n, "f4") for k in range(1, 7)})
     loaders = batch_loaders(images, table, fit_transform(images.flux[:64], images.noise[:64]), 64, keep=False, device="cpu")
     epoch(loaders.train)
-    # not getrusage, which counts the memory of the process that started this one
-    print(next(int(line.split()[1])//1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+    print(peak_memory())
 
 
 def repeat_shards(store, times):
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     chosen.device, chosen.cpu_time, chosen.bf16, chosen.compile = "cpu", False, False, False
     torch.set_num_threads(chosen.threads)
-    if chosen.memory_of: peak_memory(chosen.memory_of, chosen.galaxies), sys.exit()
+    if chosen.memory_of: memory_of_an_epoch(chosen.memory_of, chosen.galaxies), sys.exit()
     if chosen.quick: chosen.galaxies, chosen.repeats, chosen.workers = 384, 1, [2]
     rates, workers = measure_rates(chosen)
     rows = ["| images/s (and times fastai) | no augmentation | flips and turns | flips, turns, rotations |", "|---|---|---|---|"]

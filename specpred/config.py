@@ -110,7 +110,7 @@ class SpectraParameters(_Section):
     error: str = "propagated"  # error of a bin: "propagated", or "published" (mean error of its native pixels)
     bad_bits: tuple[str, ...] = ()  # names of SDSS mask bits whose pixels are discarded, e.g. "BRIGHTSKY"
     extinction: str = "none"  # law of the Milky Way's extinction to correct for: "none", "F99" or "CCM89"
-    min_error: float = 0.125  # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom
+    min_error: float = 0.125  # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom; becomes 0.25 with error=published
     max_missing: float = 0.5  # a spectrum with a larger fraction of missing bins is left out
     _limits = dict(n_bins=(10, 100_000), loglam0=(3, 4.5), dloglam=(1e-6, 0.1), n_components=(1, 1000), n_iter=(1, 10_000), error={"propagated", "published"},
         extinction={"none", "F99", "CCM89"}, min_error=(0, 1e6), max_missing=(0, 1))
@@ -253,6 +253,10 @@ def get_profile(
         try: changed = dataclasses.replace(owner, **{setting: _parse(value.strip(), getattr(owner, setting), key)})
         except InvalidInputError as error: raise ProfileError(f"Cannot set {section}.{error}.") from error
         profile = dataclasses.replace(profile, **{section: changed}) if dot else changed
+    told = {text.partition("=")[0].strip() for text in overrides}
+    if "spectra.error" in told and "spectra.min_error" not in told:  # published errors are twice as large
+        least = dict(propagated=0.125, published=0.25)[profile.spectra.error]
+        profile = dataclasses.replace(profile, spectra=dataclasses.replace(profile.spectra, min_error=least))
     if profile.seed < 0: raise ProfileError(f"Cannot set seed={profile.seed}: expected 0 or more.")
     # galaxies lie up to a sixteenth of a stamp off its centre
     if profile.mock.n_galaxies and profile.images.size > (largest := profile.mock.stamp_size*7//8):
@@ -387,7 +391,7 @@ STAGES = {s.name: s for s in (
     Stage("03_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
     Stage("04_spectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
     Stage("04a_lines", ("spectra",), ("spectra",), ("lines",)),
-    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_search", "vae_history", "latents")),
+    Stage("05_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"), ("vae", "vae_history", "latents")),
     Stage("06_deconv", (), ("images",)),
     Stage("07_models", ("training", "images")),
     Stage("08_training", ("training",), ("images", "vae", "latents"), ("models",)),

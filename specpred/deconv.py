@@ -4,10 +4,11 @@
 
 # %% ../nbs/06_deconv.ipynb #d33aac5b
 from __future__ import annotations
-import math
+import math, warnings
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
+from fastcore.basics import patch
 from .config import InvalidInputError
 
 # %% auto #0
@@ -59,12 +60,12 @@ def inverse_square_root(
     n_iter:int=5,  # Newton–Schulz steps
 ) -> Tensor:  # (…, F, F)
     """Approximate $C^{-1/2}$ of covariances by Newton–Schulz steps, differentiable; only the symmetric part of the gradient is
-    returned. Raises `InvalidInputError` for matrices that are not square or for fewer than one step. Source: Higham (2008),
+    returned. A matrix of zeros has none, and gives NaN. Raises `InvalidInputError` for matrices that are not square or for fewer than one step. Source: Higham (2008),
     *Functions of Matrices*, eq. 6.35; Ye et al. (2020), section 3."""
     if cov.dim() < 2 or cov.shape[-1] != cov.shape[-2] or n_iter < 1:
         raise InvalidInputError(f"Need square matrices (…, F, F) and n_iter ≥ 1, got shape {tuple(cov.shape)} and n_iter={n_iter}.")
     norm = torch.linalg.matrix_norm(cov, keepdim=True)
-    A = (cov/norm).view(-1, *cov.shape[-2:])
+    A = (cov/norm).reshape(-1, *cov.shape[-2:])
     return _NewtonSchulz.apply(A, n_iter).view_as(cov)/norm.sqrt()
 
 # %% ../nbs/06_deconv.ipynb #e61010e2
@@ -141,80 +142,103 @@ class _Whitening:
         layer = f"{type(self).__name__} {self.name!r}" if self.name else f"{type(self).__name__}({self.extra_repr()})"
         raise InvalidInputError(f"{layer}: {problem}")
 
-    def _finite(self, x):
-        "Whether the batch can be averaged in; raises `InvalidInputError` if not."
-        if x.numel() == 0: self._fail(f"a batch of shape {tuple(x.shape)} has no statistics.")
-        finite = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
-        if not torch.compiler.is_compiling() and not finite:
-            self._fail(f"the input holds {int((~x.isfinite()).sum())} NaN or infinite values of {x.numel()}. The running "
-                "statistics were left as they were. Look for bad pixels in the batch or, in a deeper layer, for too large a "
-                "learning rate.")
-        return finite
+    def _check(self, x, fits, expected):
+        "Raises `InvalidInputError` unless the shape `fits`, there is something in it, and it holds real numbers."
+        if not fits: self._fail(f"expected {expected}, got shape {tuple(x.shape)}.")
+        if not x.is_floating_point(): self._fail(f"expected floating-point numbers, got {x.dtype}; convert the input with .float().")
+        if self.training and x.numel() == 0: self._fail(f"a batch of shape {tuple(x.shape)} has no statistics.")
 
-    def _average(self, finite, momentum, **statistics):
-        "Moves the running buffers towards the batch's `statistics`."
+    def _average(self, usable, momentum, **statistics):
+        "Moves the running buffers towards the batch's `statistics` where those are `usable`."
         for name, value in statistics.items():
             running = getattr(self, name)
             value = value.detach().view_as(running).to(running.dtype)
-            running.lerp_(torch.where(finite, value, running), momentum)
+            running.lerp_(torch.where(usable, value, running), momentum)
 
-def _check_sizes(eps, **sizes):
-    "Raises `InvalidInputError` unless `eps` and all sizes, integers or pairs of them, are positive."
-    if not eps > 0: raise InvalidInputError(f"eps must be positive, got {eps!r}.")
+# %% ../nbs/06_deconv.ipynb #70ce1c86
+@patch
+def _usable(self:_Whitening, x, deconv, frozen=None):
+    "Whether input and whitening matrix can be averaged in; raises `InvalidInputError` for those that are spoilt, if it is not being compiled."
+    usable = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite() & (deconv.detach().diagonal(dim1=-2, dim2=-1) > 0).all()
+    if not torch.compiler.is_compiling() and not usable:
+        bad = int((~x.isfinite()).sum())
+        problem = f"the input holds {bad} NaN or infinite values of {x.numel()}" if bad else (
+            f"the input has no covariance in {deconv.dtype}: its values reach {x.detach().abs().max().item():.3g}")
+        self._fail(f"{problem}. The running statistics were left as they were. Look for bad pixels in the batch or, in a deeper "
+            "layer, for too large a learning rate.")
+    return usable if frozen is None else usable & ~frozen
+
+# %% ../nbs/06_deconv.ipynb #710a0ed5
+def _check_sizes(eps, momentum, **sizes):
+    "Raises `InvalidInputError` unless `eps` and all sizes are positive, the sizes integers, and `momentum` is between 0 and 1."
+    if not isinstance(eps, (int, float)) or not 0 < eps < math.inf: raise InvalidInputError(f"eps must be a positive number, got {eps!r}.")
+    if not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1: raise InvalidInputError(f"momentum must be between 0 and 1, got {momentum!r}.")
     for name, size in sizes.items():
-        if not all(isinstance(s, int) and s > 0 for s in (size if isinstance(size, tuple) else (size,))):
-            raise InvalidInputError(f"{name} must be a positive integer, got {size!r}.")
+        if not isinstance(size, int) or size < 1: raise InvalidInputError(f"{name} must be a positive integer, got {size!r}.")
+
+def _pair(name, value, least=1):
+    "`value`, an integer or two of them, as a pair."
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise InvalidInputError(f"{name} must be an integer from {least} on, or two of them, got {value!r}.")
+    return pair
+
+def _common_block(block, n):
+    "The largest number of channels or features up to `block` that the published layers take: the greatest common divisor with `n`."
+    block = min(block, n)
+    common = math.gcd(block, n)
+    if common == 1 < block: warnings.warn(f"block={block} and {n} channels have no common divisor: each is whitened alone, with one common covariance.", stacklevel=3)
+    return common
 
 # %% ../nbs/06_deconv.ipynb #4485e420
 class FastDeconv(_Whitening, nn.Conv2d):
     """Convolution of whitened patches, $y = W C^{-1/2}(x - \\mu) + b$, with the mean $\\mu$ and covariance $C$ of the patches of
     the batch in training and their running averages in evaluation. Takes (N, C, H, W) to (N, out_channels, H', W') as
     `nn.Conv2d` does. Under autocast the statistics stay in float32; under `DistributedDataParallel` each process uses its own
-    batch, and the buffers are those of rank 0, as for batch normalisation. Raises `InvalidInputError` for wrong shapes and for
-    NaN in training. Source: Ye et al. (2020)."""
+    batch, and the buffers are those of rank 0, as for batch normalisation. Raises `InvalidInputError` for wrong shapes, for integers, and in
+    training for NaN and overflow. Source: Ye et al. (2020)."""
     def __init__(self,
         in_channels:int, out_channels:int, kernel_size, stride=1, padding=0, dilation=1,  # as `nn.Conv2d`
         groups:int=1, bias:bool=True,  # likewise
         eps:float=1e-5,  # added to the diagonal of the covariance
         n_iter:int=5,  # Newton–Schulz steps
         momentum:float=0.1,  # of the running averages
-        block:int=64,  # channels that are whitened together; their greatest common divisor where it does not divide `in_channels`
+        block:int=64,  # channels whitened together; where it does not divide `in_channels`, their greatest common divisor; with `groups` those of a group
         sampling_stride:int=3,  # patches are sampled this many convolution strides apart
-        freeze:bool=False,  # stop updating after `freeze_iter` training steps
+        freeze:bool=False,  # use the averages and leave them alone after `freeze_iter` training steps; their count is not saved with the weights
         freeze_iter:int=100,
     ):
-        _check_sizes(eps, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
-                     dilation=dilation, groups=groups, n_iter=n_iter, block=block, sampling_stride=sampling_stride,
-                     freeze_iter=freeze_iter)
-        if isinstance(padding, str): raise InvalidInputError(f"padding must be a number of pixels, got {padding!r}.")
+        _check_sizes(eps, momentum, in_channels=in_channels, out_channels=out_channels, groups=groups, n_iter=n_iter, block=block,
+                     sampling_stride=sampling_stride, freeze_iter=freeze_iter)
         if in_channels % groups or out_channels % groups:
             raise InvalidInputError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}.")
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(in_channels, out_channels, _pair("kernel_size", kernel_size), _pair("stride", stride), _pair("padding", padding, 0),
+                         _pair("dilation", dilation), groups, bias)
         self.eps, self.n_iter, self.momentum, self.sampling_stride = eps, n_iter, momentum, sampling_stride
-        self.freeze, self.freeze_iter, self.counter = freeze, freeze_iter, 0
-        self.block = in_channels//groups if groups > 1 else math.gcd(min(block, in_channels), in_channels)
+        self.freeze, self.freeze_iter = freeze, freeze_iter
+        self.block = in_channels//groups if groups > 1 else _common_block(block, in_channels)
         self.num_features = self.block*math.prod(self.kernel_size)
         eye = torch.eye(self.num_features)
         self.register_buffer("running_mean", torch.zeros(groups*self.num_features))
         self.register_buffer("running_deconv", eye if groups == 1 else eye.repeat(groups, 1, 1))
-
-    def forward(self, x:Tensor) -> Tensor:
-        _check_images(self, x)
-        if self.training and not _frozen(self):
-            finite = self._finite(x)
-            mean, deconv = _patch_whitening(self, x)
-            self._average(finite, self.momentum, running_mean=mean, running_deconv=deconv)
-        else: mean, deconv = self.running_mean, self.running_deconv
-        weight, bias = _deconvolved(self, mean, deconv)
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), self.stride, self.padding, self.dilation, self.groups)
-
-    def plain(self) -> tuple[Tensor, Tensor]:
-        "Weight and bias of the plain convolution that the layer is in evaluation."
-        return _deconvolved(self, self.running_mean, self.running_deconv)
+        if freeze: self.register_buffer("counter", torch.tensor(0), persistent=False)  # the published files do not have it
 
     def extra_repr(self):
         ours = f"eps={self.eps}, n_iter={self.n_iter}, block={self.block}, sampling_stride={self.sampling_stride}"
         return f"{super().extra_repr()}, {ours}"
+
+# %% ../nbs/06_deconv.ipynb #8cab99cb
+@patch
+def forward(self:FastDeconv, x:Tensor) -> Tensor:
+    _check_images(self, x)
+    mean, deconv = _training_statistics(self, x) if self.training else (self.running_mean, self.running_deconv)
+    weight, bias = _deconvolved(self, mean, deconv)
+    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), self.stride, self.padding, self.dilation, self.groups)
+
+@patch
+def plain(self:FastDeconv) -> tuple[Tensor, Tensor]:
+    "Weight and bias of the plain convolution that the layer is in evaluation."
+    return _deconvolved(self, self.running_mean, self.running_deconv)
 
 # %% ../nbs/06_deconv.ipynb #82a91d0b
 def _patch_whitening(layer, x):
@@ -238,17 +262,25 @@ def _deconvolved(layer, mean, deconv):
         weight = W.unflatten(1, (-1, n_blocks)).transpose(2, 3).reshape(layer.weight.shape)
         return weight, bias if layer.bias is None else layer.bias + bias
 
-# %% ../nbs/06_deconv.ipynb #e10764c5
+# %% ../nbs/06_deconv.ipynb #c978b900
+def _training_statistics(layer, x):
+    "Mean and whitening matrix of a training batch, after averaging them in; the averages themselves while the layer is frozen."
+    mean, deconv = _patch_whitening(layer, x)
+    frozen = _frozen(layer) if layer.freeze else None
+    layer._average(layer._usable(x, deconv, frozen), layer.momentum, running_mean=mean, running_deconv=deconv)
+    if frozen is None: return mean, deconv
+    return [torch.where(frozen, getattr(layer, name).view_as(value).to(value.dtype, copy=True), value)
+            for name, value in (("running_mean", mean), ("running_deconv", deconv))]
+
 def _frozen(layer):
     "Whether a layer with `freeze` has had its training steps; it thaws again after nine times as many, as the published one does."
-    if not layer.freeze: return False
-    frozen, layer.counter = layer.counter > layer.freeze_iter, (layer.counter + 1) % (10*layer.freeze_iter)
+    frozen = layer.counter > layer.freeze_iter
+    layer.counter.copy_((layer.counter + 1) % (10*layer.freeze_iter))
     return frozen
 
 def _check_images(layer, x):
     "Raises `InvalidInputError` unless `x` is a batch of images that the layer can take."
-    if x.dim() != 4 or x.shape[1] != layer.in_channels:
-        layer._fail(f"expected images (N, {layer.in_channels}, H, W), got shape {tuple(x.shape)}.")
+    layer._check(x, x.dim() == 4 and x.shape[1] == layer.in_channels, f"images (N, {layer.in_channels}, H, W)")
     for size, padding, dilation, kernel in zip(x.shape[2:], layer.padding, layer.dilation, layer.kernel_size):
         if size + 2*padding < dilation*(kernel - 1) + 1:
             layer._fail(f"the kernel spans {dilation*(kernel - 1) + 1} pixels, more than images {x.shape[2]} × {x.shape[3]} "
@@ -259,14 +291,14 @@ class ChannelDeconv(_Whitening, nn.Module):
     """Whitens blocks of channels, $y = C^{-1/2}(x - \\mu)$, where $C$ is the (not centred) second moment of the channels of a
     block. Channels beyond the last whole block are standardised by one common mean and variance. Takes (N, C) or (N, C, H, W)
     to the same shape. The running statistics begin with those of the first batch. Raises `InvalidInputError` for fewer channels than `block`,
-    and for NaN in training. Source: Ye et al. (2020)."""
+    for integers, and in training for NaN and overflow. Source: Ye et al. (2020)."""
     def __init__(self,
         block:int,  # channels that are whitened together
         eps:float=1e-2, n_iter:int=5, momentum:float=0.1,  # as `FastDeconv`
         sampling_stride:int=3,  # every sampling_stride²-th pixel enters the statistics
     ):
         super().__init__()
-        _check_sizes(eps, block=block, n_iter=n_iter, sampling_stride=sampling_stride)
+        _check_sizes(eps, momentum, block=block, n_iter=n_iter, sampling_stride=sampling_stride)
         self.block, self.eps, self.n_iter, self.momentum, self.sampling_stride = block, eps, n_iter, momentum, sampling_stride
         self.register_buffer("running_mean1", torch.zeros(block, 1))
         self.register_buffer("running_deconv", torch.eye(block))
@@ -277,8 +309,7 @@ class ChannelDeconv(_Whitening, nn.Module):
     def extra_repr(self): return f"block={self.block}, eps={self.eps}, n_iter={self.n_iter}, sampling_stride={self.sampling_stride}"
 
     def forward(self, x:Tensor) -> Tensor:
-        if x.dim() not in (2, 4) or x.shape[1] < self.block:
-            self._fail(f"expected (N, C) or (N, C, H, W) with C ≥ {self.block}, got shape {tuple(x.shape)}.")
+        self._check(x, x.dim() in (2, 4) and x.shape[1] >= self.block, f"(N, C) or (N, C, H, W) with C ≥ {self.block}")
         whole = x.shape[1]//self.block*self.block
         every = self.sampling_stride**2 if min(x.shape[2:], default=0) >= self.sampling_stride else 1
         with torch.autocast(x.device.type, enabled=False):
@@ -289,40 +320,41 @@ class ChannelDeconv(_Whitening, nn.Module):
             rest = ((rest - mean2)/(var + self.eps).sqrt()).view(x.shape[0], -1, *x.shape[2:])
         return torch.cat([X, rest], 1).to(x.dtype)
 
-    def _statistics(self, x, X, rest):
-        "Mean and whitening matrix of the blocks, mean and variance of the remaining channels."
-        if not self.training: return self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
-        finite = self._finite(x)
-        identity = torch.eye(self.block, dtype=X.dtype, device=X.device)
-        mean, deconv = X.mean(1, keepdim=True), inverse_square_root(X @ X.T/X.shape[1] + self.eps*identity, self.n_iter)
-        mean2, var = (rest.mean(), rest.var()) if rest.numel() > 1 else (self.running_mean2, self.running_var)
-        first = (self.num_batches_tracked == 0).to(X.dtype)
-        self._average(finite, first + (1 - first)*self.momentum,
-                      running_mean1=mean, running_deconv=deconv, running_mean2=mean2, running_var=var)
-        self.num_batches_tracked += 1
-        return mean, deconv, mean2, var
+# %% ../nbs/06_deconv.ipynb #5f31a2df
+@patch
+def _statistics(self:ChannelDeconv, x, X, rest):
+    "Mean and whitening matrix of the blocks, mean and variance of the remaining channels."
+    if not self.training: return self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
+    identity = torch.eye(self.block, dtype=X.dtype, device=X.device)
+    mean, deconv = X.mean(1, keepdim=True), inverse_square_root(X @ X.T/X.shape[1] + self.eps*identity, self.n_iter)
+    mean2, var = (rest.mean(), rest.var()) if rest.numel() > 1 else (self.running_mean2, self.running_var)
+    first = (self.num_batches_tracked == 0).to(X.dtype)
+    # a variance beyond the largest number spoils the check's input too
+    self._average(self._usable(x, torch.where(var.isfinite(), deconv, 0)), first + (1 - first)*self.momentum,
+                  running_mean1=mean, running_deconv=deconv, running_mean2=mean2, running_var=var)
+    self.num_batches_tracked += 1
+    return mean, deconv, mean2, var
 
 # %% ../nbs/06_deconv.ipynb #fc8ba802
 class Delinear(_Whitening, nn.Linear):
     """Linear layer on whitened features, $y = W C^{-1/2}(x - \\mu) + b$, with blocks of `block` neighbouring features that share one
-    mean and covariance. Takes (…, in_features) to (…, out_features). Raises `InvalidInputError` for wrong shapes
-    and for NaN in training. Source: Ye et al. (2020)."""
+    mean and covariance. Takes (…, in_features) to (…, out_features). Raises `InvalidInputError` for wrong shapes, for integers,
+    and in training for NaN and overflow. Source: Ye et al. (2020)."""
     def __init__(self,
         in_features:int, out_features:int, bias:bool=True,  # as `nn.Linear`
         eps:float=1e-5, n_iter:int=5, momentum:float=0.1,  # as `FastDeconv`
         block:int=512,  # features that are whitened together; their greatest common divisor where it does not divide `in_features`
     ):
-        _check_sizes(eps, in_features=in_features, out_features=out_features, n_iter=n_iter, block=block)
+        _check_sizes(eps, momentum, in_features=in_features, out_features=out_features, n_iter=n_iter, block=block)
         super().__init__(in_features, out_features, bias)
-        self.eps, self.n_iter, self.momentum, self.block = eps, n_iter, momentum, math.gcd(min(block, in_features), in_features)
+        self.eps, self.n_iter, self.momentum, self.block = eps, n_iter, momentum, _common_block(block, in_features)
         self.register_buffer("running_mean", torch.zeros(self.block))
         self.register_buffer("running_deconv", torch.eye(self.block))
 
     def extra_repr(self): return f"{super().extra_repr()}, eps={self.eps}, n_iter={self.n_iter}, block={self.block}"
 
     def forward(self, x:Tensor) -> Tensor:
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            self._fail(f"expected (…, {self.in_features}), got shape {tuple(x.shape)}.")
+        self._check(x, x.dim() > 0 and x.shape[-1] == self.in_features, f"(…, {self.in_features})")
         mean, deconv = self._statistics(x) if self.training else (self.running_mean, self.running_deconv)
         with torch.autocast(x.device.type, enabled=False):
             W = self.weight.to(deconv.dtype).view(-1, self.block) @ deconv
@@ -330,11 +362,13 @@ class Delinear(_Whitening, nn.Linear):
             if self.bias is not None: bias = bias + self.bias
         return F.linear(x, W.view_as(self.weight).to(x.dtype), bias.to(x.dtype))
 
-    def _statistics(self, x):
-        finite = self._finite(x)
-        with torch.autocast(x.device.type, enabled=False):
-            X = x.reshape(-1, self.block).to(torch.promote_types(x.dtype, torch.float32))
-            mean, identity = X.mean(0), torch.eye(self.block, dtype=X.dtype, device=X.device)
-            deconv = inverse_square_root((X - mean).T @ (X - mean)/len(X) + self.eps*identity, self.n_iter)
-        self._average(finite, self.momentum, running_mean=mean, running_deconv=deconv)
-        return mean, deconv
+# %% ../nbs/06_deconv.ipynb #9718e6e2
+@patch
+def _statistics(self:Delinear, x):
+    "Mean and whitening matrix of a training batch, after averaging them in."
+    with torch.autocast(x.device.type, enabled=False):
+        X = x.reshape(-1, self.block).to(torch.promote_types(x.dtype, torch.float32))
+        mean, identity = X.mean(0), torch.eye(self.block, dtype=X.dtype, device=X.device)
+        deconv = inverse_square_root((X - mean).T @ (X - mean)/len(X) + self.eps*identity, self.n_iter)
+    self._average(self._usable(x, deconv), self.momentum, running_mean=mean, running_deconv=deconv)
+    return mean, deconv

@@ -22,8 +22,8 @@ from .config import DamagedFileError, InvalidInputError, MissingInputError, atom
 # %% auto #0
 __all__ = ['BANDS', 'PIXEL_SCALE', 'COUNT_NJY', 'SHARD', 'STRETCHES', 'counts_to_njy', 'Cutout', 'read_cutout', 'central_crop',
            'Galaxy', 'read_galaxy', 'composite', 'GrizyImage', 'sky_statistics', 'aperture_magnitudes', 'storage_scale',
-           'check_images', 'pack_images', 'append_images', 'pack_arrays', 'find_rows', 'ImageStore', 'open_images',
-           'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Augmentation', 'augment']
+           'check_images', 'pack_images', 'append_images', 'pack_arrays', 'find_rows', 'usable_cores', 'ImageStore',
+           'open_images', 'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Augmentation', 'augment']
 
 # %% ../nbs/03_images.ipynb #6d7afe45
 BANDS = "grizy"
@@ -50,7 +50,9 @@ class Cutout:
 def read_cutout(
     path:str | os.PathLike,  # a FITS image, linear or asinh-compressed
 ) -> Cutout:
-    "Reads one FITS cutout. Raises `DamagedFileError` for anything that is not a two-dimensional image with an exposure time."
+    """Reads one FITS cutout.
+
+    Raises `MissingInputError` where there is no file, and `DamagedFileError` for anything that is not a two-dimensional image with an exposure time."""
     try:
         with open_fits(path) as hdus:
             hdu = next(h for h in hdus if h.header.get("NAXIS", 0) == 2 and h.is_image)
@@ -58,7 +60,7 @@ def read_cutout(
             exptime = float(header["EXPTIME"])
             counts = linear_counts(values, header)
             band = str(header.get("FILTER", header.get("HIERARCH FPA.FILTER", header.get("FPA.FILTERID", "")))).strip()[:1] or None
-    except FileNotFoundError: raise
+    except FileNotFoundError: raise MissingInputError(f"there is no cutout {path}") from None
     except Exception as error: raise DamagedFileError(f"{path} is not a readable FITS cutout: {type(error).__name__}: {error}") from None
     if not (np.isfinite(exptime) and exptime > 0): raise DamagedFileError(f"{path}: EXPTIME is {exptime}, expected seconds > 0")
     mask = ~np.isfinite(counts)
@@ -179,18 +181,19 @@ def _create_store(folder:Path, n:int, size:int, dtype:str):
     group = zarr.open_group(folder, mode="w", zarr_format=3)
     flux = group.create_array("flux", shape=(n, 5, size, size), dtype=dtype, chunks=(1, 5, size, size), shards=(SHARD, 5, size, size),
         compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), zarr.codecs.Crc32cCodec()],
-        dimension_names=("galaxy", "band", "y", "x"), config={"write_empty_chunks": True})
+        dimension_names=("galaxy", "band", "y", "x"))
     flux.attrs.update(unit="nJy", bands=BANDS, comment="multiply by scale(galaxy, band)")
     for name, (kind, row, fill) in _COLUMNS.items():
         group.create_array(name, shape=(n, *row), dtype=kind, fill_value=fill, dimension_names=("galaxy", "band")[:1 + len(row)])
     group.attrs.update(bands=BANDS, unit="nJy", pixel_scale_arcsec=PIXEL_SCALE, size=size, problems={}, shards={})
     return group
 
-# %% ../nbs/03_images.ipynb #7f8a2323
-def _rows_of(galaxies:list, dtype:str, max_mask_fraction:float) -> tuple[dict, dict]:
-    "Arrays for a run of galaxies, and for those that are not usable the reason, by position. A galaxy that could not be read is given as that reason."
+# %% ../nbs/03_images.ipynb #c7fba5dc
+def _rows_of(galaxies:list, size:int, dtype:str, max_mask_fraction:float) -> tuple[dict, dict]:
+    """Arrays for a run of galaxies, and for those that are not usable the reason, by position.
+
+    A galaxy that could not be read is given as that reason."""
     problems = {k: g for k, g in enumerate(galaxies) if isinstance(g, str)}
-    size = next((g.flux.shape[-1] for g in galaxies if isinstance(g, Galaxy)), 0)
     n, rows = len(galaxies), {"flux": np.zeros((len(galaxies), 5, size, size), dtype)}
     for name, (kind, row, fill) in _COLUMNS.items():
         if name != "specobjid": rows[name] = np.full((n, *row), fill, kind)
@@ -213,11 +216,12 @@ def _read_rows(specobjids, raw_cutouts:Path, size:int, dtype:str, max_mask_fract
     for specobjid in specobjids:
         try: galaxies.append(read_galaxy(raw_cutouts/str(specobjid), size))
         except (MissingInputError, DamagedFileError, InvalidInputError) as error: galaxies.append(f"{_CAUSES[type(error)]}: {error}")
-    return _rows_of(galaxies, dtype, max_mask_fraction)
+    return _rows_of(galaxies, size, dtype, max_mask_fraction)
 
 # %% ../nbs/03_images.ipynb #b12026e5
 def _open_group(path:Path):
-    "The zarr group of an image store. Raises `DamagedFileError` for anything else."
+    "The zarr group of an image store. Raises `MissingInputError` where there is nothing, `DamagedFileError` for anything else."
+    if not Path(path).exists(): raise MissingInputError(f"there is no image store {path}; 03_images makes it")
     try:
         group = zarr.open_group(path, mode="r")
         if group.attrs["bands"] != BANDS: raise DamagedFileError(f"{path} has bands {group.attrs['bands']}, expected {BANDS}; rerun 03_images")
@@ -226,7 +230,7 @@ def _open_group(path:Path):
             raise DamagedFileError(f"{path} contradicts itself: flux has shape {shape}; rerun 03_images")
         for name in ("shards", "settings", "columns_crc32c"): group.attrs[name]
         return group
-    except (KeyError, IndexError, OSError, ValueError) as error:
+    except (KeyError, IndexError, OSError, ValueError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} is not an image store: {error}; rerun 03_images") from None
 
 # %% ../nbs/03_images.ipynb #cb7cd7aa
@@ -248,7 +252,8 @@ def _columns_checksum(columns:dict) -> int:
 def _read_columns(path:Path, group) -> dict[str, np.ndarray]:
     try: columns = {name: group[name][:] for name in _COLUMNS}
     except Exception as error: raise DamagedFileError(f"a column of {path} cannot be read: {type(error).__name__}: {error}; rerun 03_images") from None
-    if _columns_checksum(columns) != group.attrs["columns_crc32c"]: raise DamagedFileError(f"the columns of {path} are damaged, a file is missing or changed; rerun 03_images")
+    if _columns_checksum(columns) != group.attrs["columns_crc32c"]:
+        raise DamagedFileError(f"the columns of {path} are damaged, a file is missing or changed; rerun 03_images")
     return columns
 
 # %% ../nbs/03_images.ipynb #d16995f6
@@ -270,34 +275,50 @@ def check_images(
     damage = {int(k): _shard_damage(path, int(k), record, whole=True) for k, record in records.items()}
     return {str(_shard_file(path, k)): text for k, text in sorted(damage.items()) if text}
 
-# %% ../nbs/03_images.ipynb #e5ae17fd
-def _unfinished(folder:Path, group) -> list[tuple[int, int]]:
-    "Runs of rows that have yet to be written, at most one in each shard."
+# %% ../nbs/03_images.ipynb #19536447
+def _unfinished(folder:Path, group, again=()) -> list[tuple[int, int]]:
+    "Runs of rows that have yet to be written, at most one in each shard: all of it when it is damaged, or has a row in `again`."
     spans, (n, size) = [], (group["flux"].shape[0], group["flux"].shards[0])
     for shard, start in enumerate(range(0, n, size)):
         record = group.attrs["shards"].get(str(shard))
-        kept = record["rows"] if record and not _shard_damage(folder, shard, record, whole=True) else 0
-        if not kept: _shard_file(folder, shard).unlink(missing_ok=True)
+        sound = record and not _shard_damage(folder, shard, record, whole=True) and not any(start <= row < start + size for row in again)
+        kept = record["rows"] if sound else 0
         if start + kept < min(start + size, n): spans.append((start + kept, min(start + size, n)))
     return spans
 
-def _write_shard(folder:Path, group, start:int, results:list):
-    "Writes a run of rows in one shard, then records that they are there."
-    stop, problems = start, {}
-    for rows, wrong in results:
-        problems |= {stop + k: text for k, text in wrong.items()}
-        stop += len(rows["usable"])
-    size = group["flux"].shape[-1]
-    for name in results[0][0]:
-        parts = [rows[name] for rows, _ in results]
-        if name == "flux": parts = [p if p.shape[-1] == size else np.zeros((len(p), 5, size, size), p.dtype) for p in parts]
-        group[name][start:stop] = np.concatenate(parts)
-    ids = group["specobjid"][start:stop]
-    old = {k: v for k, v in group.attrs["problems"].items() if k not in set(map(str, ids))}
-    shard = start//group["flux"].shards[0]
+def _sound_rows(folder:Path, start:int, stop:int) -> dict[int, np.ndarray]:
+    "Of a run of rows those that the store in `folder` holds with the right checksum, and their stored numbers."
+    group = zarr.open_group(folder, mode="r")
+    store = _store_of(folder, group, {name: group[name][:] for name in _COLUMNS})
+    shard, found = start//store.shard, {}
+    written = group.attrs["shards"].get(str(shard), dict(rows=0))["rows"]
+    for row in range(start, min(stop, shard*store.shard + written)):
+        numbers = np.empty(store.shape[1:], store.dtype)
+        try: store._fill(row, numbers, store._space())
+        except DamagedFileError: continue
+        found[row] = numbers
+    return found
+
+# %% ../nbs/03_images.ipynb #d78c4c8e
+def _write_shard(folder:Path, group, start:int, stop:int, kept:dict, results:list):
+    "Writes a run of rows in one shard, then records that they are there. `kept` holds the numbers of rows that stay; `results`, all others in order."
+    shard, rows = start//group["flux"].shards[0], {name: group[name][start:stop] for name in _COLUMNS}
+    rows["flux"], problems = np.zeros((stop - start, *group["flux"].shape[1:]), group["flux"].dtype), {}
+    for row, numbers in kept.items(): rows["flux"][row - start] = numbers
+    fresh = np.array([k for k in range(stop - start) if start + k not in kept], int)
+    for made, wrong in results:
+        at, fresh = fresh[:len(made["usable"])], fresh[len(made["usable"]):]
+        for name, values in made.items(): rows[name][at] = values
+        old = dict.fromkeys(map(str, rows["specobjid"][at]))
+        problems |= old | {str(rows["specobjid"][at[k]]): text for k, text in wrong.items()}
     file = _shard_file(folder, shard)
+    if start == shard*group["flux"].shards[0]: file.unlink(missing_ok=True)  # zarr would read the table of contents of what it adds to
+    # without this an image that is all zero is left out, and with it a shard that has no other
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        for name, values in rows.items(): group[name][start:stop] = values
     record = dict(rows=stop - shard*group["flux"].shards[0], bytes=file.stat().st_size, crc32c=_checksum(file))
-    group.attrs.update(problems=old | {str(ids[k - start]): text for k, text in problems.items()}, shards=group.attrs["shards"] | {str(shard): record})
+    problems = {k: text for k, text in (group.attrs["problems"] | problems).items() if text}
+    group.attrs.update(problems=problems, shards=group.attrs["shards"] | {str(shard): record})
 
 # %% ../nbs/03_images.ipynb #0b0f9704
 def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path | None):
@@ -318,23 +339,51 @@ def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path 
     group.attrs.update(request=request, settings=settings)
     return group
 
-# %% ../nbs/03_images.ipynb #39123748
-def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, n_jobs:int=1, progress:bool=False) -> dict[str, str]:
-    "Fills a store with what `read` gives for runs of specobjids."
+# %% ../nbs/03_images.ipynb #8cfc38dc
+def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, again=(), n_jobs:int=1, progress:bool=False) -> dict[str, str]:
+    "Fills a store with what `read` gives for runs of specobjids; a store `keep` that is there already is continued, its rows `again` are read again."
     from joblib import Parallel, delayed
     if len(np.unique(specobjids)) < len(specobjids): raise InvalidInputError("a galaxy is listed twice; every specobjid has one row in a store")
     partial = store.with_name(f".{store.name}.partial")
     group = _open_partial(partial, specobjids, settings, keep)
-    spans = _unfinished(partial, group)
+    spans = _unfinished(partial, group, again)
     todo = sum(stop - start for start, stop in spans)
     with Parallel(n_jobs=n_jobs) as parallel, tqdm(total=len(specobjids), initial=len(specobjids) - todo, unit="galaxy", desc="packing", disable=not progress) as bar:
         for start, stop in spans:
-            results = parallel(delayed(read)(specobjids[k:min(k + 16, stop)]) for k in range(start, stop, 16))
-            _write_shard(partial, group, start, results)
+            kept = {k: v for k, v in _sound_rows(keep or partial, start, stop).items() if k not in again}
+            wanted = np.array([k for k in range(start, stop) if k not in kept], int)
+            results = parallel(delayed(read)(specobjids[wanted[k:k + 16]]) for k in range(0, len(wanted), 16))
+            if keep: _refuse_loss(keep, specobjids, wanted, results)
+            _write_shard(partial, group, start, stop, kept, results)
             bar.update(stop - start)
     group.attrs["columns_crc32c"] = _columns_checksum({name: group[name][:] for name in _COLUMNS})
     with atomic_path(store) as part: partial.rename(part)
     return dict(group.attrs["problems"])
+
+# %% ../nbs/03_images.ipynb #721acac4
+def _refuse_loss(keep:Path, specobjids, wanted, results):
+    "Raises `DamagedFileError` when galaxies were usable, are damaged now, and cannot be read from cutouts."
+    before = zarr.open_group(keep, mode="r")["usable"][:]
+    now = np.concatenate([rows["usable"] for rows, _ in results]) if results else np.array([], bool)
+    if (lost := [row for row, usable in zip(wanted, now) if row < len(before) and before[row] and not usable]):
+        shown = ", ".join(map(str, specobjids[lost[:3]]))
+        raise DamagedFileError(f"{len(lost)} galaxies of {keep} are damaged and have no good cutouts any more: {shown}{', …' if len(lost) > 3 else ''}. "
+            "The store stays as it was; download these cutouts again")
+
+# %% ../nbs/03_images.ipynb #8441b2d8
+def _as_specobjids(specobjids) -> np.ndarray:
+    "A list of specobjids as uint64. Raises `InvalidInputError` for other things, among them floats, which cannot hold them."
+    found = np.asarray(specobjids)
+    if found.ndim != 1 or (len(found) and (found.dtype.kind not in "ui" or found.min() < 0)):
+        raise InvalidInputError(f"specobjids are a list of whole numbers from 0; got {found.dtype} of shape {found.shape}")
+    return found.astype(np.uint64)
+
+def _settings(size:int, dtype:str, max_mask_fraction:float) -> dict:
+    "The settings of a store, or an `InvalidInputError` before any file is read."
+    if size < 1: raise InvalidInputError(f"the size of the images must be at least 1 pixel, not {size}")
+    if not 0 <= max_mask_fraction <= 1: raise InvalidInputError(f"max_mask_fraction is a fraction, 0 to 1, not {max_mask_fraction}")
+    storage_scale(np.zeros((5, 1, 1)), np.ones(5), dtype)
+    return dict(size=int(size), dtype=dtype, max_mask_fraction=float(max_mask_fraction))
 
 # %% ../nbs/03_images.ipynb #bbb7f8da
 def pack_images(
@@ -349,26 +398,32 @@ def pack_images(
 ) -> dict[str, str]:
     """Packs the cutouts of many galaxies into one Zarr store; returns what was wrong with the rows that are not `usable`.
 
-    Goes on from where an interrupted call for the same galaxies stopped. The store gets its name when it is whole."""
-    specobjids = np.asarray(specobjids, np.uint64)
+    Goes on from where an interrupted call for the same galaxies stopped. The store gets its name when it is whole.
+    Raises `InvalidInputError` for settings that cannot be right, no galaxy, and a galaxy that is listed twice."""
+    specobjids = _as_specobjids(specobjids)
     if len(specobjids) == 0: raise InvalidInputError("no galaxy has all five images; look at the status column of the catalogue")
-    settings = dict(size=int(size), dtype=dtype, max_mask_fraction=float(max_mask_fraction))
-    storage_scale(np.zeros((5, 1, 1)), np.ones(5), dtype)  # complains before any file is read
-    return _pack(specobjids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), Path(store), settings, None, n_jobs, progress)
+    settings = _settings(size, dtype, max_mask_fraction)
+    return _pack(specobjids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), Path(store), settings, n_jobs=n_jobs, progress=progress)
 
 # %% ../nbs/03_images.ipynb #18453a1d
 def append_images(
-    specobjids,  # (n,) of the galaxies to add; none: only damaged shards are read from cutouts again
+    specobjids,  # (n,) of the galaxies to add; none: only damaged shards are made whole
     raw_cutouts:Path,
     store:Path,  # an existing store
     n_jobs:int = -1,
     progress:bool = True,
 ) -> dict[str, str]:
-    "Adds galaxies at the end of a store, and replaces damaged shards. The old store stays in place until the longer one is whole."
-    store, group = Path(store), _open_group(Path(store))
-    settings = dict(group.attrs["settings"])
-    ids = np.concatenate([group["specobjid"][:], np.asarray(specobjids, np.uint64)])
-    return _pack(ids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), store, settings, store, n_jobs, progress)
+    """Adds galaxies at the end of a store and makes damaged shards whole; returns what is wrong with the rows that are not `usable`.
+
+    A galaxy that is in the store and not usable is read again, in its place. Of damaged shards only the damaged galaxies are read from cutouts.
+    The old store stays until the longer one is whole. Raises `MissingInputError` or `DamagedFileError` for what is no store, `DamagedFileError` when
+    a galaxy that was usable would be lost, and `InvalidInputError` for a galaxy that is listed twice, or in the store and usable."""
+    store, group, wanted = Path(store), _open_group(Path(store)), _as_specobjids(specobjids)
+    columns, settings = _read_columns(store, group), dict(group.attrs["settings"])
+    again = np.flatnonzero(np.isin(columns["specobjid"], wanted) & ~columns["usable"])
+    new = wanted[~np.isin(wanted, columns["specobjid"][again])]
+    ids = np.concatenate([columns["specobjid"], new])
+    return _pack(ids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), store, settings, store, set(again.tolist()), n_jobs, progress)
 
 # %% ../nbs/03_images.ipynb #6f1d1fb2
 def pack_arrays(
@@ -380,17 +435,18 @@ def pack_arrays(
     dtype:str = "float16",
 ) -> dict[str, str]:
     "Packs images in memory into a store; returns what was wrong with the rows that are not `usable`. Raises `InvalidInputError`."
-    specobjids = np.asarray(specobjids, np.uint64)
+    specobjids, flux = _as_specobjids(specobjids), np.asarray(flux)
     if flux.ndim != 4 or flux.shape[1] != len(BANDS) or flux.shape[2] != flux.shape[3] or len(flux) != len(specobjids) or not len(flux):
         raise InvalidInputError(f"expected images ({len(specobjids)}, 5, size, size), bands g, r, i, z, y; got {flux.shape}")
+    if exptime is not None and np.shape(exptime) != flux.shape[:2]: raise InvalidInputError(f"exptime must be {flux.shape[:2]}, seconds; got {np.shape(exptime)}")
+    settings = _settings(flux.shape[-1], dtype, max_mask_fraction)
     position = {int(s): k for k, s in enumerate(specobjids)}
     def galaxy(k):
         mask = ~np.isfinite(flux[k])
         empty = [b for b, band in zip(BANDS, mask) if band.all()]
         if empty: return f"no data: band {', '.join(empty)} has no finite pixel"
         return Galaxy(np.where(mask, 0, flux[k]).astype(np.float32), mask, np.ones(5, np.float32) if exptime is None else exptime[k])
-    settings = dict(size=flux.shape[-1], dtype=dtype, max_mask_fraction=float(max_mask_fraction))
-    return _pack(specobjids, lambda ids: _rows_of([galaxy(position[int(s)]) for s in ids], dtype, max_mask_fraction), Path(store), settings)
+    return _pack(specobjids, lambda ids: _rows_of([galaxy(position[int(s)]) for s in ids], **settings), Path(store), settings)
 
 # %% ../nbs/03_images.ipynb #909d69f3
 def find_rows(
@@ -398,11 +454,16 @@ def find_rows(
     wanted,  # (n,) specobjids
 ) -> np.ndarray:
     "(n,) positions of `wanted` in `known`. Raises `InvalidInputError` for a galaxy that is not there."
-    wanted, order = np.asarray(wanted, np.uint64), np.argsort(known)
+    wanted, order = _as_specobjids(wanted), np.argsort(known)
     found = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(order) - 1)]
     if (strangers := wanted[known[found] != wanted]).size:
         raise InvalidInputError(f"specobjid {', '.join(map(str, strangers[:3]))} is not among the {len(known)} galaxies of the store")
     return found
+
+# %% ../nbs/03_images.ipynb #68f019dd
+def usable_cores() -> int:
+    "Number of CPU cores that this process may run on."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # %% ../nbs/03_images.ipynb #28ccef02
 @dataclass
@@ -423,6 +484,7 @@ class ImageStore:
 
     def __post_init__(self): self._tables = {}
     def __len__(self) -> int: return self.shape[0]
+    def _space(self) -> np.ndarray: return np.empty(4*int(np.prod(self.shape[1:])) + 1024, np.uint8)  # for one compressed galaxy
 
     def rows(self, specobjids) -> np.ndarray:
         "(n,) positions of galaxies. Raises `InvalidInputError` for a galaxy that is not there."
@@ -443,9 +505,11 @@ def _table(self:ImageStore, shard:int) -> np.ndarray:
     "(galaxies, 2) begin and length of every galaxy of a shard, in bytes."
     if shard not in self._tables:
         if shard in self.damaged: raise self._damage(shard, self.damaged[shard])
-        with open(_shard_file(self.path, shard), "rb") as file:
-            file.seek(-(16*self.shard + 4), os.SEEK_END)
-            table = file.read()
+        try:
+            with open(_shard_file(self.path, shard), "rb") as file:
+                file.seek(-(16*self.shard + 4), os.SEEK_END)
+                table = file.read()
+        except OSError as error: raise self._damage(shard, f"its table of contents cannot be read: {error.strerror}") from None
         if google_crc32c.value(table[:-4]) != int.from_bytes(table[-4:], "little"): raise self._damage(shard, "its table of contents is damaged")
         self._tables[shard] = np.frombuffer(table[:-4], "<u8").reshape(-1, 2)
     return self._tables[shard]
@@ -454,14 +518,19 @@ def _table(self:ImageStore, shard:int) -> np.ndarray:
 def _damage(self:ImageStore, shard:int, text:str) -> DamagedFileError:
     first, last = shard*self.shard, min((shard + 1)*self.shard, len(self)) - 1
     return DamagedFileError(f"{_shard_file(self.path, shard)} is damaged: {text}. Rows {first} to {last} of the store cannot be read; "
-        "append_images([], …) reads them from their cutouts again, and so does running 03_images again")
+        "append_images([], …) reads those that are damaged from their cutouts again")
 
-# %% ../nbs/03_images.ipynb #8cab99cb
+# %% ../nbs/03_images.ipynb #f8f042bc
+_NOT_WRITTEN = 2**64 - 1  # in a table of contents
+
 @patch
 def _fill(self:ImageStore, row:int, out:np.ndarray, space:np.ndarray):
     "Reads the stored numbers of one galaxy into `out`, (5, size, size), by way of the bytes in `space`."
     shard, place = divmod(int(row), self.shard)
     begin, length = map(int, self._table(shard)[place])
+    if begin == length == _NOT_WRITTEN:  # an image that was all zero
+        out[:] = 0
+        return
     packed = space[:length]
     with open(_shard_file(self.path, shard), "rb", buffering=0) as file:
         file.seek(begin)
@@ -476,7 +545,7 @@ def _cast(source:np.ndarray, target:np.ndarray):
     source, target = torch.from_numpy(source.reshape(-1)), torch.from_numpy(target.reshape(-1))
     for k in range(0, len(source), 2**14): target[k:k + 2**14] = source[k:k + 2**14]
 
-# %% ../nbs/03_images.ipynb #5f31a2df
+# %% ../nbs/03_images.ipynb #8cab99cb
 @patch
 def read_rows(
     self:ImageStore,
@@ -484,18 +553,23 @@ def read_rows(
     convert = None,  # applied to each (5, size, size) image in nJy, which it may change, e.g. `ImageTransform.apply_`
     out:np.ndarray | None = None,  # (n, 5, size, size) array for the result
 ) -> np.ndarray:
-    "Images by position: float32 nJy, or what `convert` makes of them, decoded and converted in threads."
+    """Images by position: float32 nJy, or what `convert` makes of them, decoded and converted in threads.
+
+    The image of a galaxy that could not be read when the store was made is zero. Raises `InvalidInputError` for positions that are not in the store and
+    `DamagedFileError` that names a damaged shard."""
     rows = np.atleast_1d(np.asarray(rows))
+    if rows.size and (rows.ndim != 1 or rows.dtype.kind not in "ui" or rows.min() < 0 or rows.max() >= len(self)):
+        raise InvalidInputError(f"rows are a list of positions from 0 to {len(self) - 1}; got {rows.dtype} of shape {rows.shape}")
     if out is None: out = np.empty((len(rows), *self.shape[1:]), np.float32)
     def some(positions):
-        stored, flux, space = np.empty(self.shape[1:], self.dtype), np.empty(self.shape[1:], np.float32), np.empty(4*int(np.prod(self.shape[1:])) + 1024, np.uint8)
+        stored, flux, space = np.empty(self.shape[1:], self.dtype), np.empty(self.shape[1:], np.float32), self._space()
         for k in positions:
             self._fill(rows[k], stored, space)
             _cast(stored, flux)
             flux *= self.scale[rows[k]][:, None, None]
             _cast(flux if convert is None else convert(flux), out[k])
     # threads of the moment: a pool kept in the store would not survive a fork into loader processes
-    n_threads = min(os.cpu_count(), len(rows))
+    n_threads = min(usable_cores(), len(rows))
     if n_threads < 2: some(range(len(rows)))
     else:
         with ThreadPoolExecutor(n_threads) as pool: list(pool.map(some, [range(k, len(rows), n_threads) for k in range(n_threads)]))
@@ -514,16 +588,20 @@ class _Flux:
         chosen = np.arange(len(self))[rows]
         return self.store.read_rows(chosen).reshape(*chosen.shape, *self.shape[1:])
 
-# %% ../nbs/03_images.ipynb #b7a1f6cf
+# %% ../nbs/03_images.ipynb #0acb3c00
+def _store_of(path:Path, group, columns:dict) -> ImageStore:
+    flux = group["flux"]
+    return ImageStore(path, flux.shape, str(flux.dtype), flux.shards[0], **columns, damaged={})
+
 def open_images(path:Path) -> ImageStore:
-    "Opens a store that `pack_images` made. Raises `DamagedFileError` for anything else; a damaged shard only makes its galaxies unusable."
+    """Opens a store that `pack_images` made.
+
+    Raises `MissingInputError` where there is none and `DamagedFileError` for anything else; a damaged shard only makes its galaxies unusable."""
     path, group = Path(path), _open_group(Path(path))
-    columns, flux, records = _read_columns(path, group), group["flux"], group.attrs["shards"]
-    missing = dict(bytes=-1)
-    damage = {k: _shard_damage(path, k, records.get(str(k), missing), whole=False) for k in range(-(-flux.shape[0]//flux.shards[0]))}
-    damage = {k: text for k, text in damage.items() if text}
-    store = ImageStore(path, flux.shape, str(flux.dtype), flux.shards[0], **columns, damaged=damage)
-    for k, text in damage.items():
+    store, records, missing = _store_of(path, group, _read_columns(path, group)), group.attrs["shards"], dict(bytes=-1)
+    for k in range(-(-len(store)//store.shard)):
+        if not (text := _shard_damage(path, k, records.get(str(k), missing), whole=False)): continue
+        store.damaged[k] = text
         store.usable[k*store.shard:(k + 1)*store.shard] = False
         warnings.warn(str(store._damage(k, text)))
     return store
@@ -539,30 +617,42 @@ class ImageTransform:
     mean: tuple[float, ...]  # (5,) of the stretched training images
     std: tuple[float, ...]  # (5,)
 
+    def __post_init__(self):
+        if self.stretch not in STRETCHES: raise InvalidInputError(f"stretch is one of {', '.join(STRETCHES)}, not {self.stretch!r}")
+        for name in ("softening", "mean", "std"):
+            values = np.asarray(getattr(self, name), float)
+            positive = name == "std" or name == "softening" and self.stretch == "asinh"
+            if values.shape != (len(BANDS),) or not np.isfinite(values).all() or positive and (values <= 0).any():
+                raise InvalidInputError(f"{name} must be five finite numbers{' above 0' if positive else ''}, one a band; it is {getattr(self, name)}")
+
     def _numbers(self, like):
         if like.shape[-3] != len(BANDS): raise InvalidInputError(f"expected five bands in axis -3, got shape {tuple(like.shape)}")
         values = (self.softening, self.mean, self.std)
         if isinstance(like, torch.Tensor): return [torch.as_tensor(v, dtype=like.dtype, device=like.device)[:, None, None] for v in values]
         return [np.asarray(v, like.dtype)[:, None, None] for v in values]
 
-    def __call__(self, flux):
-        "(..., 5, height, width) nJy, array or tensor, to network input of the same kind and shape."
-        return self.apply_(flux.clone() if isinstance(flux, torch.Tensor) else flux.copy())
+# %% ../nbs/03_images.ipynb #5f31a2df
+@patch
+def __call__(self:ImageTransform, flux):
+    "(..., 5, height, width) nJy, array or tensor, to network input of the same kind and shape."
+    return self.apply_(flux.clone() if isinstance(flux, torch.Tensor) else flux.copy())
 
-    def apply_(self, flux):
-        "The same in place, which is faster by the time that fresh memory takes; returns its argument."
-        softening, mean, std = self._numbers(flux)
-        stretched = _stretch_(flux, self.stretch, softening)
-        stretched -= mean
-        stretched /= std
-        return stretched
+@patch
+def apply_(self:ImageTransform, flux):
+    "The same in place, which is faster by the time that fresh memory takes; returns its argument."
+    softening, mean, std = self._numbers(flux)
+    stretched = _stretch_(flux, self.stretch, softening)
+    stretched -= mean
+    stretched /= std
+    return stretched
 
-    def inverse(self, values):
-        "Network input back to nJy; with the stretch \"image\" to an image of typical brightness."
-        softening, mean, std = self._numbers(values)
-        stretched = values*std + mean
-        if self.stretch == "linear": return stretched
-        return softening*(stretched if self.stretch == "image" else (torch.sinh if isinstance(values, torch.Tensor) else np.sinh)(stretched))
+@patch
+def inverse(self:ImageTransform, values):
+    "Network input back to nJy; with the stretch \"image\" to an image of typical brightness."
+    softening, mean, std = self._numbers(values)
+    stretched = values*std + mean
+    if self.stretch == "linear": return stretched
+    return softening*(stretched if self.stretch == "image" else (torch.sinh if isinstance(values, torch.Tensor) else np.sinh)(stretched))
 
 # %% ../nbs/03_images.ipynb #0477567d
 def _stretch_(flux, stretch:str, softening):
@@ -579,14 +669,20 @@ def fit_transform(
     flux:np.ndarray,  # (N, 5, height, width) nJy, training galaxies only
     noise:np.ndarray,  # (N, 5) noise a pixel, nJy
     stretch:str = "asinh",  # one of STRETCHES
-    factor:float = 3.,  # softening of the asinh stretch in units of the band's median noise
+    factor:float = 10.,  # softening of the asinh stretch in units of the band's median noise
 ) -> ImageTransform:
-    "The transform whose output has mean 0 and standard deviation 1 per band over these galaxies."
+    """The transform whose output has mean 0 and standard deviation 1 per band over these galaxies.
+
+    Raises `InvalidInputError` for an unknown stretch, other shapes, no galaxy, pixels without data, and bands that are constant or, for asinh, without noise."""
     if stretch not in STRETCHES: raise InvalidInputError(f"stretch is one of {', '.join(STRETCHES)}, not {stretch!r}")
+    if np.ndim(flux) != 4 or np.shape(flux)[1] != len(BANDS) or not len(flux) or np.ndim(noise) != 2 or np.shape(noise)[1] != len(BANDS) or not len(noise):
+        raise InvalidInputError(f"a transform is fitted on (N, 5, height, width) images and (N, 5) noise, N > 0; got {np.shape(flux)} and {np.shape(noise)}")
     softening = factor*np.median(noise, axis=0)
+    if stretch == "asinh" and not (softening > 0).all(): raise InvalidInputError(f"asinh needs a softening above 0 nJy in every band; noise and factor give {softening}")
     if stretch == "image": softening = np.full(len(BANDS), np.median(np.sqrt(np.mean(flux**2, axis=(1, 2, 3)))))
     stretched = _stretch_(np.array(flux, np.float32), stretch, softening.astype(np.float32)[:, None, None])
     mean, std = stretched.mean((0, 2, 3), dtype=np.float64), stretched.std((0, 2, 3), dtype=np.float64)
+    if not np.isfinite(mean).all(): raise InvalidInputError("some pixels of these images are not finite; put 0 where there are no data")
     return ImageTransform(stretch, *(tuple(v.tolist()) for v in (softening.astype(float), mean, std)))
 
 # %% ../nbs/03_images.ipynb #90c0d416
@@ -611,6 +707,7 @@ def shift(
     for axis, d in ((-2, dy), (-1, dx)):
         if d:
             last = image.shape[axis] - 1
+            if abs(d) > last: raise InvalidInputError(f"an image of {last + 1} pixels cannot be moved by {d}")
             source = last - (last - (torch.arange(last + 1, device=image.device) - d).abs()).abs()
             image = image.index_select(axis, source)
     return image
@@ -636,6 +733,10 @@ class Augmentation:
     max_rotate: float = 10.  # degrees
     p_rotate: float = 0.75  # part of the images that are rotated
     max_shift: int = 0  # pixels; the seeing of Pan-STARRS1 is about 4
+
+    def __post_init__(self):
+        if not (0 <= self.p_rotate <= 1 and 0 <= self.max_rotate <= 180 and self.max_shift >= 0 and int(self.max_shift) == self.max_shift):
+            raise InvalidInputError(f"p_rotate is a probability, max_rotate 0 to 180 degrees, max_shift whole pixels from 0; got {self}")
 
     def draw(self, n:int, rng:np.random.Generator) -> dict[str, np.ndarray]:
         "What happens to each of n images: `code` (n,) of `turn`, `shift` (n, 2) pixels, `degrees` (n,), 0 where it is not rotated."
@@ -672,7 +773,7 @@ def augment(
 # %% ../nbs/03_images.ipynb #db0ea63f
 def _rotate_in_threads(images:torch.Tensor, rows, degrees):
     "Replaces these rows of a CPU tensor by rotated ones. `grid_sample` works on one image in one thread."
-    pixels, size, n_threads = images.numpy(), images.shape[-1], os.cpu_count()
+    pixels, size, n_threads = images.numpy(), images.shape[-1], usable_cores()
     side = np.linspace(-1, 1, size, dtype=np.float32)
     def some(rows):
         grid = np.empty((1, size, size, 2), np.float32)

@@ -58,7 +58,8 @@ _TEMPLATE_STEP, _TEMPLATE_START, _TEMPLATE_END = 0.5e-4, np.log10(3200.), np.log
 def stellar_templates(
     n:int = 18,  # how many
 ) -> np.ndarray:  # (n, P)
-    "Eigenspectra of starlight of 24 ages, four metallicities, three amounts of dust and three velocity dispersions, as running integrals over wavelength from 3200 to 9300 vacuum Angstrom in steps of 5e-5 dex."
+    """Eigenspectra of starlight of 24 ages, four metallicities, three amounts of dust and three velocity dispersions,
+    as running integrals over wavelength from 3200 to 9300 vacuum Angstrom in steps of 5e-5 dex."""
     library = StellarLibrary.load()
     fine = FineBasis.of(library)
     inside = (fine.loglam >= _TEMPLATE_START) & (fine.loglam <= _TEMPLATE_END)
@@ -95,7 +96,7 @@ def _normal_equations(columns, weight, values) -> tuple[np.ndarray, np.ndarray]:
 def _checked(flux, error, loglam0, missing):
     "flux, weight (N, n) and first centres (1 or N), or an `InvalidInputError`."
     flux = np.atleast_2d(np.asarray(flux, float))
-    if flux.ndim != 2: raise InvalidInputError(f"flux must be one spectrum or a matrix of spectra; its shape is {flux.shape}.")
+    if flux.ndim != 2 or not flux.size: raise InvalidInputError(f"flux must be one spectrum or a matrix of spectra; its shape is {flux.shape}.")
     error = np.ones(flux.shape) if error is None else np.atleast_2d(np.asarray(error, float))
     missing = np.zeros(flux.shape, bool) if missing is None else np.atleast_2d(np.asarray(missing))
     loglam0 = np.atleast_1d(np.asarray(loglam0, float))
@@ -120,7 +121,9 @@ def stellar_continuum(
     missing = None,  # (N, n) bool
     n_templates:int = 18,
 ) -> np.ndarray:  # (N, n), unit of the flux
-    "The starlight of each spectrum: the best linear combination of `stellar_templates`, fitted away from emission lines (500 km/s); NaN for spectra with too few bins. Raises `InvalidInputError` for arrays that do not belong together, and where no spectrum has enough bins."
+    """The starlight of each spectrum: the best linear combination of `stellar_templates`, fitted away from emission lines (500 km/s); NaN for spectra with too few bins.
+
+    Raises `InvalidInputError` for arrays that do not belong together, and where no spectrum has enough bins."""
     flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
     continuum = np.empty(flux.shape)
     step = len(flux) if len(loglam0) == 1 else 64  # templates of their own need memory
@@ -194,12 +197,12 @@ def _best_sigma(windows) -> np.ndarray:
     for step in (1.06, 1.02): sigma = sigma*step**_parabola(*(badness(sigma*step**i) for i in (-1, 0, 1)))
     return sigma
 
-def _level(pick, continuum, edges, found, columns, wavelength, n_lines) -> np.ndarray:
-    "Continuum (N) beside a line: its mean between 1500 and 3000 km/s on both sides."
+def _level(continuum, measured, edges, found, columns, wavelength, n_lines) -> np.ndarray:
+    "Continuum (N) beside a line: its mean over the measured bins between 1500 and 3000 km/s on both sides; NaN where there is none."
     velocity = np.abs((edges[:, 1:] + edges[:, :-1])/2 - np.log10(wavelength))*np.log(10)*LIGHT_SPEED
-    beside = ((velocity > 1500) & (velocity < 3000)).astype(float)
-    total = pick(continuum) + (columns[..., n_lines:] @ found[:, n_lines:, None])[..., 0]
-    return (total*beside).sum(1)/beside.sum(1)
+    beside = ((velocity > 1500) & (velocity < 3000) & measured).astype(float)
+    total = continuum + (columns[..., n_lines:] @ found[:, n_lines:, None])[..., 0]
+    with np.errstate(invalid="ignore"): return (total*beside).sum(1)/beside.sum(1)
 
 # %% ../nbs/04a_lines.ipynb #e94621fc
 def fit_lines(
@@ -213,12 +216,15 @@ def fit_lines(
 ) -> pd.DataFrame:
     """Fluxes and rest-frame equivalent widths of `LINES`, with errors: columns `<line>_flux`, `<line>_flux_err`, `<line>_ew`, `<line>_ew_err` and `sigma`
     (km/s, the common width, with the spectrograph's). Gaussians at fixed vacuum wavelengths, averaged over bins, fitted simultaneously; emission is
-    positive; NaN where a line was not measured. Fluxes are in the unit of the flux density times Angstrom. Raises `InvalidInputError` for arrays that do not belong together."""
+    positive; NaN where a line was not measured, and for equivalent widths where the continuum beside it was not. Fluxes are in the unit of the
+    flux density times Angstrom. Raises `InvalidInputError` for arrays that do not belong together."""
     flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
     continuum = np.zeros(flux.shape) if continuum is None else np.atleast_2d(np.asarray(continuum, float))
-    if continuum.shape != flux.shape or np.isinf(continuum).any(): raise InvalidInputError(f"continuum must have flux's shape {flux.shape} and no infinite elements; its shape is {continuum.shape}.")
+    if continuum.shape != flux.shape or np.isinf(continuum).any():
+        raise InvalidInputError(f"continuum must have flux's shape {flux.shape} and no infinite elements; its shape is {continuum.shape}.")
     unknown = np.isnan(continuum)
     weight, continuum = np.where(unknown, 0, weight), np.where(unknown, 0, continuum)
+    if np.shape(redshift) not in ((), (len(flux),)): raise InvalidInputError(f"redshift must be one number, or {len(flux)}, one a spectrum; got {np.shape(redshift)}.")
     stretch = np.broadcast_to(1 + np.asarray(redshift, float), len(flux))
     if not (np.isfinite(stretch) & (stretch > 0)).all(): raise InvalidInputError("Redshifts must be finite and above -1.")
     tables, step = [], 512
@@ -234,7 +240,7 @@ def fit_lines(
 def _fit_block(values, weight, loglam0, dloglam, continuum, stretch, scatter) -> dict:
     "`fit_lines` for some rows."
     pieces = [(*_window(values, weight, loglam0, dloglam, lo, hi), lines) for (lo, hi), lines in _WINDOWS.items()]
-    sigma, table = _best_sigma([(e, v, w, lines) for e, v, w, _, lines in pieces]), {}
+    sigma, table, measured = _best_sigma([(e, v, w, lines) for e, v, w, _, lines in pieces]), {}, weight > 0
     for edges, inside, w, pick, lines in pieces:
         found, covariance, chi2, seen, columns, w = _fit_window(edges, inside, w, lines, sigma)
         if scatter: covariance = covariance*(np.maximum(chi2, 0)/np.maximum((w > 0).sum(1) - columns.shape[-1], 1))[:, None, None]
@@ -242,7 +248,7 @@ def _fit_block(values, weight, loglam0, dloglam, continuum, stretch, scatter) ->
         for name in dict.fromkeys(n for n in names if n):
             sum_of = np.array([n == name for n in names] + [False, False], float)
             known = np.where((seen | (sum_of[:-2] == 0)).all(1), 1, np.nan)
-            level = _level(pick, continuum, edges, found, columns, LINES[name], len(lines))
+            level = _level(pick(continuum), pick(measured) > 0, edges, found, columns, LINES[name], len(lines))
             line, error = found @ sum_of*known, np.sqrt(np.einsum("i,nij,j->n", sum_of, covariance, sum_of))*known
             level = np.where(level > 0, level, np.nan)
             table |= {f"{name}_flux": line*stretch, f"{name}_flux_err": error*stretch, f"{name}_ew": line/level, f"{name}_ew_err": error/level}
@@ -280,7 +286,9 @@ def dn4000(
     dloglam:float = LogGrid().dloglam,  # bin width, dex
     missing = None,  # (N, n) bool
 ) -> tuple[np.ndarray, np.ndarray]:  # index and error (N)
-    "The break at 4000 Angstrom, in F_nu and with the narrow bands of Balogh et al. (1999). NaN where less than 80 % of a band was measured; the error is NaN without `error`."
+    """The break at 4000 Angstrom, in F_nu and with the narrow bands of Balogh et al. (1999).
+
+    NaN where less than 80 % of a band was measured; the error is NaN without `error`. Raises `InvalidInputError` for arrays that do not belong together."""
     flux, weight, edges = _checked_bins(flux, error, loglam0, dloglam, missing)
     to_nu = edges[:, 1:]*edges[:, :-1]
     weight = weight/to_nu**2
@@ -296,7 +304,9 @@ def hdelta_a(
     dloglam:float = LogGrid().dloglam,  # bin width, dex
     missing = None,  # (N, n) bool
 ) -> tuple[np.ndarray, np.ndarray]:  # index and error (N), Angstrom
-    "The H delta absorption index of Worthey & Ottaviani (1997), Angstrom, positive for absorption. NaN where less than 80 % of a band was measured; the error is NaN without `error`."
+    """The H delta absorption index of Worthey & Ottaviani (1997), Angstrom, positive for absorption.
+
+    NaN where less than 80 % of a band was measured; the error is NaN without `error`. Raises `InvalidInputError` for arrays that do not belong together."""
     flux, weight, edges = _checked_bins(flux, error, loglam0, dloglam, missing)
     lo, hi, *_ = air_to_vacuum(HDELTA_A_BANDS["line"])
     (blue, blue_error, _), (red, red_error, _) = (_band_mean(flux, weight, _overlap(edges, HDELTA_A_BANDS[b]), HDELTA_A_BANDS[b]) for b in ("blue", "red"))
@@ -321,7 +331,9 @@ def measure_spectra(
     missing = None,  # (N, n) bool
     redshift = 0.,  # (N) or a number: line fluxes are multiplied by 1 + z, which makes them those that are observed
 ) -> pd.DataFrame:
-    "One row a spectrum: the columns of `fit_lines`, on a continuum of starlight, and `dn4000`, `hdelta_a` with `_err`. Raises `InvalidInputError` for arrays that do not belong together."
+    """One row a spectrum: the columns of `fit_lines`, on a continuum of starlight, and `dn4000`, `hdelta_a` with `_err`.
+
+    Raises `InvalidInputError` for arrays that do not belong together."""
     where = dict(loglam0=loglam0, dloglam=dloglam, missing=missing)
     table = fit_lines(flux, error, continuum=stellar_continuum(flux, error, **where), redshift=redshift, **where)
     for name, index in (("dn4000", dn4000), ("hdelta_a", hdelta_a)): table[name], table[f"{name}_err"] = index(flux, error, **where)

@@ -15,20 +15,20 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.layers import ConvLayer, Mish, ProdLayer, ResBlock, SequentialEx
 from fastai.vision.models.xresnet import XResNet
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn, Tensor
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.spectral_norm import SpectralNorm
 from .config import DamagedFileError, InvalidInputError, MissingInputError, WeightsError, atomic_path
-from .deconv import Delinear, FastDeconv
+from .deconv import FastDeconv
+from .vae import check_keys, read_safetensors, tensor_shapes
 
 # %% auto #0
 __all__ = ['MODELS', 'PUBLISHED_CHANNELS', 'xresnet', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34',
            'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv', 'conv3',
            'deconv3', 'n_params', 'fuse', 'Stats', 'TrainedModel', 'save', 'load', 'load_weights', 'image_stats',
-           'load_published']
+           'load_published', 'checked_images']
 
 # %% ../nbs/07_models.ipynb #30d667b8
 def _deconvolved(layer:ConvLayer) -> nn.Sequential:
@@ -66,9 +66,7 @@ def xresnet(
     Wu & Peek (2020), section 3."""
     if deconvolve not in ("none", "stem", "all"):
         raise InvalidInputError(f'deconvolve is "none", "stem" or "all", not {deconvolve!r}.')
-    if min(c_in, n_out, *stem_szs) < 1 or stem_szs[-1] != 64:
-        raise InvalidInputError(f"c_in={c_in}, n_out={n_out} and the channels {stem_szs} of the three stem layers must be "
-            "positive, and the last of these 64, which the blocks expect.")
+    _check_sizes(c_in, n_out, stem_szs)
     try:
         model = XResNet(ResBlock, expansion, layers, p=p, c_in=c_in, n_out=n_out, stem_szs=stem_szs, widen=widen, sa=sa,
                         act_cls=act_cls, groups=groups, reduction=reduction)
@@ -80,11 +78,18 @@ def xresnet(
         for i in range(3): model[i] = _deconvolved(model[i])
     return _named(model)
 
-# %% ../nbs/07_models.ipynb #d4af1a38
+# %% ../nbs/07_models.ipynb #398b4f07
+def _check_sizes(c_in, n_out, stem_szs=(32, 32, 64)):
+    "Raises `InvalidInputError` unless all are positive integers, and those of the stem are three that end in 64."
+    sizes = list(stem_szs) if isinstance(stem_szs, (tuple, list)) else []
+    if len(sizes) != 3 or not all(isinstance(n, int) and n >= 1 for n in (c_in, n_out, *sizes)) or sizes[-1] != 64:
+        raise InvalidInputError(f"c_in={c_in!r}, n_out={n_out!r} and the channels {stem_szs!r} of the three stem layers must be "
+            "positive integers, and the last of these 64, which the blocks expect.")
+
 def _named(model):
     "Tells every deconvolution its place in the model."
     for name, module in model.named_modules():
-        if isinstance(module, (FastDeconv, Delinear)): module.name = name
+        if isinstance(module, FastDeconv): module.name = name
     return model
 
 # %% ../nbs/07_models.ipynb #bbe21b3e
@@ -145,6 +150,7 @@ def conv3(
     n_out:int=6,  # latents to predict
 ) -> nn.Module:
     "Three convolutions with batch norm and ReLU. Takes (N, c_in, H, W) to (N, n_out). Source: Wu & Peek (2020), section 5."
+    _check_sizes(c_in, n_out)
     return _three_layers([ConvLayer(c_in, 32, stride=2), ConvLayer(32, 32, stride=2), ConvLayer(32, 64)], n_out)
 
 def deconv3(
@@ -152,6 +158,7 @@ def deconv3(
     n_out:int=6,  # latents to predict
 ) -> nn.Module:
     "Three deconvolutions (without padding) with ReLU. Takes (N, c_in, H, W) to (N, n_out). Source: Wu & Peek (2020), section 5."
+    _check_sizes(c_in, n_out)
     deconvs = [FastDeconv(c_in, 32, 3, stride=2), FastDeconv(32, 32, 3, stride=2), FastDeconv(32, 64, 3)]
     return _three_layers([nn.Sequential(deconv, nn.ReLU()) for deconv in deconvs], n_out)
 
@@ -201,11 +208,14 @@ def fuse(
 ) -> nn.Module:
     """A copy for evaluation with running deconvolutions and batch norms folded into plain convolutions: the same outputs to
     rounding. It has other weights and keys, is not meant for training, and can be exported."""
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, SpectralNorm):  # after a training step its weight is part of a graph and cannot be copied
-                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False).detach())
-    fused = copy.deepcopy(model).eval()
+    # after a training step the weight of a spectral norm is part of a graph, which cannot be copied: it is lent another one
+    normed = [(module, hook, getattr(module, hook.name)) for module in model.modules()
+              for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    try:
+        for module, hook, _ in normed: setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False).detach())
+        fused = copy.deepcopy(model).eval()
+    finally:
+        for module, hook, weight in normed: setattr(module, hook.name, weight)
     _fold(fused)
     return _plain(fused).requires_grad_(False)
 
@@ -220,7 +230,7 @@ class TrainedModel:
     "A model in evaluation mode with all that is needed to use it."
     model: nn.Module
     name: str  # in `MODELS`
-    arguments: dict  # of its constructor
+    arguments: dict  # of its constructor, the activation by its name
     image_stats: Stats  # the input is (flux - mean)/std, per band
     target_stats: Stats  # the latents are output·std + mean
     channels: str | list  # bands in the order of the input
@@ -252,6 +262,20 @@ def _constructor_arguments(name, arguments):
         raise InvalidInputError(f"act_cls must be one of {', '.join(_ACTIVATIONS)}, got {arguments['act_cls']!r}.")
     return arguments
 
+def _by_name(arguments):
+    "The constructor's arguments with the activation as its name, as they are saved."
+    return arguments | {"act_cls": key for key, value in _ACTIVATIONS.items() if value is arguments.get("act_cls")}
+
+# %% ../nbs/07_models.ipynb #6862ff99
+def _check_channels(channels, c_in):
+    "Raises `InvalidInputError` unless `channels` are `c_in` different ones of the bands g, r, i, z, y."
+    listed = list(channels) if isinstance(channels, (str, list, tuple)) else []
+    if not all(band in list("grizy") for band in listed) or len(listed) != c_in or len(set(listed)) != c_in:
+        raise InvalidInputError(f"channels must be {c_in} different bands of grizy in the order of the model, got {channels!r}.")
+
+def _check_provenance(provenance):
+    if not isinstance(provenance, dict): raise InvalidInputError(f"provenance must be a dict, got {provenance!r}.")
+
 # %% ../nbs/07_models.ipynb #ce54ed11
 def save(
     model:nn.Module,  # built by `MODELS[name](**arguments)`
@@ -268,14 +292,12 @@ def save(
     `InvalidInputError` where the parts do not fit together, `WeightsError` where `model` is not the model that is named."""
     arguments = _constructor_arguments(name, dict(arguments))
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    _check_keys(_shapes_of(name, arguments), _shapes(tensors), f"The model to save is no {name}")
-    if len(channels) != arguments["c_in"]:
-        raise InvalidInputError(f"{len(channels)} channels {channels!r} for a model with c_in={arguments['c_in']}.")
-    if "act_cls" in arguments:
-        arguments["act_cls"] = next(key for key, value in _ACTIVATIONS.items() if value is arguments["act_cls"])
-    metadata = dict(name=name, arguments=arguments, image_stats=_stats(image_stats, arguments["c_in"], "image_stats")._asdict(),
+    check_keys(_shapes_of(name, arguments), tensor_shapes(tensors), f"The model to save is no {name}")
+    provenance = {} if provenance is None else provenance
+    _check_channels(channels, arguments["c_in"]), _check_provenance(provenance)
+    metadata = dict(name=name, arguments=_by_name(arguments), image_stats=_stats(image_stats, arguments["c_in"], "image_stats")._asdict(),
         target_stats=_stats(target_stats, arguments["n_out"], "target_stats")._asdict(),
-        channels=channels if isinstance(channels, str) else list(channels), provenance=provenance or {})
+        channels=channels if isinstance(channels, str) else list(channels), provenance=provenance)
     try: metadata = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
     except (TypeError, ValueError) as error: raise InvalidInputError(f"arguments and provenance must be JSON: {error}.") from error
     with atomic_path(path) as part: part.write_bytes(safetensors_bytes(tensors, metadata | {"format": "specpred"}))
@@ -287,31 +309,24 @@ def load(
 ) -> TrainedModel:
     """Reads a weights file. Raises `MissingInputError` where there is none, `DamagedFileError` for one that is no safetensors
     file or is cut short, `WeightsError` for one without our metadata or with the weights of another model, and then lists the
-    keys that differ."""
-    metadata, tensors = _read(path, device)
+    keys that differ; `InvalidInputError` for a device that is not there."""
+    metadata, tensors = read_safetensors(path)
     if metadata.get("format") != "specpred":
         raise WeightsError(f"{path} has no metadata of ours, so what it expects is unknown; load files that `models.save` wrote.")
     try:
         parts = {key: json.loads(metadata[key]) for key in TrainedModel.__dataclass_fields__ if key != "model"}
         arguments = _constructor_arguments(parts["name"], parts["arguments"])
         for key, size in ("image_stats", "c_in"), ("target_stats", "n_out"): parts[key] = _stats(parts[key], arguments[size], key)
+        _check_channels(parts["channels"], arguments["c_in"]), _check_provenance(parts["provenance"])
         expected = _shapes_of(parts["name"], arguments)
     except (KeyError, TypeError, ValueError, InvalidInputError) as error:
         raise WeightsError(f"The metadata of {path} cannot be used: {error}") from error
-    _check_keys(expected, _shapes(tensors), f"The weights in {path} are not those of {parts['name']}")
-    model = MODELS[parts["name"]](**arguments).to(device).eval()
+    check_keys(expected, tensor_shapes(tensors), f"The weights in {path} are not those of {parts['name']}")
+    model = MODELS[parts["name"]](**arguments).eval()
     model.load_state_dict(tensors)
-    return TrainedModel(model, **parts)
-
-# %% ../nbs/07_models.ipynb #5cf29299
-def _read(path, device):
-    "Metadata and tensors of a safetensors file."
-    if not Path(path).is_file(): raise MissingInputError(f"There is no weights file {path}.")
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f"{path} is no readable safetensors file: {error}") from error
+    try: return TrainedModel(model.to(device), **parts)
+    except (RuntimeError, AssertionError) as error:  # torch has both for a device that it does not find
+        raise InvalidInputError(f"The device {device!r} cannot be used: {error}") from error
 
 # %% ../nbs/07_models.ipynb #71751fb3
 def load_weights(
@@ -320,25 +335,14 @@ def load_weights(
     source:str="these weights",  # where they are from, for the message
 ) -> nn.Module:
     "`load_state_dict(strict=True)`, with a `WeightsError` that lists the keys and shapes that differ."
-    _check_keys(_shapes(model.state_dict()), _shapes(tensors), f"{source} do not belong to this {type(model).__name__}")
+    check_keys(tensor_shapes(model.state_dict()), tensor_shapes(tensors), f"{source} do not belong to this {type(model).__name__}")
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/07_models.ipynb #91f05ae2
-def _shapes(tensors): return {key: tuple(value.shape) for key, value in tensors.items()}
-
+# %% ../nbs/07_models.ipynb #b54bd8c3
 def _shapes_of(name, arguments):
     "Keys and shapes of a model that is described but not built."
-    with torch.device("meta"): return _shapes(MODELS[name](**arguments).state_dict())
-
-def _check_keys(expected, found, problem):
-    "Raises `WeightsError` unless keys and shapes agree."
-    differences = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items() if found.get(key, shape) != shape]}
-    lists = [f"{len(keys)} {kind}: {', '.join(keys[:4] + ['…']*(len(keys) > 4))}" for kind, keys in differences.items() if keys]
-    if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")
+    with torch.device("meta"): return tensor_shapes(MODELS[name](**arguments).state_dict())
 
 # %% ../nbs/07_models.ipynb #f1bc106a
 PUBLISHED_CHANNELS = "yzirg"  # bands in the order that the published weights expect
@@ -348,7 +352,8 @@ def image_stats(
     channels:str=PUBLISHED_CHANNELS,  # bands in the order of the model
 ) -> Stats:
     """Mean and standard deviation of the pixels per channel, in the order of `channels`. The published normalisation is that of one training
-    batch of 128 cutouts, so fewer do not do. Raises `InvalidInputError` for fewer, another shape, or NaN."""
+    batch of 128 cutouts, so fewer do not do. Raises `InvalidInputError` for fewer, another shape, NaN, or unknown channels."""
+    _check_channels(channels, 5)
     counts = torch.as_tensor(counts)
     if counts.ndim != 4 or counts.shape[1] != 5 or len(counts) < 128:
         raise InvalidInputError(f"The statistics need at least 128 cutouts, of shape (N, 5, height, width); got {tuple(counts.shape)}.")
@@ -398,14 +403,25 @@ def load_published(
         raise InvalidInputError("Published weights hold neither the input's normalisation nor the targets' scale. Give image_stats, e.g. models.image_stats(counts) of at "
             "least 128 cutouts, and target_stats, e.g. vae.target_stats('catalogue.csv') of the published catalogue.")
     tensors = _published_tensors(path)
-    name = name or _recognised(_shapes(tensors), arguments)
+    name = name or _recognised(tensor_shapes(tensors), arguments)
     full = _constructor_arguments(name, arguments)
+    _check_channels(PUBLISHED_CHANNELS, full["c_in"])
     statistics = dict(image_stats=_stats(image_stats, full["c_in"], "image_stats"), target_stats=_stats(target_stats, full["n_out"], "target_stats"))
     model = load_weights(MODELS[name](**full), tensors, str(path)).eval()
     provenance = dict(source=Path(path).name, stretch="linear", softening=[1.]*full["c_in"], image_unit="counts")
-    return TrainedModel(model, name, full, **statistics, channels=PUBLISHED_CHANNELS, provenance=provenance)
+    return TrainedModel(model, name, _by_name(full), **statistics, channels=PUBLISHED_CHANNELS, provenance=provenance)
 
-# %% ../nbs/07_models.ipynb #70ce1c86
+# %% ../nbs/07_models.ipynb #219d11a3
+def checked_images(
+    images,  # (N, 5, height, width) array or tensor, bands g, r, i, z, y
+) -> np.ndarray:
+    "The images as float32. Raises `InvalidInputError` for another shape and for NaN or infinite pixels."
+    try: images = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images, np.float32)
+    except (TypeError, ValueError) as error: raise InvalidInputError(f"the images are no array of numbers ({error})") from error
+    if images.ndim != 4 or images.shape[1] != 5: raise InvalidInputError(f"images must have shape (N, 5, height, width), bands g, r, i, z, y; got {images.shape}")
+    if not np.isfinite(images).all(): raise InvalidInputError("the images hold NaN or infinite pixels; set pixels without data to 0")
+    return images
+
 @patch
 def in_channel_order(self:TrainedModel,
     images,  # (N, 5, height, width) array or tensor, bands g, r, i, z, y
@@ -413,14 +429,18 @@ def in_channel_order(self:TrainedModel,
     "The images with their bands in the order that the model expects."
     return images[:, ["grizy".index(band) for band in self.channels]]
 
+# %% ../nbs/07_models.ipynb #70ce1c86
 @patch
+@torch.no_grad()
 def predict(self:TrainedModel,
     images,  # (N, 5, height, width), bands g, r, i, z, y; linear, in the unit of `image_stats`
+    batch_size:int=256,  # images on the device at once
 ) -> np.ndarray:
-    "Latents (N, n_out) on their own scale, for a model whose input is standardised and not stretched. Raises `InvalidInputError` for one that needs a stretch."
+    """Latents (N, n_out) on their own scale, for a model whose input is standardised and not stretched. Raises `InvalidInputError` for a model that needs a
+    stretch, and for images as `checked_images` does."""
     if self.provenance.get("stretch", "linear") != "linear": raise InvalidInputError(f"{self.name} sees {self.provenance['stretch']}-stretched images; use specpred.predict.")
-    device = next(self.model.parameters()).device
-    column = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
-    x = self.in_channel_order(torch.as_tensor(images, dtype=torch.float32, device=device))
-    with torch.no_grad(): y = self.model((x - column(self.image_stats.mean)[:, None, None])/column(self.image_stats.std)[:, None, None])
-    return (y*column(self.target_stats.std) + column(self.target_stats.mean)).cpu().numpy()
+    images, device = self.in_channel_order(checked_images(images)), next(self.model.parameters()).device
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in self.image_stats)
+    y = [self.model((torch.from_numpy(images[k:k + batch_size]).to(device) - mean)/std).cpu().numpy() for k in range(0, len(images), batch_size)]
+    target_mean, target_std = (np.array(values, np.float32) for values in self.target_stats)
+    return np.concatenate(y)*target_std + target_mean if y else np.zeros((0, len(target_mean)), np.float32)

@@ -70,10 +70,7 @@ class Predictor:
 
     def __call__(self, flux) -> PredictedSpectra:
         "Spectra of galaxies from images (N, 5, height, width) in nJy, bands g, r, i, z, y, centred, 0.25 arcsec a pixel."
-        flux = np.asarray(flux, np.float32)
-        if flux.ndim != 4 or flux.shape[1] != len(BANDS):
-            raise InvalidInputError(f"images must have shape (N, 5, height, width), bands {', '.join(BANDS)}; got {flux.shape}")
-        if not np.isfinite(flux).all(): raise InvalidInputError("the images hold NaN or infinite pixels; set pixels without data to 0")
+        flux = models.checked_images(flux)
         batches = (self.trained.in_channel_order(central_crop(flux[k:k + 256], self.size)) for k in range(0, len(flux), 256))
         targets = predict_targets(self.trained.model, batches, self.transform)
         return decode_with_errors(targets, self.covariance, self.decoder, self.seed, self.bias)

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+import google_crc32c
 import numpy as np
 from joblib import Parallel, delayed
 from scipy.ndimage import convolve1d, gaussian_filter1d
@@ -111,19 +112,25 @@ class SDSSSpectrum:
     model: np.ndarray | None = None  # (n,) SDSS's best-fitting template, unit of flux
 
     @property
-    def loglam(self) -> np.ndarray: return self.loglam0 + DLOGLAM*np.arange(len(self.flux))
+    def loglam(self) -> np.ndarray:
+        "log10 of the pixels' centres, Angstrom in vacuum, observed frame, (n,)."
+        return self.loglam0 + DLOGLAM*np.arange(len(self.flux))
     @property
-    def wavelength(self) -> np.ndarray: return 10**self.loglam
+    def wavelength(self) -> np.ndarray:
+        "The pixels' centres, Angstrom in vacuum, observed frame, (n,)."
+        return 10**self.loglam
 
     def to_specutils(self) -> "specutils.Spectrum":
-        "The same as a `specutils.Spectrum` with units: flux and uncertainty, wavelength, a mask of unmeasured pixels, redshift; what else is known in `meta`."
+        "The same as a `specutils.Spectrum` with units, a mask of unmeasured pixels and the redshift; what else is known is in `meta`."
         return _to_specutils(self)
 
 # %% ../nbs/04_spectra.ipynb #dbb0b033
 def read_sdss(
     path:str | os.PathLike,  # spec-PPPP-MMMMM-FFFF.fits, full or lite, legacy or BOSS, or spSpec-MMMMM-PPPP-FFF.fit
 ) -> SDSSSpectrum:
-    "Reads a spectrum of any of SDSS's data releases. Raises `MissingInputError` when there is no file, `DamagedFileError` when it is cut off or something else."
+    """Reads a spectrum of any of SDSS's data releases.
+
+    Raises `MissingInputError` when there is no file, `DamagedFileError` when it is cut off or something else."""
     data = _content(Path(path))
     if _primary_value(data, "NAXIS", "0") == "2": return _read_spspec(path, data)
     pixels, found = _tables(data, path, 2)
@@ -169,8 +176,7 @@ def _read_spspec(path, data:bytes) -> SDSSSpectrum:
     except (KeyError, ValueError, OverflowError, StopIteration) as error: raise DamagedFileError(f"{path} is no complete spSpec file ({error}).") from None
     error, mask = image[2], np.nan_to_num(image[3]).astype(np.int64).astype(np.uint32)
     ivar = np.divide(1, error.astype(float)**2, where=error > 0, out=np.zeros(n)).astype(np.float32)
-    return SDSSSpectrum(image[0].astype(np.float32), ivar, mask, loglam0, facts[0], warning, kind, "", *facts[1:], *numbers, mask,
-        image[4].astype(np.float32) if n_rows > 4 else None)
+    return SDSSSpectrum(image[0].astype(np.float32), ivar, mask, loglam0, facts[0], warning, kind, "", *facts[1:], *numbers)
 
 # %% ../nbs/04_spectra.ipynb #a336d98b
 _META = ("zwarning", "object_class", "subclass", "ra", "dec", "plate", "mjd", "fiberid", "and_mask", "or_mask", "model")
@@ -190,24 +196,37 @@ def _to_specutils(spectrum:SDSSSpectrum):
 # %% ../nbs/04_spectra.ipynb #69fe173c
 def from_specutils(
     spectrum,  # specutils.Spectrum, one-dimensional, on pixels of `DLOGLAM` dex
+    ivar = None,  # (n,) inverse variance in units of 1e-17 erg/s/cm2/Angstrom, for a spectrum that does not know its uncertainty
 ) -> SDSSSpectrum:
-    "An `SDSSSpectrum` from a `specutils.Spectrum` with any units of wavelength and flux density. Raises `InvalidInputError` when its pixels are not SDSS's or its units no flux density."
+    """An `SDSSSpectrum` from a `specutils.Spectrum` with any units of wavelength and flux density.
+
+    Raises `InvalidInputError` when its pixels are not SDSS's, its units no flux density, its uncertainty unknown, or masks in `meta` of another length."""
     from astropy import units
     from astropy.nddata import InverseVariance
     try:
         wavelength = spectrum.spectral_axis.to_value(units.AA, units.spectral())
         factor = (np.ones(len(wavelength))*spectrum.flux.unit).to_value(_flux_unit(), units.spectral_density(wavelength*units.AA))
         flux, told = spectrum.flux.value*factor, spectrum.uncertainty
-        with np.errstate(divide="ignore"): ivar = np.ones(len(flux)) if told is None else told.represent_as(InverseVariance).array/factor**2
+        if told is not None:
+            with np.errstate(divide="ignore"): ivar = told.represent_as(InverseVariance).array/factor**2
     except (units.UnitConversionError, AttributeError, TypeError) as error: raise InvalidInputError(f"This is no spectrum of a flux density ({error}).") from error
     if flux.ndim != 1: raise InvalidInputError(f"Give one spectrum at a time; the flux has the shape {flux.shape}.")
+    if ivar is None: raise InvalidInputError("This spectrum has no uncertainty; give its inverse variance as ivar.")
     loglam = np.log10(wavelength)
     if not np.allclose(np.diff(loglam), DLOGLAM, rtol=0, atol=0.05*DLOGLAM): raise InvalidInputError(f"Its pixels are not {DLOGLAM} dex wide; `rebin` takes other ones.")
-    ivar = np.where(np.zeros(len(flux), bool) if spectrum.mask is None else spectrum.mask, 0, np.nan_to_num(ivar))
-    known = dict(zwarning=0, object_class="", subclass="", ra=np.nan, dec=np.nan, plate=0, mjd=0, fiberid=0, and_mask=np.zeros(len(flux), np.uint32)) | \
-        {name: spectrum.meta[name] for name in _META if name in spectrum.meta}
-    return SDSSSpectrum(flux.astype(np.float32), ivar.astype(np.float32), loglam0=round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6),
-        redshift=float(spectrum.redshift.value), **known)
+    loglam0 = round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6)
+    return _from_parts(flux, ivar, spectrum.mask, loglam0, float(spectrum.redshift.value), spectrum.meta)
+
+# %% ../nbs/04_spectra.ipynb #95161b9b
+def _from_parts(flux, ivar, mask, loglam0, redshift, meta) -> SDSSSpectrum:
+    "The spectrum of `from_specutils`, with what `meta` knows of it."
+    n, known = len(flux), dict(zwarning=0, object_class="", subclass="", ra=np.nan, dec=np.nan, plate=0, mjd=0, fiberid=0)
+    known |= dict(and_mask=np.zeros(n, np.uint32)) | {name: meta[name] for name in _META if name in meta}
+    lengths = {"ivar": np.shape(ivar)} | {name: np.shape(known[name]) for name in ("and_mask", "or_mask", "model") if known.get(name) is not None}
+    wrong = [f"{name} has the shape {shape}" for name, shape in lengths.items() if shape != (n,)]
+    if wrong: raise InvalidInputError(f"The spectrum has {n} pixels, and {', '.join(wrong)}.")
+    ivar = np.where(np.zeros(n, bool) if mask is None else mask, 0, np.nan_to_num(ivar))
+    return SDSSSpectrum(flux.astype(np.float32), ivar.astype(np.float32), loglam0=loglam0, redshift=redshift, **known)
 
 # %% ../nbs/04_spectra.ipynb #f901b345
 EXTINCTION_LAWS = ("F99", "CCM89")
@@ -234,8 +253,13 @@ def galactic_ebv(
     extinction_r,  # the catalogue's extinction in r, magnitudes
     law:str = "F99",
 ) -> np.ndarray:
-    "E(B-V) for which `law` has this extinction at SDSS's r band."
+    "E(B-V) for which `law` has this extinction at SDSS's r band. Raises `InvalidInputError` for an unknown law."
     return np.asarray(extinction_r)/extinction(np.log10(_LAMBDA_R), 1., law)
+
+# %% ../nbs/04_spectra.ipynb #b0c7cb77
+def _plausible_ebv(ebv) -> np.ndarray:
+    "Whether numbers can be the E(B-V) of a galaxy that was observed: NaN and the -9999 of catalogues cannot."
+    return (ebv > -0.1) & (ebv < 10)
 
 def deredden(
     flux,  # (N, n) or (n,) observed flux densities
@@ -244,9 +268,12 @@ def deredden(
     ebv,  # (N,) or a number, magnitudes
     law:str = "F99",
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Flux and inverse variance without the Milky Way's dust. Raises `InvalidInputError` for a law that is unknown or an E(B-V) that is no number from -0.1 to 10."
+    """Flux and inverse variance without the Milky Way's dust.
+
+    Raises `InvalidInputError` for a law that is unknown and an E(B-V) that is no number from -0.1 to 10 or not one a spectrum."""
     ebv = np.asarray(ebv, float)
-    if not ((ebv > -0.1) & (ebv < 10)).all(): raise InvalidInputError("E(B-V) must lie between -0.1 and 10 magnitudes. Is it the right column of the catalogue?")
+    if ebv.shape not in ((), np.shape(flux)[:-1]): raise InvalidInputError(f"E(B-V) must be one number, or one a spectrum; got {ebv.shape} for flux {np.shape(flux)}.")
+    if not _plausible_ebv(ebv).all(): raise InvalidInputError("E(B-V) must lie between -0.1 and 10 magnitudes. Is it the right column of the catalogue?")
     factor = 10**(0.4*extinction(loglam, ebv[..., None], law))
     return flux*factor, ivar/factor**2
 
@@ -257,6 +284,10 @@ class LogGrid:
     n_bins: int = 1000
     loglam0: float = 3.53  # log10 of the first bin's centre
     dloglam: float = 0.00039  # width of a bin, dex
+
+    def __post_init__(self):
+        if not (self.n_bins >= 1 and 0 < self.dloglam < 1 and 2 < self.loglam0 < 6):
+            raise InvalidInputError(f"A grid has at least one bin, of a width above 0 dex, and starts at log10 of a wavelength in Angstrom; got {self}.")
 
     @property
     def loglam(self) -> np.ndarray:
@@ -305,8 +336,18 @@ def _native(flux, ivar) -> tuple[np.ndarray, np.ndarray]:
     flux = np.atleast_2d(np.asarray(flux, float))
     ivar = np.ones_like(flux) if ivar is None else np.atleast_2d(np.asarray(ivar, float))
     if flux.shape != ivar.shape: raise InvalidInputError(f"flux has the shape {flux.shape} and ivar {ivar.shape}; they must be equal.")
+    if flux.ndim != 2 or not flux.size: raise InvalidInputError(f"Give one spectrum or a matrix of spectra, one a row; got the shape {flux.shape}.")
     measured = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
     return np.where(measured, flux, 0), np.divide(1, ivar, where=measured, out=np.zeros_like(ivar))
+
+def _rest_starts(loglam0, redshift, n:int, dloglam:float) -> np.ndarray:
+    "log10 of the first pixels' rest-frame wavelengths, (n,); checks what says where the pixels are."
+    loglam0 = np.asarray(loglam0, float)
+    if loglam0.shape not in ((), (n,)) or np.shape(redshift) not in ((), (n,)):
+        raise InvalidInputError(f"loglam0 and redshift must be one number, or {n}, one a spectrum; got {loglam0.shape} and {np.shape(redshift)}.")
+    if not ((loglam0 > 2) & (loglam0 < 6)).all(): raise InvalidInputError("loglam0 must be log10 of a wavelength in Angstrom, above 2 and below 6.")
+    if not 0 < dloglam < 1: raise InvalidInputError(f"dloglam={dloglam}: a pixel is wider than 0 dex.")
+    return np.broadcast_to(to_rest_frame(loglam0, redshift), n)
 
 def _overlaps(loglam0, n_native:int, dloglam:float, grid:LogGrid):
     "Yields, offset by offset, which native pixel (flat index into N x n_native) each bin meets and the overlap in Angstrom, both (N, n_bins)."
@@ -330,11 +371,13 @@ def rebin(
     error:str = "propagated",  # or "published": mean error of the native pixels
     min_coverage:float = 0.7,  # bins of which less was measured are missing: one pixel of four may be lost
 ) -> RebinnedSpectra:
-    "Shifts spectra to the rest frame and rebins them, conserving the integral of flux density over wavelength. As published, the flux density is not multiplied by 1 + z. Raises `InvalidInputError` for shapes or redshifts that cannot be right."
+    """Shifts spectra to the rest frame and rebins them, conserving the integral of flux density over wavelength.
+
+    As published, the flux density is not multiplied by 1 + z. Raises `InvalidInputError` for shapes, redshifts or wavelengths that cannot be right."""
     if error not in ("propagated", "published"): raise InvalidInputError(f"error={error!r}: choose 'propagated' or 'published'.")
     flux, variance = _native(flux, ivar)
     n, n_native = flux.shape
-    start = np.broadcast_to(to_rest_frame(np.asarray(loglam0, float), redshift), n)
+    start = _rest_starts(loglam0, redshift, n, dloglam)
     measured = (variance > 0).astype(float)
     spread = variance if error == "propagated" else np.sqrt(variance)
     total, covered, noise = (np.zeros((n, grid.n_bins)) for _ in range(3))
@@ -357,9 +400,9 @@ def neighbour_covariance(
     grid:LogGrid = LogGrid(),  # rest-frame bins
     dloglam:float = DLOGLAM,  # width of a native pixel, dex
 ) -> np.ndarray:  # (N, n_bins - 1)
-    "Covariance of each bin of `rebin` with the next one; 0 where they share no measured pixel."
+    "Covariance of each bin of `rebin` with the next one; 0 where they share no measured pixel. Raises `InvalidInputError` as `rebin` does."
     _, variance = _native(np.zeros(np.shape(ivar)), ivar)
-    start = np.broadcast_to(to_rest_frame(np.asarray(loglam0, float), redshift), len(variance))
+    start = _rest_starts(loglam0, redshift, len(variance), dloglam)
     parts = [(pixel, overlap*(variance > 0).take(pixel)) for pixel, overlap in _overlaps(start, variance.shape[1], dloglam, grid)]
     covered = sum(overlap for _, overlap in parts)
     shared = sum(np.where(left[:, :-1] == right[:, 1:], w[:, :-1]*v[:, 1:]*variance.take(left[:, :-1]), 0) for left, w in parts for right, v in parts)
@@ -392,7 +435,10 @@ def prepare(
     ebv = None,  # (N,) E(B-V) of the Milky Way to correct for; None: no correction
     law:str = "F99",  # of the extinction, see `deredden`
 ) -> RebinnedSpectra:
-    "SDSS spectra on a common rest-frame grid, with the noise spikes among the missing bins. Raises `InvalidInputError` for bits or a law that do not exist."
+    """SDSS spectra on a common rest-frame grid, with the noise spikes among the missing bins.
+
+    Raises `InvalidInputError` for no spectrum, bits or a law that do not exist, and redshifts or E(B-V) that cannot be right."""
+    if not len(spectra): raise InvalidInputError("There is no spectrum to prepare.")
     n = max(len(s.flux) for s in spectra)
     flux, ivar = np.zeros((2, len(spectra), n), np.float32)
     discard = np.uint32(mask_bits(bad_bits))
@@ -577,6 +623,7 @@ class SpectrumBasis:
         "Variance along each eigenvector: squared singular values over N - 1."
         return self.eigenvalues**2/(self.n_spectra - 1)
 
+# %% ../nbs/04_spectra.ipynb #46376598
 @dataclass(frozen=True, eq=False)
 class FilledSpectra:
     "Complete spectra."
@@ -633,7 +680,9 @@ def iterative_pca(
     device:str | None = None,  # torch's name of a device; None: a GPU if there is one and the sample is large, numpy otherwise
     out = None,  # array (number of rows, n_bins), e.g. on disk, for the normalised spectra; None: one in memory
 ) -> FilledSpectra:
-    "Eigenspectra of incomplete spectra, and the spectra completed with them: the recipe of Portillo et al. (2020, section 2). Beside the result, memory does not grow with N. Raises `InvalidInputError` that names rows or bins for a bin that no spectrum has, an empty spectrum, or NaN."
+    """Eigenspectra of incomplete spectra, and the spectra completed with them: the recipe of Portillo et al. (2020, section 2).
+
+    Beside the result, memory does not grow with N. Raises `InvalidInputError` that names rows or bins for a bin that no spectrum has, an empty spectrum, or NaN."""
     source = _Source(*_check_shapes(flux, missing, n_components, norm, rows), rows, device)
     basis, norms = _fit_basis(source, n_components, n_iter, norm, progress)
     out = np.empty((source.n, len(basis.mean))) if out is None else out
@@ -677,22 +726,44 @@ def spectrum_file(
     "The file of one spectrum, named as SDSS does."
     return Path(folder)/f"spec-{plate:04d}-{mjd:05d}-{fiberid:04d}.fits"
 
+# %% ../nbs/04_spectra.ipynb #42a1e32d
+def _check_columns(catalogue, parameters:SpectraParameters, *further):
+    "Raises `InvalidInputError` that names the columns that a catalogue lacks."
+    absent = [c for c in ("plate", "mjd", "fiberid", "redshift", *further) if c not in catalogue]
+    if absent: raise InvalidInputError(f"The catalogue has no column {', '.join(absent)}.")
+    if parameters.extinction != "none" and "extinction_r" not in catalogue:
+        raise InvalidInputError(f"The catalogue has no column extinction_r, which the correction for dust ({parameters.extinction}) needs; set spectra.extinction=none.")
+
+def _read_rows(catalogue, folder, ebv) -> tuple[list[SDSSSpectrum], list[int], list[str]]:
+    "The spectra of a table's rows that have a usable one, which rows these are, and what is wrong with the others."
+    spectra, rows, reasons = [], [], []
+    for i, (plate, mjd, fiberid, z) in enumerate(catalogue[["plate", "mjd", "fiberid", "redshift"]].itertuples(index=False)):
+        if not (np.isfinite(z) and z > -1): reasons.append("no redshift")
+        elif ebv is not None and not _plausible_ebv(ebv[i]): reasons.append("no extinction")
+        else:
+            try: spectrum = read_sdss(spectrum_file(folder, plate, mjd, fiberid))
+            except MissingInputError: reasons.append("no file")
+            except DamagedFileError: reasons.append("damaged file")
+            else:
+                if (spectrum.plate, spectrum.mjd, spectrum.fiberid) != (plate, mjd, fiberid): reasons.append("file of another spectrum")
+                else: spectra.append(spectrum), rows.append(i)
+    return spectra, rows, reasons
+
+# %% ../nbs/04_spectra.ipynb #d163c4e4
 def prepare_files(
     catalogue,  # table with plate, mjd, fiberid, redshift, and extinction_r if that is to be corrected
     folder,  # of the files
     parameters:SpectraParameters,
 ) -> tuple[RebinnedSpectra | None, np.ndarray, list[str]]:
-    "The usable rows' spectra (None when there are none), the positions of these rows in the table, and why each other row was left out."
+    """The usable rows' spectra (None when there are none), the positions of these rows in the table, and why each other row was left out.
+
+    Raises `InvalidInputError` for columns that the table lacks, and a grid, bits or a law that cannot be."""
+    _check_columns(catalogue, parameters)
     grid = LogGrid(parameters.n_bins, parameters.loglam0, parameters.dloglam)
-    spectra, rows, reasons = [], [], []
-    for i, (plate, mjd, fiberid, z) in enumerate(catalogue[["plate", "mjd", "fiberid", "redshift"]].itertuples(index=False)):
-        if not (np.isfinite(z) and z > -1): reasons.append("no redshift")
-        else:
-            try: spectra.append(read_sdss(spectrum_file(folder, plate, mjd, fiberid))), rows.append(i)
-            except MissingInputError: reasons.append("no file")
-            except DamagedFileError: reasons.append("damaged file")
+    ebv = None if parameters.extinction == "none" else galactic_ebv(catalogue["extinction_r"].to_numpy(float), parameters.extinction)
+    spectra, rows, reasons = _read_rows(catalogue, folder, ebv)
     if not spectra: return None, np.array([], int), reasons
-    ebv = None if parameters.extinction == "none" else galactic_ebv(catalogue["extinction_r"].to_numpy()[rows], parameters.extinction)
+    if ebv is not None: ebv = ebv[rows]
     made = prepare(spectra, catalogue["redshift"].to_numpy()[rows], grid, parameters.error, parameters.bad_bits, ebv, parameters.extinction)
     usable = made.missing.mean(1) <= parameters.max_missing
     reasons += [f"more than {parameters.max_missing:.0%} of the bins missing"]*int((~usable).sum())
@@ -708,11 +779,13 @@ def build_store(
     n_jobs:int = -1,  # threads that read; -1: one a core
     progress:bool = True,
 ) -> Counter:
-    "Makes the store of rest-frame spectra (see `SpectraStore`) and returns how many rows were left out, by reason. Raises `InvalidInputError` when no training spectrum is left."
+    """Makes the store of rest-frame spectra (see `SpectraStore`) and returns how many rows were left out, by reason.
+
+    Raises `InvalidInputError` for columns that the table lacks, a specobjid that is listed twice, settings that cannot be, and when no training spectrum is left."""
     import zarr
     columns = dict(flux="f4", error="f4", missing="?", filled="f4")
-    if parameters.extinction != "none" and "extinction_r" not in catalogue:
-        raise InvalidInputError(f"The catalogue has no column extinction_r, which the correction for dust ({parameters.extinction}) needs; set spectra.extinction=none.")
+    _check_columns(catalogue, parameters, "specobjid", "has_spectrum", "split")
+    if catalogue["specobjid"].duplicated().any(): raise InvalidInputError("A galaxy is listed twice in the catalogue; every specobjid has one row in a store.")
     listed = catalogue[catalogue["has_spectrum"].to_numpy(bool)].reset_index(drop=True)
     left_out = Counter({"no spectrum": len(catalogue) - len(listed)} if len(catalogue) > len(listed) else {})
     with atomic_path(path) as part:
@@ -729,7 +802,15 @@ def build_store(
             kept += block.index[rows].tolist()
         for array in arrays.values(): array.resize((len(kept), parameters.n_bins))
         _fit_store(group, listed.iloc[kept], parameters, progress)
+        group.attrs["crc32c"] = {name: _checksum(array) for name, array in group.arrays()}
     return left_out
+
+# %% ../nbs/04_spectra.ipynb #b50a8252
+def _checksum(array) -> int:
+    "CRC-32C of an array's numbers, row by row, in memory or on disk."
+    value = 0
+    for start in range(0, array.shape[0], _BLOCK): value = google_crc32c.extend(value, np.ascontiguousarray(array[start:start + _BLOCK]).tobytes())
+    return value
 
 # %% ../nbs/04_spectra.ipynb #9a7120e9
 def _fit_store(group, catalogue, parameters:SpectraParameters, progress:bool):
@@ -756,7 +837,7 @@ def _fit_store(group, catalogue, parameters:SpectraParameters, progress:bool):
     group.attrs.update(wavelength_unit="Angstrom, vacuum, rest frame", flux_unit="1e-17 erg/s/cm2/Angstrom", error=parameters.error,
         bad_bits=list(parameters.bad_bits), extinction=parameters.extinction, loglam0=parameters.loglam0, dloglam=parameters.dloglam, n_iter=parameters.n_iter, n_fitted=int(train.sum()))
 
-# %% ../nbs/04_spectra.ipynb #46376598
+# %% ../nbs/04_spectra.ipynb #1f77135a
 @dataclass(frozen=True, eq=False)
 class SpectraStore:
     "The arrays of a store of N rest-frame spectra; fluxes and errors in 1e-17 erg/s/cm2/Angstrom, NaN where nothing was measured."
@@ -775,13 +856,16 @@ class SpectraStore:
 def load_store(
     path,  # of the Zarr store that `build_store` made
 ) -> SpectraStore:
-    "Reads a whole store. Raises `MissingInputError` or `DamagedFileError`."
+    "Reads a whole store. Raises `MissingInputError` where there is none, `DamagedFileError` where a file of it is gone or altered."
     import zarr
     if not Path(path).is_dir(): raise MissingInputError(f"There is no spectra store {path}; 04_spectra makes it.")
     try:
         group = zarr.open_group(path, mode="r")
-        found = {name: group[name][:] for name in SpectraStore.__dataclass_fields__}
-    except (KeyError, ValueError, OSError, RuntimeError) as error: raise DamagedFileError(f"{path} is no complete spectra store ({error}).") from error
+        found, sums = {name: group[name][:] for name in SpectraStore.__dataclass_fields__}, group.attrs["crc32c"]
+    except Exception as error:  # zarr and its codecs meet damage in many ways
+        raise DamagedFileError(f"{path} is no complete spectra store ({type(error).__name__}: {error}); 04_spectra makes it anew.") from error
+    wrong = [name for name, values in found.items() if _checksum(values) != sums.get(name)]
+    if wrong: raise DamagedFileError(f"{path} is damaged: a file of {', '.join(wrong)} is missing or altered; 04_spectra makes it anew.")
     shapes = {name: found[name].shape for name in ("flux", "error", "missing", "filled")}
     if set(shapes.values()) != {(len(found["specobjid"]), len(found["wavelength"]))}:
         raise DamagedFileError(f"{path}: its arrays do not belong together: {shapes}.")

@@ -22,10 +22,10 @@ from .images import BANDS, Augmentation, GrizyImage, ImageStore, ImageTransform,
 from .models import MODELS, save
 
 # %% auto #0
-__all__ = ['target_columns', 'training_table', 'choose_memory', 'ImageReader', 'Stretch', 'grizyImageBlock', 'augmentations',
-           'image_loaders', 'BatchMemory', 'ImageSource', 'BatchLoader', 'batch_loaders', 'rmse', 'pooled_metrics',
-           'EpochCheckpoint', 'learning_rate', 'train_model', 'predict_targets', 'make_loaders', 'train_models',
-           'transform_of']
+__all__ = ['target_columns', 'training_table', 'free_memory', 'choose_memory', 'ImageReader', 'Stretch', 'grizyImageBlock',
+           'augmentations', 'image_loaders', 'BatchMemory', 'ImageSource', 'BatchLoader', 'BatchLoaders',
+           'batch_loaders', 'rmse', 'pooled_metrics', 'EpochCheckpoint', 'learning_rate', 'train_model',
+           'predict_targets', 'make_loaders', 'train_models', 'transform_of']
 
 # %% ../nbs/08_training.ipynb #e941737a
 def target_columns(table) -> list[str]:
@@ -43,14 +43,36 @@ def training_table(
     if empty: raise InvalidInputError(f"no galaxy with images and a spectrum is left in {', '.join(empty)}; the sample has {len(table)}")
     return table
 
+# %% ../nbs/08_training.ipynb #1db39109
+def _job_memory(root="/sys/fs/cgroup", membership="/proc/self/cgroup") -> float:
+    "Bytes that the control groups of this process, and those around it, still allow; infinite where nothing is limited. Caches of files count as free."
+    allowed = float("inf")
+    for line in Path(membership).read_text().splitlines() if Path(membership).exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","): continue
+        top = Path(root, "memory") if controllers else Path(root)
+        limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        own = top/path.lstrip("/")
+        for folder in (own, *own.parents):
+            if (folder/limit).exists() and (text := (folder/limit).read_text().strip()) != "max":
+                cached = dict(line.split() for line in (folder/"memory.stat").read_text().splitlines()).get("inactive_file", 0)
+                allowed = min(allowed, int(text) - int((folder/usage).read_text()) + int(cached))
+            if folder == top: break
+    return allowed
+
+def free_memory() -> float:
+    "Bytes of host memory that this process can still take."
+    import psutil
+    return min(psutil.virtual_memory().available, _job_memory())
+
 # %% ../nbs/08_training.ipynb #e6e66dae
 def choose_memory(
     n_bytes:int,  # size of the images
     device:torch.device,  # that the training runs on
 ) -> tuple[torch.device | None, str]:
-    "Where to keep images: in the memory of `device`, or of the host, when they take less than half of what is free there, or nowhere (None); and that in words."
-    import psutil
-    free = {torch.device("cpu"): psutil.virtual_memory().available}
+    """Where to keep images: in the memory of `device`, or of the host, when they take less than half of what is free there, or nowhere (None);
+    and that in words."""
+    free = {torch.device("cpu"): free_memory()}
     if device.type == "cuda": free = {device: torch.cuda.mem_get_info(device)[0]} | free
     size = f"{n_bytes/1e6:,.0f} MB of images"
     for place, available in free.items():
@@ -93,6 +115,14 @@ def augmentations(
     "The published augmentation: flips and quarter turns, and small rotations."
     return aug_transforms(do_flip=True, flip_vert=True, max_rotate=max_rotate, max_zoom=1., max_warp=0., max_lighting=0., p_affine=p_rotate)
 
+# %% ../nbs/08_training.ipynb #458e2e8f
+def _learnt_rows(table:pd.DataFrame, batch_size:int) -> pd.DataFrame:
+    "The train and valid rows, or an `InvalidInputError`."
+    if batch_size < 1: raise InvalidInputError(f"a batch has at least one galaxy, not {batch_size}")
+    if empty := [s for s in ("train", "valid") if not (table.split == s).any()]: raise InvalidInputError(f"no galaxy of the sample is in {', '.join(empty)}")
+    if not target_columns(table): raise InvalidInputError("the sample has no column target_1, …: nothing to learn")
+    return table[table.split != "test"].reset_index(drop=True)
+
 # %% ../nbs/08_training.ipynb #27b07192
 def image_loaders(
     images:ImageStore,
@@ -101,8 +131,8 @@ def image_loaders(
     batch_size:int = 128,
     device=None,  # default: a GPU if there is one
 ) -> "DataLoaders":
-    "fastai `DataLoaders` over the train and valid rows of the table, through a `DataBlock`."
-    rows = table[table.split != "test"].reset_index(drop=True)
+    "fastai `DataLoaders` over the train and valid rows of the table, through a `DataBlock`. Raises `InvalidInputError` where there is nothing to learn from."
+    rows = _learnt_rows(table, batch_size)
     rows["is_valid"] = rows.split == "valid"
     columns = target_columns(rows)
     block = DataBlock(blocks=(grizyImageBlock(transform), RegressionBlock(n_out=len(columns))),
@@ -125,6 +155,8 @@ class BatchMemory:
             array = np.empty(shape, self.dtype)
             if len(self.arrays) < 4: self.arrays.append(array)
             return torch.from_numpy(array)
+
+    def __reduce__(self): return BatchMemory, (self.dtype,)  # a lock cannot be pickled, and memory need not be
 
 # %% ../nbs/08_training.ipynb #32c5eab8
 class ImageSource:
@@ -153,20 +185,23 @@ class ImageSource:
         self.images.read_rows(self.rows[positions], convert, out.numpy())
         return out
 
-    def take(self, positions, device) -> tuple[torch.Tensor, np.ndarray]:
-        "Images on `device`, and which of them are the galaxies at these positions: all that is kept there, or just those."
-        if self.values is not None and self.values.device == device: return self.values, positions
-        batch = self.read(positions) if self.values is None else self.values[torch.as_tensor(positions, device=self.values.device)]
-        return batch.to(device, non_blocking=True), np.arange(len(positions))
+# %% ../nbs/08_training.ipynb #70ce1c86
+@patch
+def take(self:ImageSource, positions, device) -> tuple[torch.Tensor, np.ndarray]:
+    "Images on `device`, and which of them are the galaxies at these positions: all that is kept there, or just those."
+    device = torch.empty(0, device=device).device  # tensors on "cuda" are on "cuda:0"
+    if self.values is not None and self.values.device == device: return self.values, positions
+    batch = self.read(positions) if self.values is None else self.values[torch.as_tensor(positions, device=self.values.device)]
+    return batch.to(device, non_blocking=True), np.arange(len(positions))
 
 # %% ../nbs/08_training.ipynb #7aa0a41f
 class BatchLoader(DataLoader):
-    "Batches of images and targets, augmented as a whole on the device that trains."
+    "Batches of images and targets, augmented as a whole on the device that trains. Raises `InvalidInputError` for settings that do not fit together."
     n_inp = 1
     def __init__(self,
         source:ImageSource,
         positions:np.ndarray,  # (n,) of this loader's galaxies in the source
-        targets:np.ndarray,  # (n, n_targets)
+        targets:np.ndarray | None = None,  # (n, n_targets); None: batches are images alone
         bs:int = 64,  # galaxies in a batch
         augmentation:Augmentation = Augmentation(turns=False, p_rotate=0.),  # default: none
         shuffle:bool = False,
@@ -175,20 +210,50 @@ class BatchLoader(DataLoader):
         device=None,
     ):
         super().__init__(positions, bs=bs, shuffle=shuffle, drop_last=drop_last, device=device or source.device)
-        self.source, self.positions, self.augmentation, self.seed, self.epoch = source, np.asarray(positions), augmentation, seed, 0
-        self.targets, self.memory = torch.as_tensor(targets), BatchMemory("float32")
+        self.source, self.positions, self.targets, self.augmentation, self.seed, self.epoch = source, positions, targets, augmentation, seed, 0
+        self.memory = BatchMemory("float32")
+        self._check()
+
+    def _check(self):
+        self.dataset = self.positions = np.asarray(self.positions, np.int64)
+        self.n, self.targets = len(self.positions), None if self.targets is None else torch.as_tensor(self.targets)
+        if self.bs < 1: raise InvalidInputError(f"a batch has at least one galaxy, not {self.bs}")
+        if self.n and not 0 <= self.positions.min() <= self.positions.max() < len(self.source.rows):
+            raise InvalidInputError(f"positions must be from 0 to {len(self.source.rows) - 1}, the galaxies of the source")
+        if self.targets is not None and len(self.targets) != self.n: raise InvalidInputError(f"{self.n} galaxies cannot have {len(self.targets)} rows of targets")
 
     def get_idxs(self) -> np.ndarray:
         "The order of this epoch."
         return random_generator(self.seed, "order", self.epoch).permutation(self.n) if self.shuffle else np.arange(self.n)
 
-    def new(self, **changes) -> "BatchLoader":
-        "The same loader with some attributes changed, e.g. `shuffle=False`."
-        other = copy.copy(self)
-        for name, value in changes.items(): setattr(other, name, value)
-        return other
+# %% ../nbs/08_training.ipynb #8cab99cb
+@patch
+def new(self:BatchLoader,
+    dataset = None,  # other galaxies of the same store: specobjids, or rows of a table that has them; targets come from a table's columns
+    cls = None,  # as in fastai, where it is the class of the result; this loader's, whatever is given
+    **changes,  # settings of `BatchLoader`, and `epoch`
+) -> BatchLoader:
+    "The same loader with some settings changed, e.g. `shuffle=False`. Raises `InvalidInputError` for a setting that there is not."
+    changes = {k: v for k, v in changes.items() if k not in ("num_workers", "pin_memory")}  # of loaders whose batches come from processes
+    if unknown := set(changes) - {"source", "positions", "targets", "bs", "augmentation", "shuffle", "drop_last", "seed", "device", "epoch", "get_idxs"}:
+        raise InvalidInputError(f"a BatchLoader has no setting {', '.join(sorted(unknown))}")
+    other = copy.copy(self)
+    if dataset is not None and dataset is not self.dataset:
+        ids = dataset.specobjid if hasattr(dataset, "specobjid") else [getattr(item, "specobjid", item) for item in dataset]
+        columns = target_columns(dataset) if isinstance(dataset, pd.DataFrame) else []
+        other.source = ImageSource(self.source.images, np.atleast_1d(ids), self.source.transform, self.device, keep=False)
+        other.positions, other.targets = np.arange(len(other.source.rows)), dataset[columns].to_numpy(np.float32) if columns else None
+    for name, value in changes.items(): setattr(other, name, value)
+    other._check()
+    return other
 
-# %% ../nbs/08_training.ipynb #70ce1c86
+class BatchLoaders(DataLoaders):
+    "fastai's `DataLoaders` of `BatchLoader`s."
+    def new_empty(self) -> "BatchLoaders":
+        "Loaders without galaxies, which know the store and the transform: what an exported `Learner` takes along."
+        return type(self)(*(dl.new([]) for dl in self.loaders), path=self.path, device=self.device)
+
+# %% ../nbs/08_training.ipynb #5f31a2df
 @patch
 def __iter__(self:BatchLoader):
     drawn = self.augmentation.draw(self.n, random_generator(self.seed, "augmentation", self.epoch))
@@ -203,15 +268,30 @@ def __iter__(self:BatchLoader):
             out = self.memory((len(part), *images.shape[1:])) if images.device.type == "cpu" else None
             batch = GrizyImage(augment(images, rows, {name: values[part] for name, values in drawn.items()}, out))
             del images, out
-            yield batch, self.targets[part].to(self.device)
+            yield (batch,) if self.targets is None else (batch, self.targets[part].to(self.device))
             del batch
     self.epoch += 1
+
+# %% ../nbs/08_training.ipynb #9718e6e2
+@patch
+def decode_batch(self:BatchLoader, b, max_n=9, full=True) -> list:
+    "The galaxies of a batch one by one, images in nJy."
+    images = GrizyImage(self.source.transform.inverse(b[0][:max_n]))
+    return [(image, *(values[k] for values in b[1:])) for k, image in enumerate(images)]
 
 @patch
 def show_batch(self:BatchLoader, b=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     "Shows images of a batch as composites."
-    images = self.source.transform.inverse((self.one_batch() if b is None else b)[0][:max_n])
-    for ax, image in zip(get_grid(len(images), nrows, ncols, figsize=figsize), images): GrizyImage(image).show(ctx=ax)
+    shown = self.decode_batch(self.one_batch() if b is None else b, max_n)
+    for ax, (image, *_) in zip(get_grid(len(shown), nrows, ncols, figsize=figsize), shown): image.show(ctx=ax)
+
+@patch
+def show_results(self:BatchLoader, b, out, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Shows images of a batch with their targets and, below, what was predicted for them."
+    shown = self.decode_batch((*b, out), max_n)
+    for ax, (image, *values) in zip(get_grid(len(shown), nrows, ncols, figsize=figsize or (9, 9)), shown):
+        image.show(ctx=ax)
+        ax.set_title("\n".join(" ".join(f"{v:+.1f}" for v in row.tolist()) for row in values), fontsize=7)
 
 # %% ../nbs/08_training.ipynb #c7f46917
 def batch_loaders(
@@ -223,14 +303,14 @@ def batch_loaders(
     seed:int = 0,  # of order and augmentation
     device=None,  # default: a GPU if there is one
     keep:bool | None = None,  # images in memory; None: when they fit
-) -> DataLoaders:
-    "fastai `DataLoaders` over the train and valid rows of the table that make whole batches."
-    rows = table[table.split != "test"]
+) -> BatchLoaders:
+    "fastai `DataLoaders` over the train and valid rows of the table that make whole batches. Raises `InvalidInputError` where there is nothing to learn from."
+    rows = _learnt_rows(table, batch_size)
     source = ImageSource(images, rows.specobjid.to_numpy(), transform, device, keep)
     targets = rows[target_columns(rows)].to_numpy(np.float32)
     train, valid = (np.flatnonzero(rows.split == s) for s in ("train", "valid"))
     # a sample hardly larger than a batch would lose most of itself with the last batch
-    return DataLoaders(BatchLoader(source, train, targets[train], min(batch_size, len(train)), augmentation, shuffle=True, drop_last=True, seed=seed),
+    return BatchLoaders(BatchLoader(source, train, targets[train], min(batch_size, len(train)), augmentation, shuffle=True, drop_last=True, seed=seed),
         BatchLoader(source, valid, targets[valid], 2*batch_size), device=source.device)
 
 # %% ../nbs/08_training.ipynb #2f685924
@@ -354,8 +434,7 @@ def make_loaders(
     parameters:TrainingParameters,
     progress:bool = True,  # say where the images are kept
 ) -> DataLoaders:
-    "The loaders that the profile asks for."
-    if parameters.loader not in ("batches", "fastai"): raise InvalidInputError(f"training.loader is 'batches' or 'fastai', not {parameters.loader!r}")
+    "The loaders that the profile asks for. Raises `InvalidInputError` for settings that do not go together."
     if parameters.loader == "fastai":
         if parameters.max_shift: raise InvalidInputError("training.max_shift is for training.loader=batches; fastai's loader does not move images")
         return image_loaders(images, table, transform, parameters.batch_size)
@@ -406,3 +485,4 @@ def transform_of(trained) -> ImageTransform:
     "The image transform of a `TrainedModel` that `train_models` wrote. Raises `WeightsError` for weights from elsewhere."
     try: return ImageTransform(trained.provenance["stretch"], tuple(trained.provenance["softening"]), *trained.image_stats)
     except KeyError as error: raise WeightsError(f"these weights do not say their {error}, so how their images were stretched is unknown") from None
+    except (InvalidInputError, TypeError) as error: raise WeightsError(f"these weights do not say how their images were stretched: {error}") from None

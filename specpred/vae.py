@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_vae.ipynb #d33aac5b
 from __future__ import annotations
-import codecs, contextlib, dataclasses, hashlib, io, json, math, pickle, re, time, warnings, zipfile
+import contextlib, dataclasses, hashlib, io, json, math, pickle, re, time, warnings, zipfile
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +21,8 @@ from .config import (DamagedFileError, InvalidInputError, MissingInputError, Spe
 
 # %% auto #0
 __all__ = ['InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit',
-           'random_configurations', 'search', 'latent_pca', 'SpectrumModel', 'load_published', 'load_latent_pca',
-           'target_stats', 'plot_traversals']
+           'random_configurations', 'search', 'latent_pca', 'SpectrumModel', 'read_safetensors', 'tensor_shapes',
+           'check_keys', 'load_published', 'load_latent_pca', 'target_stats', 'plot_traversals']
 
 # %% ../nbs/05_vae.ipynb #f924770e
 class InfoVAE(nn.Module):
@@ -33,6 +33,10 @@ class InfoVAE(nn.Module):
         hidden:tuple[int, int] = (549, 110),  # sizes of the hidden layers, outer one first
         dropout:float = 0.,  # probability, in both hidden layers of the encoder and of the decoder
     ):
+        sizes = (n_bins, n_latents, *hidden)
+        if len(sizes) != 4 or not all(isinstance(n, int) and n > 0 for n in sizes) or not 0 <= dropout < 1:
+            raise InvalidInputError(f"There is no autoencoder with n_bins={n_bins!r}, n_latents={n_latents!r}, hidden={hidden!r} and dropout={dropout!r}: "
+                "sizes are positive integers, two of them in `hidden`, and dropout is a probability.")
         super().__init__()
         self.n_bins, self.n_latents, self.hidden = n_bins, n_latents, tuple(hidden)
         outer, inner = hidden
@@ -41,23 +45,27 @@ class InfoVAE(nn.Module):
         self.decd, self.dec2, self.outp = nn.Linear(n_latents, inner), nn.Linear(inner, outer), nn.Linear(outer, n_bins)
         self.dropout = nn.Dropout(dropout)
 
-    def encode(self, x:Tensor) -> tuple[Tensor, Tensor]:
-        "Mean and log variance of the latents, (N, n_latents) each."
-        if x.shape[-1] != self.n_bins: raise InvalidInputError(f"The autoencoder takes spectra of {self.n_bins} bins, not {x.shape[-1]}.")
-        h = self.dropout(F.leaky_relu(self.encd(x)))
-        h = self.dropout(F.leaky_relu(self.enc2(h)))
-        return self.mu(h), self.lv(h)
+# %% ../nbs/05_vae.ipynb #70ce1c86
+@patch
+def encode(self:InfoVAE, x:Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and log variance of the latents, (N, n_latents) each."
+    if x.shape[-1] != self.n_bins: raise InvalidInputError(f"The autoencoder takes spectra of {self.n_bins} bins, not {x.shape[-1]}.")
+    h = self.dropout(F.leaky_relu(self.encd(x)))
+    h = self.dropout(F.leaky_relu(self.enc2(h)))
+    return self.mu(h), self.lv(h)
 
-    def decode(self, z:Tensor) -> Tensor:
-        "Spectra (N, n_bins) of latents (N, n_latents)."
-        if z.shape[-1] != self.n_latents: raise InvalidInputError(f"The autoencoder has {self.n_latents} latents, not {z.shape[-1]}.")
-        h = self.dropout(F.leaky_relu(self.decd(z)))
-        return self.outp(self.dropout(F.leaky_relu(self.dec2(h))))
+@patch
+def decode(self:InfoVAE, z:Tensor) -> Tensor:
+    "Spectra (N, n_bins) of latents (N, n_latents)."
+    if z.shape[-1] != self.n_latents: raise InvalidInputError(f"The autoencoder has {self.n_latents} latents, not {z.shape[-1]}.")
+    h = self.dropout(F.leaky_relu(self.decd(z)))
+    return self.outp(self.dropout(F.leaky_relu(self.dec2(h))))
 
-    def forward(self, x:Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Reconstruction from the mean latents, their mean and log variance."
-        mu, logvar = self.encode(x)
-        return self.decode(mu), mu, logvar
+@patch
+def forward(self:InfoVAE, x:Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Reconstruction from the mean latents, their mean and log variance."
+    mu, logvar = self.encode(x)
+    return self.decode(mu), mu, logvar
 
 # %% ../nbs/05_vae.ipynb #50395963
 def mmd(
@@ -110,9 +118,12 @@ def bin_weights(
     norm,  # (N,) of the spectra
     min_error:float = 0.125,  # smaller errors get no weight; unit of `error`
 ) -> np.ndarray:
-    "Weights of the bins of normalised spectra in the loss, float32 (N, n_bins); Portillo et al. (2020)."
+    "Weights of the bins of normalised spectra in the loss, float32 (N, n_bins); Portillo et al. (2020). Raises `InvalidInputError` for impossible norms."
+    norm = np.asarray(norm, float)
+    if norm.shape != np.shape(error)[:1] or not (np.isfinite(norm) & (norm > 0)).all():
+        raise InvalidInputError(f"`norm` must hold one positive number for each of the spectra {np.shape(error)}.")
     counts = ~np.asarray(missing) & np.isfinite(error) & (error >= min_error)
-    relative = np.where(counts, error, 1)/np.asarray(norm)[:, None]
+    relative = np.where(counts, error, 1)/norm[:, None]
     return np.where(counts, 1/(relative**2 + 1/2e6), 0).astype(np.float32)
 
 # %% ../nbs/05_vae.ipynb #22b125ea
@@ -155,10 +166,7 @@ class Training:
         parameters:VAEParameters,
         seed:int,
     ):
-        x, weights = np.asarray(x, np.float32), np.asarray(weights, np.float32)
-        if x.ndim != 2 or x.shape != weights.shape: raise InvalidInputError(f"spectra {x.shape} and weights {weights.shape} must have one shape (N, n_bins).")
-        bad = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(weights).all(1) & (weights >= 0).all(1)))
-        if len(bad): raise InvalidInputError(f"{len(bad)} spectra hold NaN or negative weights, the first in row {bad[0]}.")
+        x, weights = _checked_spectra(x, weights)
         order = random_generator(seed, "vae", "valid").permutation(len(x))
         n_valid = round(parameters.valid_fraction*len(x))
         if not 0 < n_valid < len(x): raise InvalidInputError(f"{len(x)} spectra cannot be divided by valid_fraction={parameters.valid_fraction}.")
@@ -174,42 +182,60 @@ class Training:
     @property
     def finished(self) -> bool: return len(self.history) >= self.parameters.epochs or self.waited >= self.parameters.stop_patience
 
-    def step(self):
-        "One epoch of training and one look at the held-back spectra."
-        started, p = time.perf_counter(), self.parameters
-        lr = self.optimizer.param_groups[0]["lr"]
-        train = _epoch(self.vae.train(), *self.sets["train"], p, self.generator, self.optimizer)
-        # the same draws each time, or luck would decide which epoch is best
-        valid = _epoch(self.vae.eval(), *self.sets["valid"], p, torch.Generator().manual_seed(0))
-        if not math.isfinite(train["total"] + valid["total"]):
-            raise SpecpredError(f"The loss became {train['total']} in epoch {len(self.history)}. Lower vae.lr (now {lr}).")
-        self.scheduler.step(valid["total"])
-        self.waited = 0 if valid["total"] < self.best*(1 - 1e-3) else self.waited + 1
-        if self.waited == 0:
-            self.best, self.best_state = valid["total"], {k: v.clone() for k, v in self.vae.state_dict().items()}
-        row = {"epoch": len(self.history), "lr": lr} | {f"{s}_{k}": v for s, terms in (("train", train), ("valid", valid)) for k, v in terms.items()}
-        self.history.append(row | {"seconds": time.perf_counter() - started})
+def _checked_spectra(x, weights) -> tuple[np.ndarray, np.ndarray]:
+    x, weights = np.asarray(x, np.float32), np.asarray(weights, np.float32)
+    if x.ndim != 2 or x.shape != weights.shape: raise InvalidInputError(f"spectra {x.shape} and weights {weights.shape} must have one shape (N, n_bins).")
+    bad = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(weights).all(1) & (weights >= 0).all(1)))
+    if len(bad): raise InvalidInputError(f"{len(bad)} spectra hold NaN or negative weights, the first in row {bad[0]}.")
+    return x, weights
 
-    def save(self, path):
-        "Everything needed to go on."
-        state = dict(fingerprint=self.fingerprint, vae=self.vae.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
-            generator=self.generator.get_state(), history=self.history, best=self.best, waited=self.waited, best_state=self.best_state)
-        with atomic_path(path) as part: torch.save(state, part)
+# %% ../nbs/05_vae.ipynb #8cab99cb
+@patch
+def step(self:Training):
+    "One epoch of training and one look at the held-back spectra."
+    started, p = time.perf_counter(), self.parameters
+    lr = self.optimizer.param_groups[0]["lr"]
+    train = _epoch(self.vae.train(), *self.sets["train"], p, self.generator, self.optimizer)
+    # the same draws each time, or luck would decide which epoch is best
+    valid = _epoch(self.vae.eval(), *self.sets["valid"], p, torch.Generator().manual_seed(0))
+    if not math.isfinite(train["total"] + valid["total"]):
+        raise SpecpredError(f"The loss became {train['total']} in epoch {len(self.history)}. Lower vae.lr (now {lr}).")
+    self.scheduler.step(valid["total"])
+    self.waited = 0 if valid["total"] < self.best*(1 - 1e-3) else self.waited + 1
+    if self.waited == 0:
+        self.best, self.best_state = valid["total"], {k: v.clone() for k, v in self.vae.state_dict().items()}
+    row = {"epoch": len(self.history), "lr": lr} | {f"{s}_{k}": v for s, terms in (("train", train), ("valid", valid)) for k, v in terms.items()}
+    self.history.append(row | {"seconds": time.perf_counter() - started})
 
-    def restore(self, path) -> bool:
-        "Goes on from a file of `save`; False, and nothing changed, when there is none or it belongs to another training."
-        try: state = torch.load(path, weights_only=True)
-        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError): return False  # none, or damaged: start again
-        if not isinstance(state, dict) or state.get("fingerprint") != self.fingerprint: return False
-        self.vae.load_state_dict(state["vae"]), self.optimizer.load_state_dict(state["optimizer"]), self.scheduler.load_state_dict(state["scheduler"])
-        self.generator.set_state(state["generator"])
-        self.history, self.best, self.waited, self.best_state = state["history"], state["best"], state["waited"], state["best_state"]
-        return True
+@patch
+def table(self:Training) -> pd.DataFrame:
+    "One row an epoch, losses per spectrum; `kept` is true in the row of the epoch whose weights are kept."
+    history = pd.DataFrame(self.history)
+    return history.assign(kept=history.index == (history.valid_total == self.best).idxmax())
+
+# %% ../nbs/05_vae.ipynb #5f31a2df
+@patch
+def save(self:Training, path):
+    "Everything needed to go on."
+    state = dict(fingerprint=self.fingerprint, vae=self.vae.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
+        generator=self.generator.get_state(), history=self.history, best=self.best, waited=self.waited, best_state=self.best_state)
+    with atomic_path(path) as part: torch.save(state, part)
+
+@patch
+def restore(self:Training, path) -> bool:
+    "Goes on from a file of `save`; False, and nothing changed, when there is none or it belongs to another training."
+    try: state = torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError): return False  # none, or damaged: start again
+    if not isinstance(state, dict) or state.get("fingerprint") != self.fingerprint: return False
+    self.vae.load_state_dict(state["vae"]), self.optimizer.load_state_dict(state["optimizer"]), self.scheduler.load_state_dict(state["scheduler"])
+    self.generator.set_state(state["generator"])
+    self.history, self.best, self.waited, self.best_state = state["history"], state["best"], state["waited"], state["best_state"]
+    return True
 
 # %% ../nbs/05_vae.ipynb #411ee848
 @contextlib.contextmanager
 def _one_thread():
-    "Layers this small gain little from more threads, lose much when the machine is busy, and with one the numbers are the same on every machine."
+    "Layers this small gain little from more threads, lose much when the machine is busy, and with one the numbers do not depend on how many cores there are."
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield
@@ -217,7 +243,7 @@ def _one_thread():
 
 # %% ../nbs/05_vae.ipynb #c4336849
 def fit(
-    vae:InfoVAE,  # trained in place; ends with the weights of the best epoch, in evaluation mode
+    vae:InfoVAE,  # trained in place; ends with the weights of the last epoch that improved by 0.1 %, in evaluation mode
     x,  # (N, n_bins) normalised training spectra, mean subtracted
     weights,  # (N, n_bins) see `bin_weights`
     parameters:VAEParameters,
@@ -226,7 +252,8 @@ def fit(
     save_every:float = 10.,
     progress:bool = True,
 ) -> pd.DataFrame:
-    "Trains an autoencoder and returns its history, one row an epoch, losses per spectrum. Raises `InvalidInputError` for NaN, `SpecpredError` when the loss diverges."
+    """Trains an autoencoder and returns its history, one row an epoch, losses per spectrum; `kept` marks the epoch whose weights were kept. Raises
+    `InvalidInputError` for NaN and for settings that cannot be, `SpecpredError` when the loss diverges."""
     training = Training(vae, x, weights, parameters, seed)
     if checkpoint is not None: training.restore(checkpoint)
     saved = time.monotonic()
@@ -239,7 +266,7 @@ def fit(
                 saved = time.monotonic()
     vae.load_state_dict(training.best_state)
     vae.eval()
-    return pd.DataFrame(training.history)
+    return training.table()
 
 # %% ../nbs/05_vae.ipynb #95118f5d
 def random_configurations(
@@ -264,8 +291,10 @@ def search(
     table = None,  # CSV file that keeps every finished trial, so that an interrupted search goes on
     progress:bool = True,
 ) -> tuple[VAEParameters, pd.DataFrame]:
-    "The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides."
+    """The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides. A single setting is
+    returned untried, with an empty table."""
     configurations, known, rows = random_configurations(parameters, seed), _finished_trials(table), []
+    if len(configurations) == 1: return parameters, pd.DataFrame(columns=_TRIAL)
     # a trial is the same, whatever the number of the others: a search that is made longer keeps what it has
     alone = dataclasses.replace(parameters, n_trials=1)
     judge = Training(new_vae(x.shape[1], alone, seed), x, weights, alone, seed)
@@ -278,7 +307,9 @@ def search(
     trials = pd.DataFrame(rows)
     return configurations[int(trials.score.argmin())], trials
 
-# %% ../nbs/05_vae.ipynb #dd9417db
+# %% ../nbs/05_vae.ipynb #6a2749eb
+_TRIAL = ["trial", "key", "lambda_", "outer", "inner", "epochs", "nll", "kld", "mmd", "score"]  # columns of a search
+
 def _trial(vae, x, weights, configuration, seed, judge:Training) -> dict:
     "Trains one autoencoder and judges it with the loss of another's settings."
     history = fit(vae, x, weights, configuration, seed, progress=False)
@@ -320,26 +351,41 @@ class SpectrumModel:
         target_std,  # (n_targets,)
     ):
         given = (wavelength, mean, components, centre, target_mean, target_std)
-        for name, value in zip(self._tensors, given): setattr(self, name, np.asarray(value, float))
-        k, n = self.components.shape
-        expected = dict(wavelength=(vae.n_bins,), mean=(vae.n_bins,), components=(k, vae.n_latents), centre=(n,), target_mean=(k,), target_std=(k,))
+        for name, value in zip(self._tensors, given): setattr(self, name, _finite(value, name))
+        k = len(self.components) if self.components.ndim == 2 else 0
+        expected = dict(wavelength=(vae.n_bins,), mean=(vae.n_bins,), components=(k, vae.n_latents), centre=(vae.n_latents,), target_mean=(k,), target_std=(k,))
         wrong = [f"{name} {getattr(self, name).shape}, not {shape}" for name, shape in expected.items() if getattr(self, name).shape != shape]
         if wrong: raise InvalidInputError(f"Parts that do not fit the autoencoder: {'; '.join(wrong)}.")
+        if not (self.target_std > 0).all(): raise InvalidInputError(f"target_std must be positive, got {self.target_std}.")
+        if not all(p.isfinite().all() for p in vae.parameters()): raise InvalidInputError("The weights of the autoencoder must be finite.")
         self.vae = vae.eval()
-
-    @classmethod
-    def fit(cls, vae:InfoVAE, wavelength, mean, filled, n_targets:int) -> tuple["SpectrumModel", np.ndarray]:
-        "The bundle of a trained autoencoder with axes and scales from the training spectra `filled`, and the fraction of variance of each axis."
-        plain = cls(vae, wavelength, mean, np.eye(vae.n_latents), np.zeros(vae.n_latents), np.zeros(vae.n_latents), np.ones(vae.n_latents))
-        mu = plain.latents(filled)
-        components, centre, fraction = latent_pca(mu, n_targets)
-        targets = (mu - centre) @ components.T
-        std = targets.std(0)
-        if not (std > 0).all(): raise InvalidInputError("The latents of all spectra are the same: the autoencoder has learnt nothing. Train longer.")
-        return cls(vae, wavelength, mean, components, centre, targets.mean(0), std), fraction
 
     @property
     def n_targets(self) -> int: return len(self.components)
+
+def _finite(values, what) -> np.ndarray:
+    try: array = np.asarray(values, float)
+    except (TypeError, ValueError): array = np.array(np.nan)
+    if not np.isfinite(array).all(): raise InvalidInputError(f"{what} must be finite numbers.")
+    return array
+
+# %% ../nbs/05_vae.ipynb #cc138dc5
+@patch(cls_method=True)
+def fit(cls:SpectrumModel,
+    vae:InfoVAE,  # trained
+    wavelength,  # (n_bins,) vacuum Angstrom
+    mean,  # (n_bins,) mean normalised spectrum
+    filled,  # (N, n_bins) normalised training spectra
+    n_targets:int,
+) -> tuple[SpectrumModel, np.ndarray]:
+    "The bundle of a trained autoencoder with axes and scales from the training spectra, and the fraction of variance of each axis."
+    plain = cls(vae, wavelength, mean, np.eye(vae.n_latents), np.zeros(vae.n_latents), np.zeros(vae.n_latents), np.ones(vae.n_latents))
+    mu = plain.latents(filled)
+    components, centre, fraction = latent_pca(mu, n_targets)
+    targets = (mu - centre) @ components.T
+    std = targets.std(0)
+    if not (std > 0).all(): raise InvalidInputError("The latents of all spectra are the same: the autoencoder has learnt nothing. Train longer.")
+    return cls(vae, wavelength, mean, components, centre, targets.mean(0), std), fraction
 
 # %% ../nbs/05_vae.ipynb #3e855616
 def _matrix(x, columns:int, what:str) -> np.ndarray:
@@ -354,7 +400,7 @@ def _in_batches(function, x:np.ndarray, size:int=4096) -> np.ndarray:
         parts = [function(torch.from_numpy(x[i:i + size].astype(np.float32))).numpy() for i in range(0, max(len(x), 1), size)]
     return np.concatenate(parts)
 
-# %% ../nbs/05_vae.ipynb #70ce1c86
+# %% ../nbs/05_vae.ipynb #9718e6e2
 @patch
 def latents(self:SpectrumModel,
     filled,  # (N, n_bins) normalised spectra without gaps
@@ -387,6 +433,35 @@ def reconstruct(self:SpectrumModel,
     "The autoencoder's own picture of spectra, through all its latents: (N, n_bins) float32."
     return (_in_batches(self.vae.decode, self.latents(filled)) + self.mean).astype(np.float32)
 
+# %% ../nbs/05_vae.ipynb #db0209a8
+def read_safetensors(
+    path,  # of the file
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    "Metadata and tensors of a safetensors file. Raises `MissingInputError` and, for one that is cut short or something else, `DamagedFileError`."
+    if not Path(path).is_file(): raise MissingInputError(f"There is no weights file {path}.")
+    try:
+        with safe_open(path, "pt") as file: return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error: raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
+
+def tensor_shapes(
+    tensors,  # a state_dict
+) -> dict[str, tuple]:
+    "Shapes by key."
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+def check_keys(
+    expected:dict[str, tuple],  # shapes by key
+    found:dict[str, tuple],  # likewise
+    problem:str,  # beginning of the message
+):
+    "Raises `WeightsError` that lists what differs unless keys and shapes agree."
+    differences = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items() if found.get(key, shape) != shape]}
+    lists = [f"{len(keys)} {kind}: {', '.join(keys[:4] + ['…']*(len(keys) > 4))}" for kind, keys in differences.items() if keys]
+    if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")
+
 # %% ../nbs/05_vae.ipynb #fd20eaf4
 _FORMAT = "specpred.vae.SpectrumModel"
 
@@ -402,22 +477,22 @@ def save(self:SpectrumModel,
         arguments=json.dumps(dict(n_bins=self.vae.n_bins, n_latents=self.vae.n_latents, hidden=self.vae.hidden)))
     with atomic_path(path) as part: save_file(tensors, part, metadata)
 
+# %% ../nbs/05_vae.ipynb #e9fb25ad
 @patch(cls_method=True)
 def load(cls:SpectrumModel,
     path,  # of a file that `save` wrote
 ) -> SpectrumModel:
     "Reads a bundle. Raises `MissingInputError`, `DamagedFileError` for a truncated file, `WeightsError` for a file of another model."
     if not Path(path).is_file(): raise MissingInputError(f"There is no spectrum model {path}; 05_vae makes it.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError) as error: raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
+    metadata, tensors = read_safetensors(path)
     if metadata.get("format") != _FORMAT:
         raise WeightsError(f"{path} holds {metadata.get('format') or 'weights'} of something else; expected {_FORMAT}, as 05_vae writes it.")
     try:
-        vae = InfoVAE(**json.loads(metadata["arguments"]))
-        expected = {f"vae.{k}" for k in vae.state_dict()} | set(cls._tensors)
-        if differ := expected ^ set(tensors): raise WeightsError(f"{path}: these tensors are missing or too many: {', '.join(sorted(differ))}.")
+        arguments = json.loads(metadata["arguments"])
+        with torch.device("meta"): expected = {f"vae.{k}": v for k, v in tensor_shapes(InfoVAE(**arguments).state_dict()).items()}
+        found = tensor_shapes(tensors)
+        check_keys(expected | {name: found.get(name) for name in cls._tensors}, found, f"The tensors in {path} are not those of its autoencoder")
+        vae = InfoVAE(**arguments)
         vae.load_state_dict({k.removeprefix("vae."): v for k, v in tensors.items() if k.startswith("vae.")})
         return cls(vae, **{k: tensors[k].numpy() for k in cls._tensors})
     except (KeyError, TypeError, ValueError, RuntimeError, InvalidInputError) as error:
@@ -428,14 +503,38 @@ class _Part:
     "What a pickle says of an object: its attributes."
     dump_patches = False  # torch asks this of classes in files of its first format
 
-def _empty_array(cls, shape, dtype): return np.ndarray((0,), "b")  # as `_reconstruct`, without the allocation; the state brings the real shape
+class _Dtype:
+    "What a pickle says of the numbers in an array: their kind and size, and their byte order."
+    def __init__(self, kind, *_):
+        if not isinstance(kind, str) or not re.fullmatch(r"[fiub]\d{1,2}", kind): raise WeightsError(f"it holds an array of {kind!r}, not of numbers")
+        self.kind, self.order = kind, "="
+    def __setstate__(self, state): self.order = {"<": "<", ">": ">", "|": "|", "=": "="}[state[1]]
+
+def _array(data, dtype, shape=(-1,), order="C"):
+    "An array of the numbers in `data`; a `ValueError` unless they are as many as `shape` says."
+    if not isinstance(dtype, _Dtype): raise WeightsError("it holds an array of something that is no number")
+    return np.frombuffer(data, dtype.order + dtype.kind).reshape(shape, order=order)
+
+class _Array:
+    "An array under construction, which its state makes complete."
+    def __init__(self, *_): self.values = np.zeros(0)
+    def __setstate__(self, state): self.values = _array(state[4], state[2], state[1], "F" if state[3] else "C")
+    def __array__(self, dtype=None, copy=None): return np.array(self.values, dtype)
+
+def _tensor(storage, offset, size, stride, *rest):
+    "As torch makes it, where the storage holds so many numbers; torch would enlarge it."
+    if offset + max(math.prod(size), 1 + sum((n - 1)*s for n, s in zip(size, stride))) > storage._size():
+        raise WeightsError("it holds a tensor that is larger than its storage")
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *rest)
 
 def _storage_from_bytes(data): return torch.load(io.BytesIO(data), weights_only=True)
 
-_NUMPY = {("multiarray", "_reconstruct"): _empty_array, ("multiarray", "scalar"): np.float64(0).__reduce__()[0], ("numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0]}
+# %% ../nbs/05_vae.ipynb #c2046dfc
+_NUMPY = {("multiarray", "_reconstruct"): _Array, ("multiarray", "scalar"): lambda dtype, data: _array(data, dtype)[0], ("numeric", "_frombuffer"): _array}
 _ADMITTED = {f"{package}.{module}.{name}": value for (module, name), value in _NUMPY.items() for package in ("numpy.core", "numpy._core")} | {
-    "collections.OrderedDict": OrderedDict, "builtins.set": set, "__builtin__.set": set, "_codecs.encode": codecs.encode, "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2, "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "collections.OrderedDict": OrderedDict, "builtins.set": set, "__builtin__.set": set, "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+    "numpy.ndarray": None, "numpy.dtype": _Dtype,  # the name of the array's class is an argument, never called
+    "torch._utils._rebuild_tensor_v2": _tensor, "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch.storage._load_from_bytes": _storage_from_bytes}
 _PARTS = {"torch.nn.modules.linear.Linear", "torch.nn.modules.dropout.Dropout", "sklearn.decomposition._pca.PCA", "sklearn.decomposition.pca.PCA"}
 
@@ -475,13 +574,14 @@ def load_published(
     "The published autoencoder, its sizes taken from the file. No code of the file is run. Raises `MissingInputError`, `WeightsError`, `DamagedFileError`."
     layers = getattr(_unpickle(path), "_modules", None)
     try:
-        tensors = {f"{layer}.{kind}": tensor.detach().float() for layer, part in layers.items() for kind, tensor in part._parameters.items() if tensor is not None}
+        tensors = {f"{layer}.{kind}": tensor.detach().float() for layer, part in layers.items()
+            for kind, tensor in part._parameters.items() if tensor is not None}
         (outer, n_bins), (inner, _), (n_latents, _) = (tensors[f"{layer}.weight"].shape for layer in ("encd", "enc2", "mu"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} holds no InfoVAE with the layers encd, enc2, mu, lv, decd, dec2 and outp ({error}).") from error
     vae = InfoVAE(n_bins, n_latents, (outer, inner))
-    expected, found = ({k: tuple(v.shape) for k, v in state.items()} for state in (vae.state_dict(), tensors))
-    if expected != found: raise WeightsError(f"{path} is another InfoVAE; these keys differ: {', '.join(sorted(k for k, _ in expected.items() ^ found.items()))}.")
+    check_keys(tensor_shapes(vae.state_dict()), tensor_shapes(tensors), f"{path} is another InfoVAE")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()): raise WeightsError(f"{path} holds NaN among its weights.")
     vae.load_state_dict(tensors)
     return vae.eval()
 
@@ -494,7 +594,8 @@ def load_latent_pca(
     except (AttributeError, TypeError, ValueError) as error: raise WeightsError(f"{path} holds no fitted PCA ({error}).") from error
     components, centre, fraction = parts
     if components.ndim != 2 or centre.shape != components.shape[1:] or fraction.shape != components.shape[:1] or getattr(pca, "whiten", False):
-        raise WeightsError(f"{path} holds a PCA with components {components.shape}, mean {centre.shape}, whiten={getattr(pca, 'whiten', None)}, which turns no latents.")
+        raise WeightsError(f"{path} holds a PCA with components {components.shape}, mean {centre.shape}, whiten={getattr(pca, 'whiten', None)}, "
+            "which turns no latents.")
     return components, centre, fraction
 
 # %% ../nbs/05_vae.ipynb #1b194899
@@ -505,7 +606,7 @@ def target_stats(
     if not isinstance(catalogue, pd.DataFrame):
         try: catalogue = pd.read_csv(catalogue)
         except FileNotFoundError: raise MissingInputError(f"There is no catalogue {catalogue}.") from None
-        except ValueError as error: raise InvalidInputError(f"{catalogue} is no CSV table ({error}).") from error
+        except (ValueError, OSError) as error: raise InvalidInputError(f"{catalogue} is no CSV table ({error}).") from error
     columns = sorted((c for c in catalogue.columns if re.fullmatch(r"VAE\d+", str(c))), key=lambda c: int(c[3:]))
     if not columns or columns != [f"VAE{k + 1}" for k in range(len(columns))]:
         raise InvalidInputError(f"The catalogue must have the columns VAE1, VAE2, …; it has {', '.join(map(str, catalogue.columns))}.")
@@ -513,42 +614,58 @@ def target_stats(
     if len(targets) < 2 or not (targets.std(0) > 0).all(): raise InvalidInputError(f"{len(targets)} rows of targets have no standard deviation.")
     return targets.mean(0), targets.std(0)
 
-# %% ../nbs/05_vae.ipynb #cc138dc5
+# %% ../nbs/05_vae.ipynb #79238027
+_stats_of_catalogue = target_stats  # from_published has an argument of that name
+
 @patch(cls_method=True)
 def from_published(cls:SpectrumModel,
     vae,  # pickled InfoVAE
     pca,  # pickled PCA of its latents
     meanspec,  # meanspec.npy
-    target_stats = None,  # (mean, std) of the targets, e.g. `target_stats(catalogue)`
+    target_stats = None,  # (mean, std) of the targets, or the catalogue that they are taken from, a DataFrame or a path
     wavelength = None,  # of the bins, vacuum Angstrom; None: the published grid
 ) -> SpectrumModel:
     "The published files as one bundle. Raises as `load_published`, and `InvalidInputError` without `target_stats`."
     if target_stats is None:
         raise InvalidInputError("The published files do not hold mean and standard deviation of the targets. Give target_stats=(mean, std), or take them "
             "from the published catalogue: target_stats=vae.target_stats('catalogue.csv').")
+    if isinstance(target_stats, (str, Path, pd.DataFrame)): target_stats = _stats_of_catalogue(target_stats)
+    try: target_mean, target_std = target_stats
+    except (TypeError, ValueError): raise InvalidInputError(f"target_stats must be the pair (mean, std) of the targets or a catalogue, got {target_stats!r}.") from None
     network, (components, centre, _) = load_published(vae), load_latent_pca(pca)
     try: mean = np.load(meanspec, allow_pickle=False)
     except FileNotFoundError: raise MissingInputError(f"There is no mean spectrum {meanspec}.") from None
     except (ValueError, OSError, EOFError) as error: raise DamagedFileError(f"{meanspec} is no array of numbers ({error}).") from error
     if wavelength is None: wavelength = 10**(3.53 + 0.00039*np.arange(network.n_bins))
-    return cls(network, wavelength, mean.squeeze(), components, centre, *target_stats)
+    return cls(network, wavelength, mean.squeeze(), components, centre, target_mean, target_std)
+
+# %% ../nbs/05_vae.ipynb #e72d8c31
+def _along(model, axis:str, k:int, values) -> np.ndarray:
+    "Decoded spectra with one target at each of the values, in standard deviations, or one latent, in those of the prior, and the others at their mean."
+    if axis == "target": return model.decode(np.outer(values, np.eye(model.n_targets)[k]))
+    return _in_batches(model.vae.decode, model.centre + np.outer(values, np.eye(model.vae.n_latents)[k])) + model.mean
 
 # %% ../nbs/05_vae.ipynb #3049f58c
 def plot_traversals(
     model:SpectrumModel,
+    axis:str = "target",  # what moves: "target" or "latent"
     values = (-2, -1, 0, 1, 2),  # standard deviations
 ):
-    "Decoded spectra along each target, the others at their mean: a figure with one panel a target. Emission lines go beyond its upper edge."
+    "Decoded spectra along each target or latent, the others at their mean: a figure with one panel for each."
     import matplotlib.pyplot as plt
-    rows = math.ceil(model.n_targets/2)
-    fig, axes = plt.subplots(rows, 2, figsize=(10, 2.4*rows), sharex=True, sharey=True, layout="constrained", squeeze=False)
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
-    for k, ax in enumerate(axes.flat[:model.n_targets]):
-        spectra = model.decode(np.outer(values, np.eye(model.n_targets)[k]))
-        for value, color, spectrum in zip(values, colors, spectra): ax.plot(model.wavelength, spectrum, lw=0.7, color=color, label=f"{value:+g} σ" if value else "mean")
-        ax.set(title=f"target {k + 1}", xlim=model.wavelength[[0, -1]], ylim=(0, 1.8*np.median(spectra)))
+    if axis not in ("target", "latent"): raise InvalidInputError(f'axis is "target" or "latent", not {axis!r}.')
+    n = model.n_targets if axis == "target" else model.vae.n_latents
+    spectra = np.stack([_along(model, axis, k, values) for k in range(n)])
+    fig, axes = plt.subplots(math.ceil(n/2), 2, figsize=(10, 2.3*math.ceil(n/2)), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    colors, middle = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values))), np.median(spectra)
+    for k, ax in enumerate(axes.flat[:n]):
+        for value, color, spectrum in zip(values, colors, spectra[k]):  # the mean on top
+            ax.plot(model.wavelength, spectrum, lw=0.6, color=color, zorder=3 - abs(value)/100, label=f"{value:+g} σ" if value else "mean")
+        ax.set_yscale("asinh", linear_width=middle), ax.minorticks_off()
+        ax.set_yticks(middle*np.array([0, 1, 3, 10]), ["0", *(f"{middle*m:.2g}" for m in (1, 3, 10))])
+        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]], ylim=(min(0, np.percentile(spectra, 0.1)), 1.1*spectra.max()))
     for ax in axes[:, 0]: ax.set_ylabel("normalised flux")
     for ax in axes[-1]: ax.set_xlabel("rest-frame wavelength (Å)")
-    for ax in axes.flat[model.n_targets:]: ax.set_axis_off()
+    for ax in axes.flat[n:]: ax.set_axis_off()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(values), loc="outside upper center")
     return fig

@@ -103,6 +103,7 @@ def test_inverse_square_root_is_the_coupled_iteration(dtype, tolerance, n_iter):
     plain, = torch.autograd.grad((Z/norm.sqrt()*G).sum(), cov)
     ours, = torch.autograd.grad((inverse_square_root(cov, n_iter)*G).sum(), cov)
     assert error(inverse_square_root(cov, n_iter), Z/norm.sqrt()) < tolerance
+    assert error(inverse_square_root(cov.mT, n_iter), Z/norm.sqrt()) < tolerance  # a view that is not contiguous
     assert error((ours + ours.mT)/2, (plain + plain.mT)/2) < tolerance
 
 
@@ -126,6 +127,21 @@ def test_freeze_stops_the_statistics():
         layer(x_of(step, (2, 5, 16, 16)))
         seen.append(layer.running_mean.clone())
     assert not torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3]) and torch.equal(seen[3], seen[4])
+    x = x_of(9, (2, 5, 16, 16))
+    assert error(layer(x), layer.eval()(x)) < 1e-6
+    with pytest.raises(InvalidInputError, match="2560 NaN"): layer.train()(x*float("nan"))
+    assert "counter" not in layer.state_dict()
+
+
+def test_a_freezing_layer_is_compiled_once():
+    layers, graphs = [fill(FastDeconv(5, 8, 3, padding=1, freeze=True, freeze_iter=3)) for _ in range(2)], []
+    torch._dynamo.reset()
+    compiled = torch.compile(layers[1], backend=lambda graph, inputs: graphs.append(1) or graph.forward, fullgraph=True)
+    for step in range(35):  # frozen from the fifth step to the thirtieth
+        x = x_of(step, (2, 5, 8, 8))
+        assert error(compiled(x), layers[0](x)) < 1e-5
+        assert torch.equal(layers[0].running_deconv, layers[1].running_deconv)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
@@ -143,7 +159,23 @@ def test_nan_in_training_is_an_error_that_names_the_layer(layer, shape, sites, b
         x[site] = bad
         with pytest.raises(InvalidInputError, match=rf"{type(layer).__name__} 'stem.0': the input holds 1 NaN or infinite"): layer(x)
         assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items() if key != "num_batches_tracked")
-    assert layer.eval()(x).isfinite().logical_not().any()  # in evaluation a NaN stays in its own image
+    finite = layer.eval()(x).isfinite().flatten(1).all(1)  # in evaluation a NaN stays in its own image
+    assert finite.tolist() == [row != site[0] for row in range(shape[0])]
+
+
+@pytest.mark.parametrize("scale", (1e17, 1e20, 1e36))
+@pytest.mark.parametrize("layer,shape", ((FastDeconv(5, 8, 3), (2, 5, 16, 16)), (FastDeconv(5, 8, 1), (2, 5, 16, 16)), (ChannelDeconv(2), (2, 5, 16, 16)), (Delinear(8, 3), (6, 8))))
+def test_a_covariance_that_overflows_is_not_averaged_in(layer, shape, scale):
+    layer.train()(x_of(0, shape))
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(InvalidInputError, match="no covariance in torch.float32: its values reach"): layer(x_of(0, shape)*scale)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("layer,shape", ((FastDeconv(5, 8, 3), (2, 5, 16, 16)), (ChannelDeconv(2), (2, 5, 16, 16)), (Delinear(8, 3), (6, 8))))
+@pytest.mark.parametrize("training", (True, False))
+def test_integers_are_refused(layer, shape, training):
+    with pytest.raises(InvalidInputError, match="floating-point numbers, got torch.int32"): layer.train(training)(torch.ones(shape, dtype=torch.int32))
 
 
 def test_a_layer_without_a_name_is_told_by_its_shape():
@@ -158,12 +190,17 @@ def test_a_layer_without_a_name_is_told_by_its_shape():
     lambda: FastDeconv(4, 8, 3, n_iter=0), lambda: FastDeconv(4, 8, 3, eps=-1), lambda: FastDeconv(4, 8, 3, sampling_stride=0),
     lambda: ChannelDeconv(8)(torch.zeros(2, 5, 4, 4)), lambda: ChannelDeconv(4)(torch.zeros(2, 5, 4)), lambda: ChannelDeconv(0),
     lambda: Delinear(8, 3)(torch.zeros(2, 7)), lambda: Delinear(8, 3, block=0), lambda: inverse_square_root(torch.zeros(3, 4)),
-    lambda: FastDeconv(5, 8, 3)(torch.zeros(0, 5, 16, 16)), lambda: FastDeconv(5, 8, 3, padding="same"), lambda: FastDeconv(5, 8, 0)))
+    lambda: FastDeconv(5, 8, 3)(torch.zeros(0, 5, 16, 16)), lambda: FastDeconv(5, 8, 3, padding="same"), lambda: FastDeconv(5, 8, 0),
+    lambda: FastDeconv(5, 8, (3,)), lambda: FastDeconv(5, 8, (3, 3, 3)), lambda: FastDeconv(5, 8, 3, stride=(1, 2, 3)), lambda: FastDeconv(5, 8, 3, padding=-1),
+    lambda: FastDeconv(5, 8, 3, eps=None), lambda: FastDeconv(5, 8, 3, eps=float("inf")), lambda: FastDeconv(5, 8, 3, momentum=float("nan")), lambda: Delinear(5, 8, momentum=5)))
 def test_bad_input_is_an_error_of_ours(make):
     with pytest.raises(SpecpredError): make()
 
 
 def test_a_block_that_does_not_divide_the_channels_becomes_their_common_divisor():
+    with pytest.warns(UserWarning, match="no common divisor"): assert FastDeconv(5, 10, 3, block=3).block == 1
+    with pytest.warns(UserWarning, match="no common divisor"): assert Delinear(5, 10, block=3).block == 1
+    assert FastDeconv(8, 8, [3, 3], groups=2, block=2).block == 4  # groups decide
     assert FastDeconv(96, 8, 3).block == 32 and FastDeconv(48, 8, 3).block == 48 and Delinear(96, 8, block=64).block == 32
 
 
@@ -228,8 +265,9 @@ def test_traced_layers():
     assert error(layers[1].eval() and compiled(x), layers[0].eval()(x)) < 1e-4
     layers[1].train()
     before = {key: value.clone() for key, value in layers[1].state_dict().items() if "running" in key}
-    compiled(torch.full((9, 5, 24, 24), float("nan")))
-    assert all(torch.equal(layers[1].state_dict()[key], value) for key, value in before.items())
+    for spoilt in (torch.full((9, 5, 24, 24), float("nan")), x_of(16, (9, 5, 24, 24))*1e20):
+        compiled(spoilt)
+        assert all(torch.equal(layers[1].state_dict()[key], value) for key, value in before.items())
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU")

@@ -7,7 +7,7 @@ import xarray
 import zarr
 from astropy.io import fits
 from specpred import images
-from specpred.config import DamagedFileError, InvalidInputError
+from specpred.config import DamagedFileError, InvalidInputError, MissingInputError
 
 
 def write_cutouts(folder, n, size=16):
@@ -67,12 +67,41 @@ def test_a_bad_galaxy_is_named_and_the_others_are_used(tmp_path, spoil, say):
     spoil(tmp_path/"raw/1/r.fits")
     problems = images.pack_images(np.arange(3), tmp_path/"raw", tmp_path/"a.zarr", 12, n_jobs=1, progress=False)
     assert list(problems) == ["1"] and say in problems["1"]
-    assert images.open_images(tmp_path/"a.zarr").usable.tolist() == [True, False, True]
+    opened = images.open_images(tmp_path/"a.zarr")
+    assert opened.usable.tolist() == [True, False, True]
+    assert not opened.flux[1].any() and opened.usable.tolist() == [k.any() for k in opened.flux[:]]
+    assert sum(map(len, opened.batches(np.arange(3), 2))) == 3 and not images.check_images(tmp_path/"a.zarr")
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_a_shard_of_nothing_but_bad_galaxies_is_written(tmp_path, monkeypatch, append):
+    monkeypatch.setattr(images, "SHARD", 16)
+    write_cutouts(tmp_path/"raw", 17)
+    (tmp_path/"raw/16/g.fits").write_bytes(b"nothing")
+    images.pack_images(np.arange(16 if append else 17), tmp_path/"raw", tmp_path/"a.zarr", 12, n_jobs=1, progress=False)
+    if append: assert list(images.append_images([16], tmp_path/"raw", tmp_path/"a.zarr", n_jobs=1, progress=False)) == ["16"]
+    opened = images.open_images(tmp_path/"a.zarr")
+    assert opened.usable.tolist() == [True]*16 + [False] and not images.check_images(tmp_path/"a.zarr")
+    assert not opened.read([16]).any() and opened.read([15]).any()
+
+
+def test_a_store_without_images_that_are_zero_reads_them_as_zero(three_shards):
+    "zarr leaves them out unless it is told to write them, as other writers of stores may."
+    store, flux = three_shards
+    with zarr.config.set({"array.write_empty_chunks": False}): zarr.open_group(store, mode="r+")["flux"][3] = 0
+    opened = open_quietly(store)
+    opened.damaged.clear()
+    np.testing.assert_allclose(opened.read([2, 4]), flux[[2, 4]], rtol=1e-3)
+    assert not opened.read([3]).any()
 
 
 def test_what_is_no_store_is_said_to_be_none(tmp_path):
     (tmp_path/"a.zarr").mkdir()
     with pytest.raises(DamagedFileError, match="rerun 03_images"): images.open_images(tmp_path/"a.zarr")
+    (tmp_path/"a.zarr/zarr.json").write_text("[]")
+    with pytest.raises(DamagedFileError, match="rerun 03_images"): images.open_images(tmp_path/"a.zarr")
+    with pytest.raises(MissingInputError, match="03_images makes it"): images.open_images(tmp_path/"none.zarr")
+    with pytest.raises(MissingInputError, match="no cutout"): images.read_cutout(tmp_path/"none.fits")
     with pytest.raises(InvalidInputError, match="no galaxy has all five images"):
         images.pack_images(np.array([], np.uint64), tmp_path, tmp_path/"b.zarr", 8)
 
@@ -171,6 +200,41 @@ def test_appending_equals_packing_at_once_and_leaves_the_old_store_until_then(tm
     with pytest.raises(InvalidInputError, match="listed twice"): append()
 
 
+@pytest.mark.parametrize("position, one", [(50, True), (-20, False)])
+def test_mending_a_shard_loses_no_galaxy_that_can_be_saved(tmp_path, position, one):
+    "A bit of one galaxy is wrong, or of the table of contents, and then all of them have to be read again."
+    write_cutouts(tmp_path/"raw", 10)
+    images.pack_images(np.arange(10), tmp_path/"raw", tmp_path/"a.zarr", 12, n_jobs=1, progress=False)
+    before, shard = everything(tmp_path/"a.zarr"), tmp_path/"a.zarr/flux/c/0/0/0/0"
+    flip_a_bit(shard, position)
+    damaged, mend = shard.read_bytes(), lambda folder: images.append_images([], folder, tmp_path/"a.zarr", n_jobs=1, progress=False)
+    with pytest.raises(DamagedFileError, match="stays as it was"): mend(tmp_path/"nowhere")
+    assert shard.read_bytes() == damaged
+    if one:  # its cutouts are enough
+        for k in range(1, 10): (tmp_path/f"raw/{k}/g.fits").unlink()
+    mend(tmp_path/"raw")
+    after = everything(tmp_path/"a.zarr")
+    for name in before: np.testing.assert_array_equal(before[name], after[name])
+    assert not images.check_images(tmp_path/"a.zarr")
+
+
+def test_galaxies_whose_cutouts_come_late_are_filled_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "SHARD", 16)
+    write_cutouts(tmp_path/"raw", 40)
+    images.pack_images(np.arange(40), tmp_path/"raw", tmp_path/"whole.zarr", 12, n_jobs=1, progress=False)
+    late = {k: (tmp_path/f"raw/{k}/i.fits").read_bytes() for k in (7, 20)}
+    for k in late: (tmp_path/f"raw/{k}/i.fits").unlink()
+    assert list(images.pack_images(np.arange(30), tmp_path/"raw", tmp_path/"a.zarr", 12, n_jobs=1, progress=False)) == ["7", "20"]
+    append = lambda ids: images.append_images(ids, tmp_path/"raw", tmp_path/"a.zarr", n_jobs=1, progress=False)
+    (tmp_path/"raw/7/i.fits").write_bytes(late[7])
+    (tmp_path/"raw/8/i.fits").unlink()  # read once, and not needed any more
+    assert list(append([7, 20])) == ["20"]
+    (tmp_path/"raw/20/i.fits").write_bytes(late[20])
+    assert append([20, *range(30, 40)]) == {}
+    whole, filled = everything(tmp_path/"whole.zarr"), everything(tmp_path/"a.zarr")
+    for name in whole: np.testing.assert_array_equal(whole[name], filled[name])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_xarray_reads_a_store(tmp_path, dtype):
     flux = some_flux(5)
@@ -202,6 +266,34 @@ def test_arrays_of_wrong_shape_and_empty_bands(tmp_path):
     assert images.pack_arrays(np.arange(3), flux, tmp_path/"a.zarr") == {"1": "no data: band y has no finite pixel"}
     assert images.open_images(tmp_path/"a.zarr").usable.tolist() == [True, False, True]
     with pytest.raises(InvalidInputError, match="float16"): images.pack_arrays(np.arange(3), flux, tmp_path/"b.zarr", dtype="int8")
+    with pytest.raises(InvalidInputError, match="exptime"): images.pack_arrays(np.arange(3), flux, tmp_path/"b.zarr", exptime=np.ones(3))
+    with pytest.raises(InvalidInputError, match="expected images"): images.pack_arrays(np.arange(3), [1, 2, 3], tmp_path/"b.zarr")
+    for ids in ([-1, 1, 2], [.5, 1, 2], [[1, 2, 3]]):
+        with pytest.raises(InvalidInputError, match="whole numbers from 0"): images.pack_arrays(ids, flux, tmp_path/"b.zarr")
+    for wrong in (dict(size=0), dict(size=8, max_mask_fraction=7)):
+        with pytest.raises(InvalidInputError): images.pack_images([1], tmp_path, tmp_path/"b.zarr", **wrong)
+
+
+def test_rows_that_are_not_there(three_shards):
+    opened = images.open_images(three_shards[0])
+    for rows in ([-1], [40], [.5], np.ones(40, bool), [[1, 2]]):
+        with pytest.raises(InvalidInputError, match="positions from 0 to 39"): opened.read_rows(rows)
+    assert opened.read_rows([]).shape == (0, 5, 12, 12) and opened.flux[-1].shape == (5, 12, 12)
+
+
+@pytest.mark.parametrize("arguments, say", [(dict(noise=np.zeros((8, 5))), "softening"), (dict(noise=np.ones(5)), "fitted on"), (dict(factor=-1.), "softening"),
+    (dict(flux=np.zeros((0, 5, 12, 12))), "fitted on"), (dict(flux=np.full((2, 5, 12, 12), np.nan)), "not finite"), (dict(flux=np.ones((2, 5, 12, 12))), "std must be")])
+def test_transforms_are_not_fitted_on_what_tells_nothing(arguments, say):
+    with pytest.raises(InvalidInputError, match=say): images.fit_transform(**dict(flux=some_flux(8), noise=np.ones((8, 5))) | arguments)
+
+
+def test_transforms_and_augmentations_that_cannot_be():
+    five = (1.,)*5
+    for arguments in (("bogus", five, five, five), ("asinh", (0.,)*5, five, five), ("linear", five, five, (0.,)*5), ("linear", five, (np.nan,)*5, five), ("linear", five, five, five[:3])):
+        with pytest.raises(InvalidInputError): images.ImageTransform(*arguments)
+    for wrong in (dict(max_shift=-1), dict(max_shift=.5), dict(p_rotate=7), dict(max_rotate=-1.)):
+        with pytest.raises(InvalidInputError): images.Augmentation(**wrong)
+    with pytest.raises(InvalidInputError, match="cannot be moved by 12"): images.shift(torch.zeros(5, 12, 12), 12, 0)
 
 
 def test_a_store_with_another_order_of_bands_is_refused(tmp_path):

@@ -6,8 +6,8 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from fastai.basics import Callback, Learner, defaults
-from specpred import images as store_module
+from fastai.basics import Callback, Learner, defaults, load_learner
+from specpred import images as store_module, training
 from specpred.config import DamagedFileError, InvalidInputError, Paths, TrainingParameters
 from specpred.images import Augmentation, fit_transform, open_images, pack_arrays, turn
 from specpred.models import MODELS, load
@@ -79,10 +79,10 @@ def test_a_learner_takes_them_as_they_are(sample, keep, tmp_path):
     valid, train = (table[table.split == s] for s in ("valid", "train"))
     columns = [f"target_{k}" for k in range(1, 7)]
     np.testing.assert_array_equal(targets, valid[columns])
-    np.testing.assert_allclose(predicted, predict_targets(learn.model, images.read(valid.specobjid), transform), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(predicted, predict_targets(learn.model, [images.read(valid.specobjid)], transform), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(loss, rmse(predicted, targets), rtol=1e-5)
     np.testing.assert_array_equal(train_targets, train[columns])  # get_preds undoes the shuffling
-    np.testing.assert_allclose(on_train, predict_targets(learn.model, images.read(train.specobjid), transform), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(on_train, predict_targets(learn.model, [images.read(train.specobjid)], transform), rtol=1e-3, atol=1e-3)
     learn.dls.show_batch(max_n=4)
     assert len(plt.gcf().axes) == 4
     plt.close("all")
@@ -119,12 +119,38 @@ def test_the_order_of_models_does_not_matter(sample, tmp_path):
 
 def test_images_go_where_there_is_room(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10e9))
+    monkeypatch.setattr(training, "_job_memory", lambda: float("inf"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4e9, 8e9))
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_memory(10**9, gpu)[0] == gpu and "GPU memory, of which 4,000 MB" in choose_memory(10**9, gpu)[1]
     assert choose_memory(3*10**9, gpu)[0] == cpu and choose_memory(3*10**9, cpu)[0] == cpu
     place, reason = choose_memory(6*10**9, gpu)
     assert place is None and "read from disk batch by batch" in reason
+    monkeypatch.setattr(training, "_job_memory", lambda: 1e9)  # of a job on a large machine
+    assert choose_memory(10**9, cpu)[0] is None and choose_memory(4*10**8, cpu)[0] == cpu
+
+
+def test_the_limit_of_a_job_is_the_tightest_above_it(tmp_path):
+    (tmp_path/"old").write_text("12:cpu:/x\n9:memory:/slurm/job\n")
+    for folder, limit in (("memory", 9e9), ("memory/slurm", 3e9), ("memory/slurm/job", 5e9)):
+        (tmp_path/folder).mkdir(exist_ok=True)
+        for name, number in {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": 1e9}.items(): (tmp_path/folder/name).write_text(f"{number:.0f}\n")
+        (tmp_path/folder/"memory.stat").write_text("inactive_file 200000000\n")
+    assert training._job_memory(tmp_path, tmp_path/"old") == 2.2e9
+    (tmp_path/"new").write_text("0::/\n")
+    (tmp_path/"memory.max").write_text("max\n")
+    assert training._job_memory(tmp_path, tmp_path/"new") == float("inf")
+
+
+def test_threads_are_as_many_as_cores_of_the_job(monkeypatch):
+    monkeypatch.setattr(store_module.os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert store_module.usable_cores() == 3
+
+
+def test_images_that_are_kept_are_not_copied(sample):
+    images, table, transform = sample
+    source = ImageSource(images, table.specobjid, transform, "cpu", keep=True)
+    for device in ("cpu", torch.device("cpu"), torch.device("cpu", 0)): assert source.take([1], device)[0] is source.values
 
 
 def test_a_saturated_star_stays_finite(tmp_path):
@@ -148,6 +174,44 @@ def test_damage_met_on_the_way_names_the_shard(tmp_path, monkeypatch):
     with pytest.raises(DamagedFileError, match="flux/c/1/0/0/0 is damaged: the checksum of galaxy 16"): list(dls.train)
 
 
+def test_a_learner_shows_predicts_and_travels(sample, tmp_path):
+    images, table, transform = sample
+    torch.manual_seed(0)
+    learn = Learner(loaders(sample), MODELS["conv3"](c_in=5, n_out=6), loss_func=rmse, path=tmp_path)
+    test = table[table.split == "test"]
+    expected = predict_targets(learn.model, [images.read(test.specobjid)], transform)
+    with learn.no_bar(), learn.no_logging():
+        learn.show_results(max_n=4, figsize=(5, 5))
+        assert len(plt.gcf().axes) == 4 and all(ax.get_title().count("\n") == 1 for ax in plt.gcf().axes)
+        plt.close("all")
+        for items in (test, test.specobjid, test.specobjid.to_numpy()):
+            predicted, targets = learn.get_preds(dl=learn.dls.test_dl(items))
+            np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-3)
+            if items is test: np.testing.assert_array_equal(targets, test[[f"target_{k}" for k in range(1, 7)]])
+        for item in (test.iloc[2], int(test.specobjid.iloc[2])):
+            image, *_, one = learn.predict(item, with_input=True)
+            np.testing.assert_allclose(one, expected[2], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(image, images.read(test.specobjid.iloc[[2]])[0], rtol=2e-2, atol=2)
+        before = learn.dls
+        learn.export("learner.pkl")
+        assert learn.dls is before and len(learn.dls.train.dataset) == 24
+        loaded = load_learner(tmp_path/"learner.pkl")
+        assert [len(dl) for dl in loaded.dls] == [0, 0]
+        with loaded.no_bar(): np.testing.assert_allclose(loaded.get_preds(dl=loaded.dls.test_dl(test))[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_loaders_of_what_does_not_fit_are_refused(sample):
+    images, table, transform = sample
+    train = loaders(sample).train
+    for wrong, say in ((dict(shufle=False), "no setting shufle"), (dict(bs=0), "at least one galaxy"), (dict(positions=np.arange(3)), "3 galaxies cannot have 24"),
+            (dict(positions=np.arange(24) + 100), "positions must be from 0")):
+        with pytest.raises(InvalidInputError, match=say): train.new(**wrong)
+    with pytest.raises(InvalidInputError, match="at least one galaxy"): loaders(sample, batch_size=0)
+    for split in ("train", "valid"):
+        with pytest.raises(InvalidInputError, match=f"is in {split}"): batch_loaders(images, table[table.split != split], transform)
+    with pytest.raises(InvalidInputError, match="nothing to learn"): batch_loaders(images, table[["specobjid", "split"]], transform)
+
+
 def test_wrong_settings_of_the_loader_are_refused(sample):
     with pytest.raises(InvalidInputError, match="max_shift"): make_loaders(*sample, TrainingParameters(loader="fastai", max_shift=1))
-    with pytest.raises(InvalidInputError, match="'batches' or 'fastai', not 'torch'"): make_loaders(*sample, TrainingParameters(loader="torch"))
+    with pytest.raises(InvalidInputError, match="loader='torch': expected one of batches, fastai"): TrainingParameters(loader="torch")

@@ -75,6 +75,16 @@ def test_fused_model_is_the_same(name):
         assert error(models.fuse(model)(x), model.eval()(x)) < 1e-4
 
 
+def test_folding_leaves_the_model_as_it_is():
+    model = MODELS["xresnet18"]().train()
+    y = model(x_of(301, (2, 5, 48, 48)))
+    attributes = {(name, key): value for name, module in model.named_modules() for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    assert any(value.grad_fn is not None for value in attributes.values())  # the weight of the attention
+    models.fuse(model)
+    assert all(getattr(model.get_submodule(name), key) is value for (name, key), value in attributes.items()) and model.training
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("name", ("deconv3", *PUBLISHED))
 def test_fused_model_can_be_exported(name):
     model, x = after_a_step(name)
@@ -105,10 +115,17 @@ def test_a_nan_is_reported_with_the_name_of_the_layer(name, place):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("arguments", (dict(groups=7), dict(widen=0.3), dict(c_in=0), dict(stem_szs=(32, 64)), dict(stem_szs=(32, 32, 48)), dict(n_out=-1)))
+@pytest.mark.parametrize("arguments", (dict(groups=7), dict(widen=0.3), dict(c_in=0), dict(stem_szs=(32, 64)), dict(stem_szs=(32, 32, 48)), dict(n_out=-1),
+                                       dict(c_in="x"), dict(stem_szs=32), dict(stem_szs=()), dict(n_out=2.5)))
 @pytest.mark.parametrize("name", ("xresnet18", "xresnet18_hybrid"))
 def test_sizes_that_do_not_fit_together(name, arguments):
     with pytest.raises(InvalidInputError): MODELS[name](**arguments)
+
+
+@pytest.mark.parametrize("arguments", (dict(c_in=0), dict(c_in="x"), dict(n_out=-1)))
+@pytest.mark.parametrize("name", ("conv3", "deconv3"))
+def test_sizes_of_the_baselines(name, arguments):
+    with pytest.raises(InvalidInputError, match="positive integers"): MODELS[name](**arguments)
 
 
 def test_wrong_bands():
@@ -152,7 +169,8 @@ def rewritten(path, **changes):
     (dict(name="[1]"), "cannot be used"), (dict(arguments='{"pretrained": true}'), "no argument pretrained"), (dict(arguments="3"), "cannot be used"),
     (dict(arguments='{"n_out": 7}'), "n_out|target_stats"), (dict(arguments='{"c_in": "x"}'), "cannot be used|image_stats"),
     (dict(image_stats='{"mean": [0], "std": [1]}'), "image_stats"), (dict(target_stats='{"mean": [0,0,0,0,0,NaN], "std": [1,1,1,1,1,1]}'), "target_stats"),
-    (dict(target_stats='{"mean": [0,0,0,0,0,0], "std": [1,1,1,1,1,0]}'), "target_stats"), (dict(format="other"), "no metadata of ours")))
+    (dict(channels='"ggggg"'), "different bands"), (dict(channels='"gri"'), "different bands"), (dict(channels="5"), "different bands"), (dict(provenance='"x"'), "provenance"),
+    (dict(provenance="null"), "provenance"), (dict(target_stats='{"mean": [0,0,0,0,0,0], "std": [1,1,1,1,1,0]}'), "target_stats"), (dict(format="other"), "no metadata of ours")))
 def test_metadata_that_does_not_fit(changes, message, tmp_path):
     models.save(MODELS["deconv3"](), tmp_path/"a.safetensors", name="deconv3", arguments={}, **STATS)
     rewritten(tmp_path/"a.safetensors", **changes)
@@ -174,7 +192,8 @@ def test_missing_and_damaged_files(tmp_path):
         with pytest.raises(DamagedFileError): models.load(tmp_path/"a.safetensors")
 
 
-@pytest.mark.parametrize("bad", (dict(image_stats=([0]*4, [1]*4)), dict(image_stats=([0]*5, [0]*5)), dict(target_stats=None), dict(channels="gri"),
+@pytest.mark.parametrize("bad", (dict(image_stats=([0]*4, [1]*4)), dict(image_stats=([0]*5, [0]*5)), dict(target_stats=None), dict(channels="gri"), dict(channels="ggggg"), dict(channels="abcde"), dict(channels=["g", "r", "i", "z", 5]),
+                                 dict(provenance=["a"]), dict(arguments={"c_in": "x"}), dict(arguments={"stem_szs": 32}),
                                  dict(provenance={"a": object()}), dict(arguments={"act_cls": "Sigmoid"}), dict(arguments={"c": 1}), dict(name="resnet")))
 def test_what_cannot_be_saved(bad, tmp_path):
     with pytest.raises(InvalidInputError): models.save(MODELS["xresnet18"](), tmp_path/"a.safetensors", **(dict(name="xresnet18", arguments={}, **STATS) | bad))
@@ -219,6 +238,32 @@ def test_published_weights_are_recognised_and_used(name, with_opt, tmp_path):
     models.save(published.model, tmp_path/"ours.safetensors", name=name, arguments=published.arguments, image_stats=published.image_stats,
         target_stats=published.target_stats, channels=published.channels, provenance=published.provenance)
     assert np.array_equal(models.load(tmp_path/"ours.safetensors").predict(COUNTS), published.predict(COUNTS))
+
+
+@pytest.mark.parametrize("device", ("cuda:99", "no such device"))
+def test_a_device_that_is_not_there(device, tmp_path):
+    models.save(conv3(), tmp_path/"a.safetensors", name="conv3", arguments={}, **STATS)
+    with pytest.raises(InvalidInputError, match=f"device '{device}' cannot be used"): models.load(tmp_path/"a.safetensors", device)
+
+
+def test_predictions_by_batches_and_of_images_that_are_none():
+    trained = models.TrainedModel(after_a_step("conv3")[0], "conv3", {}, models.image_stats(COUNTS), models._stats(TARGET_STATS, 6, ""), "yzirg", {})
+    whole = trained.predict(COUNTS)
+    assert whole.shape == (128, 6) and whole.dtype == np.float32 and trained.predict(COUNTS[:0]).shape == (0, 6)
+    np.testing.assert_allclose(trained.predict(COUNTS.numpy(), batch_size=50), whole, rtol=1e-5, atol=1e-5)
+    for images, message in ((COUNTS[:, :4], "shape"), (torch.cat([COUNTS, COUNTS[:, :1]], 1), "shape"), (COUNTS[0], "shape"), (COUNTS.log(), "NaN"), ("images", "no array"), (None, "shape")):
+        with pytest.raises(InvalidInputError, match=message): trained.predict(images)
+
+
+def test_arguments_are_told_alike_by_all_files(tmp_path):
+    torch.save(xresnet18().state_dict(), tmp_path/"weights.pth")
+    published = models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS)
+    models.save(published.model, tmp_path/"a.safetensors", name="xresnet18", arguments=published.arguments, **STATS)
+    assert json.loads(json.dumps(published.arguments)) == models.load(tmp_path/"a.safetensors").arguments and published.arguments["act_cls"] == "Mish"
+    with pytest.raises(InvalidInputError, match="c_in"): models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS, c_in="x")
+    with pytest.raises(InvalidInputError, match="3 different bands"): models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS, c_in=3)
+    for channels in ("ggggg", "grizx", "gri"):
+        with pytest.raises(InvalidInputError, match="5 different bands"): models.image_stats(COUNTS, channels)
 
 
 def test_bare_and_old_weights_files_are_read(tmp_path):

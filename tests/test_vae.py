@@ -1,13 +1,13 @@
 "specpred.vae: the published numbers, training that survives interruption, and files that are what they claim to be."
-import dataclasses, io, json, pickle, zlib
+import dataclasses, io, json, pickle, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, VAEParameters, WeightsError
-from specpred.vae import (InfoVAE, SpectrumModel, Training, bin_weights, fit, infovae_loss, kld, latent_pca, load_latent_pca, load_published, mmd, new_vae, search,
-    target_stats)
+from specpred.vae import (InfoVAE, SpectrumModel, Training, bin_weights, fit, infovae_loss, kld, latent_pca, load_latent_pca, load_published, mmd, new_vae,
+    plot_traversals, search, target_stats)
 
 REFERENCE = Path(__file__).parent/"reference"
 SMALL = VAEParameters(n_latents=4, hidden=(24, 12), n_targets=3, epochs=6, lambda_=50., batch_size=16, lr=5e-3)
@@ -63,6 +63,8 @@ def test_weights_of_bins():
     missing = np.array([[False, False, False, True]])
     np.testing.assert_allclose(bin_weights(error, missing, [1000.], 0.25), [[1/(4e-6 + 5e-7), 0, 0, 0]], rtol=1e-6)
     assert bin_weights(error, missing, [1000.], 0.05)[0, 1] > 0
+    for norm in ([0.], [np.nan], [-5.], [1., 1.]):
+        with pytest.raises(InvalidInputError, match="norm"): bin_weights(error, missing, norm)
 
 
 def test_same_seed_same_numbers_and_another_seed_others():
@@ -114,6 +116,33 @@ def test_training_stops_when_nothing_improves_and_keeps_the_best_epoch():
     assert len(fit(new_vae(50, parameters, 1), flux - flux.mean(0), np.full(flux.shape, 1e4), parameters, 1, progress=False)) == 4
 
 
+def test_the_history_marks_the_epoch_whose_weights_are_kept():
+    "The losses of the weights that come back are those of that row, which need not be the smallest."
+    flux = spectra()
+    x, weights = flux - flux.mean(0), np.full(flux.shape, 1e4)
+    parameters = dataclasses.replace(SMALL, epochs=60, lr=1e-3, lambda_=5.)
+    training = Training(vae := new_vae(50, parameters, 1), x, weights, parameters, 1)
+    while not training.finished: training.step()
+    training.history.append(training.history[-1] | dict(valid_total=training.best*0.9995))  # better, but by less than 0.1 %
+    assert training.table().kept.sum() == 1 and training.table().valid_total[training.table().kept].item() == training.best > training.table().valid_total.min()
+    history = fit(vae := new_vae(50, parameters, 1), x, weights, parameters, 1, progress=False)
+    judge = Training(vae, x, weights, parameters, 1)
+    from specpred.vae import _epoch
+    again = _epoch(vae, *judge.sets["valid"], parameters, torch.Generator().manual_seed(0))
+    assert again["total"] == pytest.approx(history[history.kept].valid_total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("setting", (dict(epochs=0), dict(batch_size=0), dict(valid_fraction=0.), dict(valid_fraction=2.), dict(lr=-1.), dict(lr=float("nan")), dict(n_latents=0), dict(hidden=(5,)),
+    dict(hidden=(0, 3)), dict(n_trials=0), dict(alpha=2.), dict(lambda_=-1.), dict(n_targets=9), dict(stop_patience=0), dict(plateau_patience=-1), dict(trial_epochs=0)))
+def test_settings_that_cannot_be_are_named(setting):
+    with pytest.raises(InvalidInputError, match=f"{next(iter(setting))}="): dataclasses.replace(SMALL, **setting)
+
+
+@pytest.mark.parametrize("arguments", (dict(hidden=(3, 4, 5)), dict(dropout=3), dict(n_bins=0), dict(hidden=(0, 3)), dict(n_latents=2.5)))
+def test_networks_that_cannot_be(arguments):
+    with pytest.raises(InvalidInputError, match="There is no autoencoder"): InfoVAE(**arguments)
+
+
 @pytest.mark.parametrize("spoil, words", [(lambda x, w: x.__setitem__((3, 3), np.nan), "row 3"), (lambda x, w: w.__setitem__((5, 0), -1), "row 5")])
 def test_training_names_bad_rows(spoil, words):
     x, weights = spectra(), np.ones((200, 50), np.float32)
@@ -154,8 +183,22 @@ def test_bundle_refuses_wrong_input(model):
     for call in (lambda: model.encode(np.zeros((2, 49))), lambda: model.decode(np.zeros((2, 4))), lambda: model.decode(np.zeros(3)),
                  lambda: model.encode(np.full((2, 50), np.nan)), lambda: model.vae.decode(torch.zeros(1, 9))):
         with pytest.raises(InvalidInputError): call()
-    with pytest.raises(InvalidInputError, match="mean"):
-        SpectrumModel(model.vae, model.wavelength, model.mean[1:], model.components, model.centre, model.target_mean, model.target_std)
+
+
+@pytest.mark.parametrize("changes", (dict(mean=np.zeros(49)), dict(mean=np.full(50, np.nan)), dict(mean=["a"]*50), dict(target_std=np.zeros(3)), dict(target_std=np.full(3, np.nan)),
+    dict(target_std=-np.ones(3)), dict(components=np.ones(4)), dict(components=np.ones((3, 5))), dict(target_mean=np.full(3, np.inf)), dict(wavelength=None)))
+def test_parts_that_make_no_bundle(model, changes):
+    parts = {name: getattr(model, name) for name in SpectrumModel._tensors}
+    SpectrumModel(model.vae, **parts)
+    with pytest.raises(InvalidInputError, match=next(iter(changes))): SpectrumModel(model.vae, **parts | changes)
+
+
+def test_weights_that_are_no_numbers_make_no_bundle(model, tmp_path):
+    spoilt = InfoVAE(50, 4, (24, 12))
+    spoilt.encd.weight.data[3, 3] = np.nan
+    with pytest.raises(InvalidInputError, match="weights"): SpectrumModel(spoilt, **{name: getattr(model, name) for name in SpectrumModel._tensors})
+    torch.save(spoilt, tmp_path/"vae.pkl")
+    with pytest.raises(WeightsError, match="NaN"): load_published(tmp_path/"vae.pkl")
 
 
 def test_a_bundle_comes_back_from_its_file(model, tmp_path):
@@ -177,7 +220,9 @@ def test_foreign_and_damaged_files_are_refused(model, tmp_path):
     SpectrumModel.load(bad)
     for case, metadata, words in ((tensors, {}, "something else"), ({k: v for k, v in tensors.items() if k != "vae.mu.bias"}, good, "vae.mu.bias"),
             (tensors | {"extra": torch.zeros(1)}, good, "extra"), (tensors | {"mean": torch.zeros(3)}, good, "mean"),
-            (tensors, good | {"arguments": json.dumps(dict(n_bins=51, n_latents=4, hidden=[24, 12]))}, "size mismatch"),
+            (tensors, good | {"arguments": json.dumps(dict(n_bins=51, n_latents=4, hidden=[24, 12]))}, "of another shape: vae.encd.weight"),
+            (tensors, good | {"arguments": json.dumps(dict(n_bins=10**9, n_latents=10**6, hidden=[10**9, 10**9]))}, "another shape"),
+            (tensors | {"target_std": torch.zeros(3, dtype=torch.float64)}, good, "target_std must be positive"),
             (tensors, good | {"arguments": "[1"}, "does not describe"), (tensors, good | {"arguments": '{"size": 3}'}, "does not describe")):
         save_file(case, bad, metadata)
         with pytest.raises(WeightsError, match=words): SpectrumModel.load(bad)
@@ -220,6 +265,10 @@ def test_published_files_make_a_bundle(published, model):
     np.testing.assert_allclose(np.abs(bundle.encode(spectra())), np.abs(model.encode(spectra())), atol=1e-3)
     bundle.save(published/"bundle.safetensors")
     assert (SpectrumModel.load(published/"bundle.safetensors").encode(spectra()) == bundle.encode(spectra())).all()
+    by_path = SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")), str(published/"catalogue.csv"), wavelength=model.wavelength)
+    assert (by_path.target_std == bundle.target_std).all()
+    for wrong in ((np.zeros(3),), 5, (np.zeros(3), np.zeros(3)), (np.zeros(3), np.full(3, np.nan)), ([0]*2, [1]*2)):
+        with pytest.raises(InvalidInputError, match="target_"): SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")), wrong)
     with pytest.raises(InvalidInputError, match=r"target_stats\('catalogue.csv'\)"): SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")))
 
 
@@ -249,6 +298,48 @@ def test_harmless_looking_words_are_refused(tmp_path, name):
     file = tmp_path/"vae.pkl"
     file.write_bytes(f"cbuiltins\n{name}\n(V1\ntR.".encode())
     with pytest.raises(WeightsError, match=f"builtins.{name}"): load_published(file)
+
+
+def text(word): return b"X" + len(word).to_bytes(4, "little") + word.encode()
+
+def pca_with(array:bytes) -> bytes:
+    "A pickled PCA whose arrays are all made by these opcodes."
+    return b"\x80\x02csklearn.decomposition._pca\nPCA\n)\x81}(" + b"".join(text(name) + array for name in ("components_", "mean_", "explained_variance_ratio_")) + b"ub."
+
+DTYPE_OF_OBJECTS, EIGHT_BYTES = b"cnumpy\ndtype\n" + text("O") + b"\x85R", b"c_codecs\nencode\n" + text("AAAAAAAA") + text("latin1") + b"\x86R"
+ADDRESS = b"cnumpy\nndarray\n(K\x01\x85" + DTYPE_OF_OBJECTS + EIGHT_BYTES + b"tR"  # ndarray((1,), dtype("O"), b"AAAAAAAA"): an object at an address of the file's choice
+RECONSTRUCTED = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + text("b") + b"tR(K\x01%s" + b"cnumpy\ndtype\n" + text("%s") + b"\x85R\x89" + EIGHT_BYTES + b"tb")
+ENORMOUS = b"cnumpy\nndarray\n(J\x00\xc2\xeb\x0b\x85" + text("b") + b"tR"  # 200 MB
+
+@pytest.mark.parametrize("array", (ADDRESS, ENORMOUS, RECONSTRUCTED.replace(b"%s", b"K\x01\x85", 1).replace(text("%s"), text("O")),
+    RECONSTRUCTED.replace(b"%s", b"J\x00\xc2\xeb\x0b\x85", 1).replace(text("%s"), text("f8")), b"cnumpy.core.numeric\n_frombuffer\n(" + EIGHT_BYTES + DTYPE_OF_OBJECTS + b"K\x01\x85" + text("C") + b"tR",
+    b"cnumpy.core.multiarray\nscalar\n" + DTYPE_OF_OBJECTS + EIGHT_BYTES + b"\x86R"), ids=("address", "enormous", "objects", "too few bytes", "buffer", "scalar"))
+def test_arrays_that_numpy_would_take_on_trust_are_refused(tmp_path, array):
+    "In a process of its own, which numpy would crash or which may use no more than 100 MB beyond what it has."
+    (tmp_path/"pca.pkl").write_bytes(pca_with(array))
+    code = ("import resource, sys\nfrom specpred.config import DamagedFileError, WeightsError\nfrom specpred.vae import load_latent_pca\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_latent_pca(sys.argv[1])\nexcept (WeightsError, DamagedFileError) as error: print('refused', error)\n"
+        "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e5")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path/"pca.pkl"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("refused"), done.stderr[-500:]
+
+
+def test_the_same_array_with_numbers_is_read(tmp_path):
+    array = RECONSTRUCTED.replace(b"%s", b"K\x01K\x01\x86", 1).replace(text("%s"), text("f8"))
+    (tmp_path/"pca.pkl").write_bytes(pca_with(array))
+    with pytest.raises(WeightsError, match=r"components \(1, 1\), mean \(1, 1\)"): load_latent_pca(tmp_path/"pca.pkl")
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    network = InfoVAE(50, 4, (24, 12))
+    for size, stride in (((10**6,), (0,)), ((2,), (10**6,)), ((10**6,), (1,))):
+        class Enlarged(torch.nn.Parameter):
+            def __reduce_ex__(self, protocol):
+                return torch._utils._rebuild_tensor_v2, (torch.storage.TypedStorage(wrap_storage=torch.zeros(3).untyped_storage(), dtype=torch.float32, _internal=True), 0, size, stride, False, {})
+        network.mu.register_parameter("bias", Enlarged(torch.zeros(4)))
+        torch.save(network, tmp_path/"vae.pkl")
+        with pytest.raises(WeightsError, match="larger than its storage"): load_published(tmp_path/"vae.pkl")
 
 
 def test_torchscript_and_compressed_archives_are_refused(tmp_path):
@@ -288,6 +379,7 @@ def test_mutated_pickles_end_in_our_errors(published):
 def test_a_catalogue_without_targets_is_refused(tmp_path, table, message):
     (tmp_path/"catalogue.csv").write_text(table)
     with pytest.raises(InvalidInputError, match=message): target_stats(tmp_path/"catalogue.csv")
+    with pytest.raises(InvalidInputError, match="no CSV table"): target_stats(tmp_path)
 
 
 def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
@@ -310,3 +402,20 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     assert len(calls) == 6 and longer[:4].equals(resumed)  # a longer search keeps what it has
     search(x + 0.01, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
     assert len(calls) == 10  # other spectra: the old trials do not count
+    only, none = search(x, weights, dataclasses.replace(parameters, n_trials=1), 1, tmp_path/"cut.csv", progress=False)
+    assert len(calls) == 10 and only == dataclasses.replace(parameters, n_trials=1) and len(none) == 0  # nothing to choose from
+
+
+@pytest.mark.parametrize("axis,n", (("target", 3), ("latent", 4)))
+def test_traversals_show_every_line_to_its_top(model, axis, n):
+    import matplotlib.pyplot as plt
+    figure = plot_traversals(model, axis)
+    panels = [ax for ax in figure.axes if ax.lines]
+    assert len(panels) == n and panels[0].get_title() == f"{axis} 1"
+    tops = [line.get_ydata().max() for ax in panels for line in ax.lines]
+    assert max(tops) < panels[0].get_ylim()[1]
+    moved = panels[0].lines[-1].get_ydata() - panels[0].lines[0].get_ydata()
+    assert np.abs(moved).max() > 1e-4
+    np.testing.assert_allclose(panels[0].lines[2].get_ydata(), model.decode((-model.target_mean/model.target_std)[None])[0], atol=1e-4)
+    plt.close(figure)
+    with pytest.raises(InvalidInputError, match="target"): plot_traversals(model, "spectrum")
