@@ -47,7 +47,7 @@ class _Section:
             value, limits = getattr(self, f.name), self._limits.get(f.name)
             of_numbers = isinstance(f.default, tuple) and f.default and isinstance(f.default[0], (int, float))
             if of_numbers and len(value) != len(f.default): raise InvalidInputError(f"{f.name}={value!r}: expected {len(f.default)} numbers, such as {f.default!r}")
-            for one in value if isinstance(value, tuple) else (value,):
+            for one in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(limits, set) and one not in limits: raise InvalidInputError(f"{f.name}={one!r}: expected one of {', '.join(sorted(limits))}")
                 if isinstance(limits, tuple) and not limits[0] <= one <= limits[1]:
                     raise InvalidInputError(f"{f.name}={value!r}: expected {limits[0]:g} to {limits[1]:g}")
