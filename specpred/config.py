@@ -132,7 +132,7 @@ class VAEParameters(_Section):
     valid_fraction: float = 0.25  # part of the training spectra that decides when to stop
     n_trials: int = 1  # settings of hidden sizes and lambda to choose from: these and random ones
     trial_epochs: int = 20  # epochs of each trial, at most
-    _limits = dict(n_latents=(1, 1000), hidden=(1, 100_000), n_targets=(1, 1000), lambda_=(0, 1e12), alpha=(-1e6, 1), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100),
+    _limits = dict(n_latents=(1, 1000), hidden=(1, 100_000), n_targets=(1, 1000), lambda_=(0, 1e12), alpha=(-1e6, 1), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 1e12),
         plateau_patience=(0, 10**6), stop_patience=(1, 10**6), valid_fraction=(0.001, 0.999), n_trials=(1, 10**6), trial_epochs=(1, 10**6))
 
     def __post_init__(self):

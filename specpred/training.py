@@ -248,7 +248,7 @@ def new(self:BatchLoader,
     return other
 
 class BatchLoaders(DataLoaders):
-    "fastai's `DataLoaders` of `BatchLoader`s."
+    "fastai's `DataLoaders`, made of `BatchLoader`."
     def new_empty(self) -> "BatchLoaders":
         "Loaders without galaxies, which know the store and the transform: what an exported `Learner` takes along."
         return type(self)(*(dl.new([]) for dl in self.loaders), path=self.path, device=self.device)
