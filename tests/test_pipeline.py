@@ -98,7 +98,8 @@ def test_what_a_stage_uses_is_declared():
         source = "\n".join("".join(c["source"]) for c in cells)
         sections = set(re.findall(r"run\.profile\.(\w+)\.", source)) | set(re.findall(r"\bp\.(\w+)\.", source) if "p, paths = run.profile" in source else [])
         assert sections <= set(stage.parameters), stage.name
-        files = {f for f in re.findall(r"(?:run\.)?paths\.(\w+)", source) if f in _FILES}
+        # the table of a search outlasts its stage, so that a longer one goes on from it, and is not made where there is one setting
+        files = {f for f in re.findall(r"(?:run\.)?paths\.(\w+)", source) if f in _FILES} - {"vae_search"}
         undeclared = {f for f in files if not any(_FILES[f].split("/")[0] == _FILES[d].split("/")[0] for d in (*stage.reads, *stage.writes))}
         assert not undeclared, stage.name
 
