@@ -429,8 +429,11 @@ class _Digests:
 
 # %% ../nbs/00_config.ipynb #a2b7712b
 def _meaning(source:str) -> ast.Module:
-    "The statements of a source without its docstrings; comments are none."
-    tree = ast.parse(source)
+    "The statements of a source without its docstrings; comments are none. Jupyter's magic lines count as texts, and so does code that is none."
+    try: tree = ast.parse(source)
+    except SyntaxError:
+        try: tree = ast.parse(re.sub(r"(?m)^([ \t]*)([%!].*)$", lambda line: f"{line[1]}0, {line[2]!r}", source))
+        except SyntaxError: tree = ast.parse(f"0, {source!r}")  # no docstring, which would not count; the notebook's own cell will say what is wrong
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Module)) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
