@@ -1,5 +1,5 @@
 "Downloads through failures: hostile servers, damaged files, kills, and archives that stop to answer."
-import faulthandler, gzip, io, json, os, random, signal, subprocess, sys, threading, time, warnings
+import faulthandler, gzip, io, json, os, random, signal, subprocess, sys, threading, time, tracemalloc, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +10,7 @@ from astropy.io import fits
 from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
-from specpred.archives import (BANDS, FAULTS, ArchiveClient, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _files_of_survey,
+from specpred.archives import (BANDS, FAULTS, ArchiveClient, ArchiveURLs, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _fetch_all, _files_of_survey,
     _miniature_survey, _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names,
     read_skyserver_csv, read_table, serve, spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
 from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, ProfileError, SpecpredError, SpectraParameters, get_profile
@@ -421,6 +421,28 @@ def test_what_came_over_the_network_is_never_removed(survey, tmp_path):
     with pytest.raises(InvalidInputError, match="source.json is damaged"): download(ArchiveParameters(**vars(urls)), raw, SIZE, 1, progress=False)
     before.pop(raw/"source.json")
     assert {p: p.read_bytes() for p in before} == before
+
+
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch):
+    "Ten times as many spectra, from no archive at all: what is known of them is on the disk, and not in lists."
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # 3,000 of them are minutes on some disks
+    monkeypatch.setattr(ArchiveClient, "_get_once", lambda self, url, *limits: _miniature_spectrum(
+        *(int(word) for word in url.path.rpartition("/")[2].removeprefix("spec-").removesuffix(".fits").split("-")), np.random.default_rng(0)))
+    peaks = {}
+    for n in (300, 3000):
+        k = np.arange(n)
+        table = pd.DataFrame(dict(ra=k*360/n, dec=-40.0, plate=266 + k//640, mjd=51602, fiberid=1 + k % 640))
+        table.to_csv(tmp_path/f"{n}.csv", index=False)
+        catalogue, raw = read_table(tmp_path/f"{n}.csv"), tmp_path/f"raw of {n}"
+        raw.mkdir()
+        with DownloadState(raw/"state.sqlite") as state, ArchiveClient() as client:
+            tracemalloc.start()
+            _fetch_all(catalogue, SIZE, "dr17", raw, state, client, ArchiveURLs.local(9), progress=False)
+            peaks[n] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert n_arrived(raw) == n
+    growth = (peaks[3000] - peaks[300])/2700
+    assert growth < 500, peaks  # bytes a file: a copy of the catalogue has 200; an outcome would have 600 and a file 20,000
 
 
 def test_a_kill_before_the_first_file_leaves_nothing_in_the_way(survey, tmp_path):
