@@ -21,8 +21,8 @@ from astropy.io import fits
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, SpecpredError,
-    atomic_path, random_generator, start_stage)
+from .config import (BLUE, ORANGE, PURPLE, ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError,
+    SpecpredError, atomic_path, random_generator, start_stage)
 
 # %% auto #0
 __all__ = ['SELECTION', 'BANDS', 'PS1_SOUTH', 'FAULTS', 'SPLITS', 'SPLIT_COLORS', 'BusyError', 'NotFoundError', 'RefusedError',
@@ -147,7 +147,8 @@ def _get_once(self:ArchiveClient, url:httpx.URL, max_bytes:int, timeout:float) -
                     _raise_for_status(response)
                     return _read_bounded(response, max_bytes, timeout)
                 target = url.join(response.headers["Location"])
-                if not _same_place(target, url): raise RefusedError(f"redirected: {url.host} points to {target.scheme}://{target.host}, which is not followed")
+                if not _same_place(target, url):
+                    raise RefusedError(f"redirected: {url.host} points to {target.scheme}://{target.host}, which is not followed")
         except BusyError as error:
             host.opens = max(host.opens, time.monotonic() + error.retry_after)
             raise
@@ -434,14 +435,16 @@ def _check_tiles(unit:_Unit, max_bytes:int):
     axes = [int(header[f"ZNAXIS{i}"]) for i in range(1, 1 + min(n_axes, 999))]
     if not (0 < n_axes <= 999 and 0 < abs(header.get("ZBITPIX", 0))//8*math.prod(map(abs, axes)) <= max_bytes):
         raise DamagedFileError(f"a damaged header: a compressed image of {n_axes} axes that is empty or unpacks to more than {max_bytes >> 20} MB")
-    if (kind := str(header.get("ZCMPTYPE")).strip()) not in ("RICE_1", "GZIP_1", "GZIP_2", "NOCOMPRESS"): raise DamagedFileError(f"another compression: {kind[:20]!r}")
+    if (kind := str(header.get("ZCMPTYPE")).strip()) not in ("RICE_1", "GZIP_1", "GZIP_2", "NOCOMPRESS"):
+        raise DamagedFileError(f"another compression: {kind[:20]!r}")
     most = 8*math.prod(int(header.get(f"ZTILE{i}", axes[0] if i == 1 else 1)) for i in range(1, 1 + n_axes))
     heap = header.get("THEAP", header["NAXIS1"]*header["NAXIS2"])
     for name, places in _table_columns(unit, ("compressed_data", "gzip_compressed_data")).items():
         if name == "compressed_data" and not kind.startswith("GZIP"): continue
         for n_bytes, start in places.reshape(-1, 2).tolist():
             packed = unit.data[heap + start:heap + start + n_bytes]
-            if packed and len(zlib.decompressobj(wbits=31).decompress(packed, most + 1)) > most: raise DamagedFileError(f"a tile unpacks to more than its {most} bytes")
+            if packed and len(zlib.decompressobj(wbits=31).decompress(packed, most + 1)) > most:
+                raise DamagedFileError(f"a tile unpacks to more than its {most} bytes")
 
 # %% ../nbs/02_archives.ipynb #078302e2
 @contextlib.contextmanager
@@ -577,7 +580,8 @@ def check_cutout(
         if "BSOFTEN" in header and "BOFFSET" in header: raise DamagedFileError("asinh-compressed: not linear counts")
         off = math.dist(sky_to_pixel(header, ra, dec), ((size - 1)/2, (size - 1)/2))
         if not off <= 2: raise DamagedFileError(f"another position: the galaxy is {off:.1f} pixels off the centre")
-        if not (math.isfinite(exptime := float(header.get("EXPTIME", math.nan))) and exptime > 0): raise DamagedFileError(f"no exposure time: EXPTIME is {exptime}")
+        if not (math.isfinite(exptime := float(header.get("EXPTIME", math.nan))) and exptime > 0):
+            raise DamagedFileError(f"no exposure time: EXPTIME is {exptime}")
         finite = np.isfinite(np.frombuffer(unit.data, ">f4")).mean()
         if finite < min_finite: raise DamagedFileError(f"empty: {finite:.0%} of the pixels are finite")
 
@@ -957,7 +961,8 @@ def serve_forever(
     "Serves the folder on 127.0.0.1. Raises `MissingInputError` where there is no survey, `ArchiveError` if the port is taken."
     archive = LocalArchive(folder, badflag)
     try: server = _Server(archive, port, faults or Faults())
-    except (OSError, OverflowError) as error: raise ArchiveError(f"Port {port} cannot be served: {error}. Choose another, or 0 for any free one.") from error
+    except (OSError, OverflowError) as error:
+        raise ArchiveError(f"Port {port} cannot be served: {error}. Choose another, or 0 for any free one.") from error
     with server:
         started(server.server_port)
         if until is None: return server.serve_forever()
@@ -1072,8 +1077,8 @@ def split_by_sky(
     _improve(split, sizes, wanted, fixed)
     return block, np.array(SPLITS)[split[index]]
 
-# %% ../nbs/02_archives.ipynb #b728d5c2
-SPLIT_COLORS = dict(train="#0072B2", valid="#E69F00", test="#CC79A7")  # Okabe & Ito's colour-blind-safe palette
+# %% ../nbs/02_archives.ipynb #003d2876
+SPLIT_COLORS = dict(train=BLUE, valid=ORANGE, test=PURPLE)
 
 def plot_split(
     ra,  # (N,) degrees
@@ -1180,7 +1185,8 @@ def _table_numbers(own:_OwnTable, name:str) -> np.ndarray:
     elif unit is not None and str(unit) != "":
         from astropy import units as u
         try: values = values*u.Unit(unit).to(u.deg)
-        except (u.UnitConversionError, ValueError, TypeError) as error: raise InvalidInputError(f"{own.file}, column {own.names[name]!r}: its unit is {unit}; expected deg.") from error
+        except (u.UnitConversionError, ValueError, TypeError) as error:
+            raise InvalidInputError(f"{own.file}, column {own.names[name]!r}: its unit is {unit}; expected deg.") from error
     low, high = _RANGES.get(name, (-np.inf, np.inf))
     own.complain(name, (values < low) | (values > high), f"{low} to {high}")
     return values
@@ -1243,7 +1249,8 @@ def _without_repeats(own:_OwnTable, table:pd.DataFrame) -> pd.DataFrame:
     if (wrong := apart | other).any():  # without identifiers of its own the table names a spectrum at two places
         own.complain("specobjid" if "specobjid" in own.names else "plate", wrong, "one galaxy for one identifier or spectrum, this row's has several positions or spectra")
     repeats = table.specobjid.duplicated()
-    if repeats.any(): warnings.warn(f"{own.file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
+    if repeats.any():
+        warnings.warn(f"{own.file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
     return table[~repeats]
 
 # %% ../nbs/02_archives.ipynb #ccfcc56b
@@ -1299,7 +1306,8 @@ def _database_errors(path:Path):
     "What SQLite raises inside is an `ArchiveError` where it cannot read or write now, a `DamagedFileError` where the file is no database."
     try: yield
     except sqlite3.OperationalError as error: raise ArchiveError(f"Cannot use {path}: {error}. What has arrived is kept; run this again.") from error
-    except sqlite3.Error as error: raise DamagedFileError(f"{path} is no record of a download ({error}). Move the folder {path.parent} away to start anew.") from error
+    except sqlite3.Error as error:
+        raise DamagedFileError(f"{path} is no record of a download ({error}). Move the folder {path.parent} away to start anew.") from error
 
 # %% ../nbs/02_archives.ipynb #586df5bf
 class DownloadState:

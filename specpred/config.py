@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['IMAGE_MODELS', 'PROFILES', 'STAGES', 'SpecpredError', 'ProfileError', 'MissingInputError', 'InvalidInputError',
-           'DamagedFileError', 'ArchiveError', 'WeightsError', 'MockParameters', 'ArchiveParameters', 'ImageParameters',
-           'SpectraParameters', 'VAEParameters', 'TrainingParameters', 'EvaluationParameters', 'Profile', 'get_profile',
-           'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths', 'atomic_path', 'Stage',
-           'read_manifest', 'why_outdated', 'StageRun', 'start_stage', 'PeakMemory', 'versions']
+__all__ = ['IMAGE_MODELS', 'PROFILES', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'STAGES', 'SpecpredError',
+           'ProfileError', 'MissingInputError', 'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError',
+           'MockParameters', 'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters',
+           'TrainingParameters', 'EvaluationParameters', 'Profile', 'get_profile', 'random_generator',
+           'seed_everything', 'repo_root', 'Paths', 'get_paths', 'atomic_path', 'Stage', 'read_manifest',
+           'why_outdated', 'StageRun', 'start_stage', 'PeakMemory', 'versions']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
@@ -46,7 +47,8 @@ class _Section:
         for f in dataclasses.fields(self):
             value, limits = getattr(self, f.name), self._limits.get(f.name)
             of_numbers = isinstance(f.default, tuple) and f.default and isinstance(f.default[0], (int, float))
-            if of_numbers and len(value) != len(f.default): raise InvalidInputError(f"{f.name}={value!r}: expected {len(f.default)} numbers, such as {f.default!r}")
+            if of_numbers and len(value) != len(f.default):
+                raise InvalidInputError(f"{f.name}={value!r}: expected {len(f.default)} numbers, such as {f.default!r}")
             for one in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(limits, set) and one not in limits: raise InvalidInputError(f"{f.name}={one!r}: expected one of {', '.join(sorted(limits))}")
                 if isinstance(limits, tuple) and not limits[0] <= one <= limits[1]:
@@ -85,7 +87,8 @@ class ArchiveParameters(_Section):
         super().__post_init__()
         if self.wait[0] > self.wait[1]: raise InvalidInputError(f"wait={self.wait!r}: the first pause is longer than the longest")
         if not re.fullmatch(r"dr(9|1[0-7])", self.release): raise InvalidInputError(f"release={self.release!r}: expected dr9 to dr17")
-        if abs(sum(self.split) - 1) > 1e-6 or not self.split[0]: raise InvalidInputError(f"split={self.split!r}: expected fractions that add up to 1, the first above 0")
+        if abs(sum(self.split) - 1) > 1e-6 or not self.split[0]:
+            raise InvalidInputError(f"split={self.split!r}: expected fractions that add up to 1, the first above 0")
         for name in ("skyserver_url", "sas_url", "ps1_url"):
             if not re.fullmatch(r"https?://[^/\s]\S*", getattr(self, name) or "http://none"):
                 raise InvalidInputError(f"{name}={getattr(self, name)!r}: expected None, http://… or https://…")
@@ -370,6 +373,9 @@ def atomic_path(
         os.replace(made, path)
         if os.name == "posix": _fsync(path.parent)
     finally: shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/00_config.ipynb #68b2cd2f
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 
 # %% ../nbs/00_config.ipynb #3b6dc16b
 @dataclass(frozen=True)

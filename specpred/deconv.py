@@ -187,7 +187,8 @@ def _common_block(block, n):
     "The largest number of channels or features up to `block` that the published layers take: the greatest common divisor with `n`."
     block = min(block, n)
     common = math.gcd(block, n)
-    if common == 1 < block: warnings.warn(f"block={block} and {n} channels have no common divisor: each is whitened alone, with one common covariance.", stacklevel=3)
+    if common == 1 < block:
+        warnings.warn(f"block={block} and {n} channels have no common divisor: each is whitened alone, with one common covariance.", stacklevel=3)
     return common
 
 # %% ../nbs/06_deconv.ipynb #4485e420

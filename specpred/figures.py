@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from .config import atomic_path
+from .config import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, atomic_path
 from .evaluation import Reference, pooled_rmse
 from .images import composite
 
@@ -56,7 +56,7 @@ def plot_gallery(
         above.imshow(composite(flux[k]), origin="lower"), above.set(xticks=[], yticks=[]), above.set_title(titles[k], fontsize=8)
         below.plot(wavelength, np.where(reference.missing[k], np.nan, reference.observed[k]), color="0.75", lw=.5, label="observed")
         if reference.true is not None: below.plot(wavelength, reference.true[k], color="k", lw=.8, label="true")
-        below.plot(wavelength, predicted[k], color="#D55E00", lw=.8, label="predicted")
+        below.plot(wavelength, predicted[k], color=RED, lw=.8, label="predicted")
         tallest = max(predicted[k].max(), np.nanmax(reference.true[k] if reference.true is not None else reference.reconstructed[k]))
         top = min(1.1*tallest, 5*np.median(predicted[k]))  # the continuum must stay visible under a strong line
         below.set(xlim=wavelength[[0, -1]], ylim=(0, top), yticks=[])
@@ -66,8 +66,8 @@ def plot_gallery(
         if k == 0: below.legend(frameon=False, fontsize=6, loc="upper right")
     return figure
 
-# %% ../nbs/10_figures.ipynb #4fc1312b
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "k")  # Okabe & Ito (2008)
+# %% ../nbs/10_figures.ipynb #9bab0a3e
+COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, "k")
 
 def plot_losses(
     histories:dict[str, pd.DataFrame],  # by model: epoch, train_loss, rmse

@@ -438,7 +438,8 @@ def pack_arrays(
     specobjids, flux = _as_specobjids(specobjids), np.asarray(flux)
     if flux.ndim != 4 or flux.shape[1] != len(BANDS) or flux.shape[2] != flux.shape[3] or len(flux) != len(specobjids) or not len(flux):
         raise InvalidInputError(f"expected images ({len(specobjids)}, 5, size, size), bands g, r, i, z, y; got {flux.shape}")
-    if exptime is not None and np.shape(exptime) != flux.shape[:2]: raise InvalidInputError(f"exptime must be {flux.shape[:2]}, seconds; got {np.shape(exptime)}")
+    if exptime is not None and np.shape(exptime) != flux.shape[:2]:
+        raise InvalidInputError(f"exptime must be {flux.shape[:2]}, seconds; got {np.shape(exptime)}")
     settings = _settings(flux.shape[-1], dtype, max_mask_fraction)
     position = {int(s): k for k, s in enumerate(specobjids)}
     def galaxy(k):
@@ -678,7 +679,8 @@ def fit_transform(
     if np.ndim(flux) != 4 or np.shape(flux)[1] != len(BANDS) or not len(flux) or np.ndim(noise) != 2 or np.shape(noise)[1] != len(BANDS) or not len(noise):
         raise InvalidInputError(f"a transform is fitted on (N, 5, height, width) images and (N, 5) noise, N > 0; got {np.shape(flux)} and {np.shape(noise)}")
     softening = factor*np.median(noise, axis=0)
-    if stretch == "asinh" and not (softening > 0).all(): raise InvalidInputError(f"asinh needs a softening above 0 nJy in every band; noise and factor give {softening}")
+    if stretch == "asinh" and not (softening > 0).all():
+        raise InvalidInputError(f"asinh needs a softening above 0 nJy in every band; noise and factor give {softening}")
     if stretch == "image": softening = np.full(len(BANDS), np.median(np.sqrt(np.mean(flux**2, axis=(1, 2, 3)))))
     stretched = _stretch_(np.array(flux, np.float32), stretch, softening.astype(np.float32)[:, None, None])
     mean, std = stretched.mean((0, 2, 3), dtype=np.float64), stretched.std((0, 2, 3), dtype=np.float64)

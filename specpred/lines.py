@@ -138,7 +138,8 @@ def stellar_continuum(
         matrix += 1e-9*np.trace(matrix, axis1=1, axis2=2)[:, None, None]/n_templates*np.eye(n_templates)
         matrix[few] = np.eye(n_templates)
         continuum[rows] = np.where(few[:, None], np.nan, (templates @ np.linalg.solve(matrix, right[..., None]))[..., 0])
-    if np.isnan(continuum).all(): raise InvalidInputError(f"Too few bins to tell the starlight: it takes {10*n_templates} away from lines, between 3200 and 9300 Angstrom.")
+    if np.isnan(continuum).all():
+        raise InvalidInputError(f"Too few bins to tell the starlight: it takes {10*n_templates} away from lines, between 3200 and 9300 Angstrom.")
     return continuum
 
 # %% ../nbs/04a_lines.ipynb #03814efb
@@ -224,7 +225,8 @@ def fit_lines(
         raise InvalidInputError(f"continuum must have flux's shape {flux.shape} and no infinite elements; its shape is {continuum.shape}.")
     unknown = np.isnan(continuum)
     weight, continuum = np.where(unknown, 0, weight), np.where(unknown, 0, continuum)
-    if np.shape(redshift) not in ((), (len(flux),)): raise InvalidInputError(f"redshift must be one number, or {len(flux)}, one a spectrum; got {np.shape(redshift)}.")
+    if np.shape(redshift) not in ((), (len(flux),)):
+        raise InvalidInputError(f"redshift must be one number, or {len(flux)}, one a spectrum; got {np.shape(redshift)}.")
     stretch = np.broadcast_to(1 + np.asarray(redshift, float), len(flux))
     if not (np.isfinite(stretch) & (stretch > 0)).all(): raise InvalidInputError("Redshifts must be finite and above -1.")
     tables, step = [], 512

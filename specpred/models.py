@@ -418,7 +418,8 @@ def checked_images(
     "The images as float32. Raises `InvalidInputError` for another shape and for NaN or infinite pixels."
     try: images = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images, np.float32)
     except (TypeError, ValueError) as error: raise InvalidInputError(f"the images are no array of numbers ({error})") from error
-    if images.ndim != 4 or images.shape[1] != 5: raise InvalidInputError(f"images must have shape (N, 5, height, width), bands g, r, i, z, y; got {images.shape}")
+    if images.ndim != 4 or images.shape[1] != 5:
+        raise InvalidInputError(f"images must have shape (N, 5, height, width), bands g, r, i, z, y; got {images.shape}")
     if not np.isfinite(images).all(): raise InvalidInputError("the images hold NaN or infinite pixels; set pixels without data to 0")
     return images
 
@@ -438,7 +439,8 @@ def predict(self:TrainedModel,
 ) -> np.ndarray:
     """Latents (N, n_out) on their own scale, for a model whose input is standardised and not stretched. Raises `InvalidInputError` for a model that needs a
     stretch, and for images as `checked_images` does."""
-    if self.provenance.get("stretch", "linear") != "linear": raise InvalidInputError(f"{self.name} sees {self.provenance['stretch']}-stretched images; use specpred.predict.")
+    if self.provenance.get("stretch", "linear") != "linear":
+        raise InvalidInputError(f"{self.name} sees {self.provenance['stretch']}-stretched images; use specpred.predict.")
     images, device = self.in_channel_order(checked_images(images)), next(self.model.parameters()).device
     mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in self.image_stats)
     y = [self.model((torch.from_numpy(images[k:k + batch_size]).to(device) - mean)/std).cpu().numpy() for k in range(0, len(images), batch_size)]

@@ -12,7 +12,8 @@ import torch
 from tqdm.auto import tqdm
 from . import models
 from .archives import open_fits
-from .config import DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError, atomic_path, random_generator
+from .config import (RED, DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError, atomic_path,
+    random_generator)
 from .figures import mark_lines
 from .images import BANDS, central_crop, composite, read_galaxy
 from .training import predict_targets, transform_of
@@ -57,8 +58,9 @@ class Predictor:
         try:
             self.size, self.seed = int(trained.provenance["image_size"]), int(trained.provenance["seed"])
             self.covariance, self.bias = (np.array(trained.provenance[f"residual_{name}"]) for name in ("covariance", "mean"))
-        except KeyError as error: raise WeightsError(f"The weights of {trained.name} do not say their {error}, which an error band needs: they are not from "
-            "08_training. `TrainedModel.predict` gives the latents of published weights.") from None
+        except KeyError as error:
+            raise WeightsError(f"The weights of {trained.name} do not say their {error}, which an error band needs: they are not from "
+                "08_training. `TrainedModel.predict` gives the latents of published weights.") from None
 
     @classmethod
     def load(cls, weights:Path, vae:Path) -> "Predictor":
@@ -91,7 +93,8 @@ def read_cube(path) -> np.ndarray:
         with open_fits(path) as hdus:
             hdu = next(h for h in hdus if h.is_image and h.header.get("NAXIS", 0) == 3)
             header, flux = hdu.header, np.asarray(hdu.data, np.float32)
-    except Exception as error: raise DamagedFileError(f"{path} is not a FITS file with a three-dimensional image: {type(error).__name__}: {error}") from None
+    except Exception as error:
+        raise DamagedFileError(f"{path} is not a FITS file with a three-dimensional image: {type(error).__name__}: {error}") from None
     if flux.shape[0] != len(BANDS) or header.get("BANDS") != BANDS or str(header.get("BUNIT")).lower() != "njy":
         raise DamagedFileError(f"{path} has shape {flux.shape}, BANDS = {header.get('BANDS')!r}, BUNIT = {header.get('BUNIT')!r}; "
             "expected (5, height, width), BANDS = 'grizy' and BUNIT = 'nJy' (see specpred.predict.write_cube)")
@@ -152,8 +155,8 @@ def plot_prediction(
     left, right = figure.subplots(1, 2, width_ratios=(1, 3))
     left.imshow(composite(flux), origin="lower")
     left.set(xticks=[], yticks=[]), left.set_title(title, fontsize=8)
-    right.fill_between(spectra.wavelength, spectra.lower[row], spectra.upper[row], color="#D55E00", alpha=.3, lw=0, label="68 % band")
-    right.plot(spectra.wavelength, spectra.flux[row], color="#D55E00", lw=1, label="predicted")
+    right.fill_between(spectra.wavelength, spectra.lower[row], spectra.upper[row], color=RED, alpha=.3, lw=0, label="68 % band")
+    right.plot(spectra.wavelength, spectra.flux[row], color=RED, lw=1, label="predicted")
     right.set(xlabel=r"rest-frame wavelength ($\mathrm{\AA}$, vacuum)", ylabel=r"$F_\lambda$ (normalised)", xlim=spectra.wavelength[[0, -1]])
     mark_lines(right), right.legend(frameon=False, fontsize=8)
     return figure

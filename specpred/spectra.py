@@ -147,7 +147,8 @@ def read_sdss(
     try: return SDSSSpectrum(native("flux", np.float32), native("ivar", np.float32), native("and_mask", np.uint32), loglam0,
         float(first["z"]), int(first["zwarning"]), text("class"), text("subclass"), float(first["plug_ra"]), float(first["plug_dec"]),
         int(first["plate"]), int(first["mjd"]), int(first["fiberid"]), native("or_mask", np.uint32), native("model", np.float32))
-    except (AttributeError, TypeError, ValueError, OverflowError) as error: raise DamagedFileError(f"{path} has a column of another kind ({error}).") from None
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedFileError(f"{path} has a column of another kind ({error}).") from None
 
 # %% ../nbs/04_spectra.ipynb #0eb0cc52
 _SPEC_CLASS = {0: "UNKNOWN", 1: "STAR", 2: "GALAXY", 3: "QSO", 4: "QSO", 5: "SKY", 6: "STAR"}  # SPEC_CLN of data releases 1 to 7
@@ -209,11 +210,13 @@ def from_specutils(
         flux, told = spectrum.flux.value*factor, spectrum.uncertainty
         if told is not None:
             with np.errstate(divide="ignore"): ivar = told.represent_as(InverseVariance).array/factor**2
-    except (units.UnitConversionError, AttributeError, TypeError) as error: raise InvalidInputError(f"This is no spectrum of a flux density ({error}).") from error
+    except (units.UnitConversionError, AttributeError, TypeError) as error:
+        raise InvalidInputError(f"This is no spectrum of a flux density ({error}).") from error
     if flux.ndim != 1: raise InvalidInputError(f"Give one spectrum at a time; the flux has the shape {flux.shape}.")
     if ivar is None: raise InvalidInputError("This spectrum has no uncertainty; give its inverse variance as ivar.")
     loglam = np.log10(wavelength)
-    if not np.allclose(np.diff(loglam), DLOGLAM, rtol=0, atol=0.05*DLOGLAM): raise InvalidInputError(f"Its pixels are not {DLOGLAM} dex wide; `rebin` takes other ones.")
+    if not np.allclose(np.diff(loglam), DLOGLAM, rtol=0, atol=0.05*DLOGLAM):
+        raise InvalidInputError(f"Its pixels are not {DLOGLAM} dex wide; `rebin` takes other ones.")
     loglam0 = round(float(np.mean(loglam - DLOGLAM*np.arange(len(loglam)))), 6)
     return _from_parts(flux, ivar, spectrum.mask, loglam0, float(spectrum.redshift.value), spectrum.meta)
 
@@ -272,7 +275,8 @@ def deredden(
 
     Raises `InvalidInputError` for a law that is unknown and an E(B-V) that is no number from -0.1 to 10 or not one a spectrum."""
     ebv = np.asarray(ebv, float)
-    if ebv.shape not in ((), np.shape(flux)[:-1]): raise InvalidInputError(f"E(B-V) must be one number, or one a spectrum; got {ebv.shape} for flux {np.shape(flux)}.")
+    if ebv.shape not in ((), np.shape(flux)[:-1]):
+        raise InvalidInputError(f"E(B-V) must be one number, or one a spectrum; got {ebv.shape} for flux {np.shape(flux)}.")
     if not _plausible_ebv(ebv).all(): raise InvalidInputError("E(B-V) must lie between -0.1 and 10 magnitudes. Is it the right column of the catalogue?")
     factor = 10**(0.4*extinction(loglam, ebv[..., None], law))
     return flux*factor, ivar/factor**2
@@ -793,7 +797,8 @@ def build_store(
     import zarr
     columns = dict(flux="f4", error="f4", missing="?", filled="f4")
     _check_columns(catalogue, parameters, "specobjid", "has_spectrum", "split")
-    if catalogue["specobjid"].duplicated().any(): raise InvalidInputError("A galaxy is listed twice in the catalogue; every specobjid has one row in a store.")
+    if catalogue["specobjid"].duplicated().any():
+        raise InvalidInputError("A galaxy is listed twice in the catalogue; every specobjid has one row in a store.")
     listed = catalogue[catalogue["has_spectrum"].to_numpy(bool)].reset_index(drop=True)
     left_out = Counter({"no spectrum": len(catalogue) - len(listed)} if len(catalogue) > len(listed) else {})
     with atomic_path(path) as part:

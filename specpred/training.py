@@ -119,7 +119,8 @@ def augmentations(
 def _learnt_rows(table:pd.DataFrame, batch_size:int) -> pd.DataFrame:
     "The train and valid rows, or an `InvalidInputError`."
     if batch_size < 1: raise InvalidInputError(f"a batch has at least one galaxy, not {batch_size}")
-    if empty := [s for s in ("train", "valid") if not (table.split == s).any()]: raise InvalidInputError(f"no galaxy of the sample is in {', '.join(empty)}")
+    if empty := [s for s in ("train", "valid") if not (table.split == s).any()]:
+        raise InvalidInputError(f"no galaxy of the sample is in {', '.join(empty)}")
     if not target_columns(table): raise InvalidInputError("the sample has no column target_1, …: nothing to learn")
     return table[table.split != "test"].reset_index(drop=True)
 
@@ -220,7 +221,8 @@ class BatchLoader(DataLoader):
         if self.bs < 1: raise InvalidInputError(f"a batch has at least one galaxy, not {self.bs}")
         if self.n and not 0 <= self.positions.min() <= self.positions.max() < len(self.source.rows):
             raise InvalidInputError(f"positions must be from 0 to {len(self.source.rows) - 1}, the galaxies of the source")
-        if self.targets is not None and len(self.targets) != self.n: raise InvalidInputError(f"{self.n} galaxies cannot have {len(self.targets)} rows of targets")
+        if self.targets is not None and len(self.targets) != self.n:
+            raise InvalidInputError(f"{self.n} galaxies cannot have {len(self.targets)} rows of targets")
 
     def get_idxs(self) -> np.ndarray:
         "The order of this epoch."

@@ -441,7 +441,8 @@ def read_safetensors(
     if not Path(path).is_file(): raise MissingInputError(f"There is no weights file {path}.")
     try:
         with safe_open(path, "pt") as file: return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error: raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
 
 def tensor_shapes(
     tensors,  # a state_dict
@@ -631,7 +632,8 @@ def from_published(cls:SpectrumModel,
             "from the published catalogue: target_stats=vae.target_stats('catalogue.csv').")
     if isinstance(target_stats, (str, Path, pd.DataFrame)): target_stats = _stats_of_catalogue(target_stats)
     try: target_mean, target_std = target_stats
-    except (TypeError, ValueError): raise InvalidInputError(f"target_stats must be the pair (mean, std) of the targets or a catalogue, got {target_stats!r}.") from None
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"target_stats must be the pair (mean, std) of the targets or a catalogue, got {target_stats!r}.") from None
     network, (components, centre, _) = load_published(vae), load_latent_pca(pca)
     try: mean = np.load(meanspec, allow_pickle=False)
     except FileNotFoundError: raise MissingInputError(f"There is no mean spectrum {meanspec}.") from None
