@@ -93,7 +93,7 @@ def _normal_equations(columns, weight, values) -> tuple[np.ndarray, np.ndarray]:
         return (weight @ products).reshape(n, k, k), (weight*values) @ columns[0]
     return (columns*weight[..., None]).transpose(0, 2, 1) @ columns, ((weight*values)[:, None] @ columns)[:, 0]
 
-def _checked(flux, error, loglam0, missing):
+def _checked(flux, error, loglam0, dloglam, missing):
     "flux, weight (N, n) and first centres (1 or N), or an `InvalidInputError`."
     flux = np.atleast_2d(np.asarray(flux, float))
     if flux.ndim != 2 or not flux.size: raise InvalidInputError(f"flux must be one spectrum or a matrix of spectra; its shape is {flux.shape}.")
@@ -104,6 +104,7 @@ def _checked(flux, error, loglam0, missing):
         raise InvalidInputError(f"flux, error and missing (booleans) must have one shape: {flux.shape}, {error.shape}, {missing.shape} of {missing.dtype}.")
     if loglam0.shape not in ((1,), (len(flux),)) or not np.isfinite(loglam0).all() or not (abs(loglam0 - 3.6) < 0.6).all():
         raise InvalidInputError(f"loglam0 is log10 of the first bin's rest-frame wavelength in Angstrom, one number or {len(flux)} of them, 3 to 4.2; got {loglam0[:3]}.")
+    if not 0 < dloglam < 0.01: raise InvalidInputError(f"dloglam={dloglam}: bins are wider than 0 and narrower than 0.01 dex, or no line is resolved.")
     if (error < 0).any(): raise InvalidInputError("error has negative elements: give standard deviations, and mark what was not measured as missing.")
     good = ~missing & np.isfinite(flux) & np.isfinite(error) & (error > 0)
     return np.where(good, flux, 0), np.where(good, 1/np.where(good, error, 1)**2, 0), loglam0
@@ -121,24 +122,27 @@ def stellar_continuum(
     missing = None,  # (N, n) bool
     n_templates:int = 18,
 ) -> np.ndarray:  # (N, n), unit of the flux
-    """The starlight of each spectrum: the best linear combination of `stellar_templates`, fitted away from emission lines (500 km/s); NaN for spectra with too few bins.
+    """The starlight of each spectrum: the best linear combination of `stellar_templates`, fitted away from emission lines (500 km/s);
+    NaN for spectra of which too little was measured.
 
-    Raises `InvalidInputError` for arrays that do not belong together, and where no spectrum has enough bins."""
-    flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
-    continuum = np.empty(flux.shape)
+    Raises `InvalidInputError` for arrays that do not belong together, and bins that the templates do not reach."""
+    flux, weight, loglam0 = _checked(flux, error, loglam0, dloglam, missing)
+    continuum, reached = np.empty(flux.shape), False
     step = len(flux) if len(loglam0) == 1 else 64  # templates of their own need memory
     for rows in (slice(i, i + step) for i in range(0, len(flux), step)):
         first = loglam0 if len(loglam0) == 1 else loglam0[rows]
         edges = first[:, None] + dloglam*(np.arange(flux.shape[1] + 1) - 0.5)
         velocity = np.abs(edges[:, :-1, None] + dloglam/2 - np.log10(_EMISSION))*np.log(10)*LIGHT_SPEED
         templates = _templates_in(edges, n_templates)
-        own = weight[rows]*(velocity.min(-1) > 500 + dloglam/2*np.log(10)*LIGHT_SPEED)*(templates[..., 0] != 0)
+        starlight = (velocity.min(-1) > 500 + dloglam/2*np.log(10)*LIGHT_SPEED) & (templates[..., 0] != 0)
+        reached |= (starlight.sum(1) >= 10*n_templates).any()
+        own = weight[rows]*starlight
         few = (own > 0).sum(1) < 10*n_templates
         matrix, right = _normal_equations(templates, own, flux[rows])
         matrix += 1e-9*np.trace(matrix, axis1=1, axis2=2)[:, None, None]/n_templates*np.eye(n_templates)
         matrix[few] = np.eye(n_templates)
         continuum[rows] = np.where(few[:, None], np.nan, (templates @ np.linalg.solve(matrix, right[..., None]))[..., 0])
-    if np.isnan(continuum).all():
+    if not reached:
         raise InvalidInputError(f"Too few bins to tell the starlight: it takes {10*n_templates} away from lines, between 3200 and 9300 Angstrom.")
     return continuum
 
@@ -188,14 +192,30 @@ def _parabola(low, middle, high) -> np.ndarray:
     curvature = low - 2*middle + high
     return np.clip(np.divide(low - high, 2*curvature, out=np.zeros_like(low), where=curvature > 0), -1, 1)
 
-def _best_sigma(windows) -> np.ndarray:
-    "Common width of the lines of each spectrum, km/s, (N): least chi2 plus a prior on the trial widths, refined by parabolas through three, first coarse, then near."
-    def badness(sigma): return sum(_fit_window(edges, values, weight, lines, sigma)[2] for edges, values, weight, lines in windows) + (np.log(sigma/120)/0.6)**2
-    trials = np.stack([badness(sigma) for sigma in _SIGMAS], 1)
-    best = np.clip(trials.argmin(1), 1, len(_SIGMAS) - 2)
+def _trial(windows, sigma) -> np.ndarray:
+    "chi2 of each window, and how many of its bins were fitted: (2, windows, N)."
+    fits = [_fit_window(edges, values, weight, lines, sigma) for edges, values, weight, lines in windows]
+    return np.array([[np.maximum(chi2, 0) for _, _, chi2, *_ in fits], [(weight > 0).sum(1) for *_, weight in fits]])
+
+def _chi2_unit(windows, trials) -> np.ndarray:
+    "Least chi2 a degree of freedom among trials (T, 2, windows, N), of windows and spectra (windows, N) whose errors are unknown; infinite where none is left."
+    free = trials[:, 1] - np.array([len(lines) + 2 for *_, lines in windows])[:, None]
+    least = np.where(free > 2, trials[:, 0]/np.maximum(free, 1), np.inf).min(0)
+    # noiseless spectra leave rounding errors over
+    return np.maximum(least, [1e-10*(weight*values**2).mean(1) + 1e-300 for _, values, weight, _ in windows])
+
+def _best_sigma(windows, scatter:bool) -> np.ndarray:
+    """Common width of the lines of each spectrum, km/s, (N): least chi2 plus a prior on the trial widths, refined by parabolas through three, first
+    coarse, then near. With `scatter` the errors are unknown."""
+    trials = np.stack([_trial(windows, sigma) for sigma in _SIGMAS])
+    unit, bins = _chi2_unit(windows, trials) if scatter else 1., np.array([(weight > 0).sum(1) for _, _, weight, _ in windows])
+    def badness(trial, sigma): return np.where(np.isinf(unit), 0, trial[0]/unit + bins - trial[1]).sum(0) + (np.log(sigma/120)/0.6)**2
+    coarse = np.stack([badness(trial, sigma) for trial, sigma in zip(trials, _SIGMAS)], 1)
+    best = np.clip(coarse.argmin(1), 1, len(_SIGMAS) - 2)
     at = np.arange(len(best))
-    sigma = _SIGMAS[best]*(_SIGMAS[1]/_SIGMAS[0])**_parabola(*(trials[at, best + i] for i in (-1, 0, 1)))
-    for step in (1.06, 1.02): sigma = sigma*step**_parabola(*(badness(sigma*step**i) for i in (-1, 0, 1)))
+    sigma = _SIGMAS[best]*(_SIGMAS[1]/_SIGMAS[0])**_parabola(*(coarse[at, best + i] for i in (-1, 0, 1)))
+    for step in (1.06, 1.02):
+        sigma = sigma*step**_parabola(*(badness(_trial(windows, sigma*step**i), sigma*step**i) for i in (-1, 0, 1)))
     return sigma
 
 def _level(continuum, measured, edges, found, columns, wavelength, n_lines) -> np.ndarray:
@@ -217,9 +237,9 @@ def fit_lines(
 ) -> pd.DataFrame:
     """Fluxes and rest-frame equivalent widths of `LINES`, with errors: columns `<line>_flux`, `<line>_flux_err`, `<line>_ew`, `<line>_ew_err` and `sigma`
     (km/s, the common width, with the spectrograph's). Gaussians at fixed vacuum wavelengths, averaged over bins, fitted simultaneously; emission is
-    positive; NaN where a line was not measured, and for equivalent widths where the continuum beside it was not. Fluxes are in the unit of the
+    positive; NaN where a line was not measured (`sigma`: none of them), and for equivalent widths where the continuum beside it was not. Fluxes are in the unit of the
     flux density times Angstrom. Raises `InvalidInputError` for arrays that do not belong together."""
-    flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
+    flux, weight, loglam0 = _checked(flux, error, loglam0, dloglam, missing)
     continuum = np.zeros(flux.shape) if continuum is None else np.atleast_2d(np.asarray(continuum, float))
     if continuum.shape != flux.shape or np.isinf(continuum).any():
         raise InvalidInputError(f"continuum must have flux's shape {flux.shape} and no infinite elements; its shape is {continuum.shape}.")
@@ -242,11 +262,12 @@ def fit_lines(
 def _fit_block(values, weight, loglam0, dloglam, continuum, stretch, scatter) -> dict:
     "`fit_lines` for some rows."
     pieces = [(*_window(values, weight, loglam0, dloglam, lo, hi), lines) for (lo, hi), lines in _WINDOWS.items()]
-    sigma, table, measured = _best_sigma([(e, v, w, lines) for e, v, w, _, lines in pieces]), {}, weight > 0
+    sigma, table, measured = _best_sigma([(e, v, w, lines) for e, v, w, _, lines in pieces], scatter), {}, weight > 0
+    any_seen = np.zeros(len(values), bool)
     for edges, inside, w, pick, lines in pieces:
         found, covariance, chi2, seen, columns, w = _fit_window(edges, inside, w, lines, sigma)
         if scatter: covariance = covariance*(np.maximum(chi2, 0)/np.maximum((w > 0).sum(1) - columns.shape[-1], 1))[:, None, None]
-        names = [name.split(":")[0] for name in lines]
+        names, any_seen = [name.split(":")[0] for name in lines], any_seen | seen.any(1)
         for name in dict.fromkeys(n for n in names if n):
             sum_of = np.array([n == name for n in names] + [False, False], float)
             known = np.where((seen | (sum_of[:-2] == 0)).all(1), 1, np.nan)
@@ -254,7 +275,7 @@ def _fit_block(values, weight, loglam0, dloglam, continuum, stretch, scatter) ->
             line, error = found @ sum_of*known, np.sqrt(np.einsum("i,nij,j->n", sum_of, covariance, sum_of))*known
             level = np.where(level > 0, level, np.nan)
             table |= {f"{name}_flux": line*stretch, f"{name}_flux_err": error*stretch, f"{name}_ew": line/level, f"{name}_ew_err": error/level}
-    return table | dict(sigma=sigma)
+    return table | dict(sigma=np.where(any_seen, sigma, np.nan))
 
 # %% ../nbs/04a_lines.ipynb #e6e412ca
 DN4000_BANDS = dict(blue=(3850., 3950.), red=(4000., 4100.))  # Angstrom, air (Balogh et al. 1999, ApJ 527, 54)
@@ -277,7 +298,7 @@ def _band_mean(flux, weight, overlap, band) -> tuple[np.ndarray, np.ndarray, np.
 # %% ../nbs/04a_lines.ipynb #5d3edda8
 def _checked_bins(flux, error, loglam0, dloglam, missing):
     "As `_checked`, with the edges of the bins (1 or N, n + 1), Angstrom, in place of the first centres."
-    flux, weight, loglam0 = _checked(flux, error, loglam0, missing)
+    flux, weight, loglam0 = _checked(flux, error, loglam0, dloglam, missing)
     return flux, weight, 10**(loglam0[:, None] + dloglam*(np.arange(flux.shape[1] + 1) - 0.5))
 
 # %% ../nbs/04a_lines.ipynb #8052f78b

@@ -76,6 +76,42 @@ def test_a_line_that_was_not_measured_is_nan_and_harms_nobody():
     assert fit_lines(flux, error, missing=red_end)[[f"{n}_flux" for n in ("halpha", "nii_6584", "sii_6717_31")]].isna().all(axis=None)
 
 
+STRENGTHS = dict(oii_a=50, oii_b=60, hbeta=40, oiii_5007=90, halpha=200, nii_6584=70, sii_a=30, sii_b=25)
+
+
+@pytest.mark.parametrize("sigma", [60, 250])
+@pytest.mark.parametrize("noise", [0, 0.3])
+def test_the_unit_of_the_flux_does_not_matter(sigma, noise):
+    "Predicted spectra are normalised and have no errors: widths and equivalent widths are those of the same spectrum in any other unit."
+    flux = rebin(5 + native_lines(STRENGTHS, sigma, 3.513), None, 3.513, 0.).flux + noise*np.random.default_rng(3).standard_normal((20, 1000))
+    told = fit_lines(flux)
+    assert np.median(told.sigma) == pytest.approx(sigma, rel=0.15) and np.median(told.halpha_ew) == pytest.approx(40, rel=0.05)
+    for unit in (1e-17, 1e-4, 1e-2, 1e4):
+        found = fit_lines(unit*flux)
+        for name in ("sigma", "halpha_ew", "hbeta_ew", "oiii_5007_ew", "nii_6584_ew_err"): np.testing.assert_allclose(found[name], told[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_no_width_wins_by_leaving_out_bins(on_grid):
+    "Where one of several weak lines was not measured, the width of the others, and what they sum up to, stay."
+    flux = 5 + native_lines({name: value/10 for name, value in STRENGTHS.items()}, 120, 3.513) + np.random.default_rng(4).standard_normal((100, N_NATIVE))
+    lost = np.abs(10**(3.513 + DLOGLAM*np.arange(N_NATIVE)) - 5008.24) < 6
+    def fit(lost):
+        if not on_grid: return fit_lines(flux, np.ones(flux.shape), 3.513, DLOGLAM, np.broadcast_to(lost, flux.shape))
+        binned = rebin(flux, np.where(lost, 0., np.ones(flux.shape)), 3.513, 0.)
+        return fit_lines(binned.flux, binned.error, missing=binned.missing)
+    whole, gap = fit(np.zeros(N_NATIVE, bool)), fit(lost)
+    assert gap.oiii_5007_flux.isna().all()
+    assert gap.sigma.median() == pytest.approx(whole.sigma.median(), rel=0.15) and (gap.sigma > 350).mean() < (whole.sigma > 350).mean() + 0.05
+    for name in ("halpha", "hbeta"): assert abs((gap[f"{name}_flux"] - whole[f"{name}_flux"]).mean()) < 0.5*whole[f"{name}_flux_err"].mean(), name
+
+
+def test_without_lines_there_is_no_width():
+    missing = np.broadcast_to((GRID.wavelength > 3650) & (GRID.wavelength < 3800) | (GRID.wavelength > 4700), (3, 1000))
+    assert fit_lines(np.full((3, 1000), 5.), np.ones((3, 1000)), missing=missing).isna().all(axis=None)
+    assert measure_spectra(np.full((3, 1000), 5.), np.zeros((3, 1000))).isna().all(axis=None)  # errors of 0: nothing measured
+
+
 @pytest.mark.parametrize("name, parts, ends", [("oii_3727", (3727.092, 3729.875), (3690, 3697, 3706, 3716)), ("sii_6717_31", (6718.294, 6732.678), (6780, 6770, 6765, 6757))])
 def test_the_continuum_beside_a_line_ends_with_the_spectrum(name, parts, ends):
     "The equivalent width does not depend on how much is left of the continuum, nor whether it is cut off or masked."
@@ -150,7 +186,7 @@ def test_starlight_is_found_under_the_lines_and_takes_none_of_them():
 
 
 @pytest.mark.parametrize("bad", [dict(error=np.ones((2, 999))), dict(error=-np.ones((2, 1000))), dict(missing=np.ones((2, 1000))), dict(loglam0=5000.),
-    dict(loglam0=[3.5, 3.5, 3.5]), dict(loglam0=np.nan), dict(redshift=-2.), dict(redshift=[0.1]*3), dict(missing=np.ones((2, 1000), bool)),
+    dict(loglam0=[3.5, 3.5, 3.5]), dict(loglam0=np.nan), dict(redshift=-2.), dict(redshift=[0.1]*3), dict(dloglam=0.), dict(dloglam=-1e-4), dict(loglam0=4.1),
     dict(flux=np.ones((0, 1000))), dict(flux=np.ones((2, 2, 1000)))])
 def test_bad_input_is_refused(bad):
     with pytest.raises(InvalidInputError): measure_spectra(**dict(flux=np.ones((2, 1000))) | bad)
