@@ -357,6 +357,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specpred.images._columns_checksum': ('images.html#_columns_checksum', 'specpred/images.py'),
                                  'specpred.images._create_store': ('images.html#_create_store', 'specpred/images.py'),
                                  'specpred.images._groups': ('images.html#_groups', 'specpred/images.py'),
+                                 'specpred.images._late_rows': ('images.html#_late_rows', 'specpred/images.py'),
+                                 'specpred.images._level_and_noise': ('images.html#_level_and_noise', 'specpred/images.py'),
                                  'specpred.images._open_group': ('images.html#_open_group', 'specpred/images.py'),
                                  'specpred.images._open_partial': ('images.html#_open_partial', 'specpred/images.py'),
                                  'specpred.images._pack': ('images.html#_pack', 'specpred/images.py'),

@@ -137,14 +137,25 @@ class GrizyImage(TensorImage):
 # %% ../nbs/03_images.ipynb #d79242d4
 def sky_statistics(
     flux:np.ndarray,  # (..., height, width)
+    mask:np.ndarray | None = None,  # (..., height, width) bool, True where there are no data
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Level and noise (1.4826 MAD) of the outer eighth of an image on each side, each of shape (...)."
+    """Level and noise (1.4826 MAD) of the outer eighth of an image on each side, each of shape (...).
+
+    Of an image whose border is masked altogether, those of what is left; 0 where that is nothing."""
     edge = max(2, flux.shape[-1]//8)
     inner = np.zeros(flux.shape[-2:], bool)
     inner[edge:-edge, edge:-edge] = True
-    border = flux[..., ~inner]
-    level = np.median(border, axis=-1)
-    return level, 1.4826*np.median(np.abs(border - level[..., None]), axis=-1)
+    if mask is not None and mask.any():
+        pairs = zip(flux.reshape(-1, *inner.shape), mask.reshape(-1, *inner.shape))
+        found = [_level_and_noise(image[outer if (outer := ~inner & ~lost).any() else ~lost]) for image, lost in pairs]
+        return tuple(np.reshape(values, flux.shape[:-2]) for values in zip(*found))
+    return _level_and_noise(flux[..., ~inner])
+
+def _level_and_noise(pixels:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Median and 1.4826 MAD over the last axis."
+    if not pixels.size: return 0., 0.
+    level = np.median(pixels, axis=-1)
+    return level, 1.4826*np.median(np.abs(pixels - level[..., None]), axis=-1)
 
 def aperture_magnitudes(
     flux:np.ndarray,  # (N, 5, height, width) nJy
@@ -200,7 +211,7 @@ def _rows_of(galaxies:list, size:int, dtype:str, max_mask_fraction:float) -> tup
     for k, galaxy in enumerate(galaxies):
         if k in problems: continue
         rows["exptime"][k], rows["mask_fraction"][k] = galaxy.exptime, galaxy.mask.mean((1, 2))
-        rows["sky"][k], rows["noise"][k] = sky_statistics(galaxy.flux)
+        rows["sky"][k], rows["noise"][k] = sky_statistics(galaxy.flux, galaxy.mask)
         rows["scale"][k] = storage_scale(galaxy.flux, rows["noise"][k], dtype)
         rows["flux"][k] = galaxy.flux/rows["scale"][k][:, None, None]
         if (worst := rows["mask_fraction"][k].max()) > max_mask_fraction: problems[k] = f"masked: {worst:.0%} of a band"
@@ -286,6 +297,12 @@ def _unfinished(folder:Path, group, again=()) -> list[tuple[int, int]]:
         if start + kept < min(start + size, n): spans.append((start + kept, min(start + size, n)))
     return spans
 
+def _late_rows(group, n_before:int) -> set[int]:
+    "Rows from `n_before` that an interrupted call has written without an image: their cutouts may have arrived since."
+    records, size = group.attrs["shards"], group["flux"].shards[0]
+    unusable = (n_before + np.flatnonzero(~group["usable"][n_before:])).tolist()
+    return {row for row in unusable if row % size < records.get(str(row//size), dict(rows=0))["rows"]}
+
 def _sound_rows(folder:Path, start:int, stop:int) -> dict[int, np.ndarray]:
     "Of a run of rows those that the store in `folder` holds with the right checksum, and their stored numbers."
     group = zarr.open_group(folder, mode="r")
@@ -320,13 +337,14 @@ def _write_shard(folder:Path, group, start:int, stop:int, kept:dict, results:lis
     problems = {k: text for k, text in (group.attrs["problems"] | problems).items() if text}
     group.attrs.update(problems=problems, shards=group.attrs["shards"] | {str(shard): record})
 
-# %% ../nbs/03_images.ipynb #0b0f9704
-def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path | None):
-    "The unfinished store of an interrupted call for the same rows; or a new one, which begins with the rows of the store `keep`."
-    request = hashlib.sha256(specobjids.tobytes() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+# %% ../nbs/03_images.ipynb #5afd9d9b
+def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, source:Path | None, keep:Path | None):
+    """The unfinished store of an interrupted call for the same rows from the same folder; or a new one, which begins with the rows of the store `keep`.
+    What came from memory (no `source`) may be something else now, and begins anew."""
+    request = hashlib.sha256(specobjids.tobytes() + json.dumps([settings, str(source)], sort_keys=True).encode()).hexdigest()
     try:
         group = zarr.open_group(partial, mode="r+")
-        if group.attrs.get("request") == request: return group
+        if source is not None and group.attrs.get("request") == request: return group
     except (OSError, ValueError): pass  # there is none, or not even its first file was complete
     shutil.rmtree(partial, ignore_errors=True)
     if keep is None: group = _create_store(partial, len(specobjids), settings["size"], settings["dtype"])
@@ -339,13 +357,15 @@ def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, keep:Path 
     group.attrs.update(request=request, settings=settings)
     return group
 
-# %% ../nbs/03_images.ipynb #8cfc38dc
-def _pack(specobjids, read, store:Path, settings:dict, keep:Path | None=None, again=(), n_jobs:int=1, progress:bool=False) -> dict[str, str]:
-    "Fills a store with what `read` gives for runs of specobjids; a store `keep` that is there already is continued, its rows `again` are read again."
+# %% ../nbs/03_images.ipynb #c22efc82
+def _pack(specobjids, read, store:Path, settings:dict, source:Path | None=None, keep:Path | None=None, again=(), n_jobs:int=1, progress:bool=False) -> dict[str, str]:
+    """Fills a store with what `read` gives for runs of specobjids, from the folder `source` or from memory; a store `keep` that is there already is
+    continued, its rows `again` are read again."""
     from joblib import Parallel, delayed
     if len(np.unique(specobjids)) < len(specobjids): raise InvalidInputError("a galaxy is listed twice; every specobjid has one row in a store")
     partial = store.with_name(f".{store.name}.partial")
-    group = _open_partial(partial, specobjids, settings, keep)
+    group = _open_partial(partial, specobjids, settings, source, keep)
+    again = set(again) | _late_rows(group, zarr.open_group(keep, mode="r")["usable"].shape[0] if keep else 0)
     spans = _unfinished(partial, group, again)
     todo = sum(stop - start for start, stop in spans)
     with Parallel(n_jobs=n_jobs) as parallel, tqdm(total=len(specobjids), initial=len(specobjids) - todo, unit="galaxy", desc="packing", disable=not progress) as bar:
@@ -400,10 +420,10 @@ def pack_images(
 
     Goes on from where an interrupted call for the same galaxies stopped. The store gets its name when it is whole.
     Raises `InvalidInputError` for settings that cannot be right, no galaxy, and a galaxy that is listed twice."""
-    specobjids = _as_specobjids(specobjids)
+    specobjids, raw_cutouts = _as_specobjids(specobjids), Path(raw_cutouts).resolve()
     if len(specobjids) == 0: raise InvalidInputError("no galaxy has all five images; look at the status column of the catalogue")
     settings = _settings(size, dtype, max_mask_fraction)
-    return _pack(specobjids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), Path(store), settings, n_jobs=n_jobs, progress=progress)
+    return _pack(specobjids, partial(_read_rows, raw_cutouts=raw_cutouts, **settings), Path(store), settings, raw_cutouts, n_jobs=n_jobs, progress=progress)
 
 # %% ../nbs/03_images.ipynb #18453a1d
 def append_images(
@@ -418,12 +438,13 @@ def append_images(
     A galaxy that is in the store and not usable is read again, in its place. Of damaged shards only the damaged galaxies are read from cutouts.
     The old store stays until the longer one is whole. Raises `MissingInputError` or `DamagedFileError` for what is no store, `DamagedFileError` when
     a galaxy that was usable would be lost, and `InvalidInputError` for a galaxy that is listed twice, or in the store and usable."""
-    store, group, wanted = Path(store), _open_group(Path(store)), _as_specobjids(specobjids)
+    store, group, wanted, raw_cutouts = Path(store), _open_group(Path(store)), _as_specobjids(specobjids), Path(raw_cutouts).resolve()
     columns, settings = _read_columns(store, group), dict(group.attrs["settings"])
     again = np.flatnonzero(np.isin(columns["specobjid"], wanted) & ~columns["usable"])
     new = wanted[~np.isin(wanted, columns["specobjid"][again])]
     ids = np.concatenate([columns["specobjid"], new])
-    return _pack(ids, partial(_read_rows, raw_cutouts=Path(raw_cutouts), **settings), store, settings, store, set(again.tolist()), n_jobs, progress)
+    read = partial(_read_rows, raw_cutouts=raw_cutouts, **settings)
+    return _pack(ids, read, store, settings, raw_cutouts, store, again.tolist(), n_jobs, progress)
 
 # %% ../nbs/03_images.ipynb #6f1d1fb2
 def pack_arrays(
@@ -562,6 +583,8 @@ def read_rows(
     if rows.size and (rows.ndim != 1 or rows.dtype.kind not in "ui" or rows.min() < 0 or rows.max() >= len(self)):
         raise InvalidInputError(f"rows are a list of positions from 0 to {len(self) - 1}; got {rows.dtype} of shape {rows.shape}")
     if out is None: out = np.empty((len(rows), *self.shape[1:]), np.float32)
+    if out.shape != (len(rows), *self.shape[1:]) or out.dtype not in (np.float16, np.float32):
+        raise InvalidInputError(f"out must be {(len(rows), *self.shape[1:])} of half or single precision; it is {out.shape} of {out.dtype}")
     def some(positions):
         stored, flux, space = np.empty(self.shape[1:], self.dtype), np.empty(self.shape[1:], np.float32), self._space()
         for k in positions:
@@ -627,6 +650,8 @@ class ImageTransform:
                 raise InvalidInputError(f"{name} must be five finite numbers{' above 0' if positive else ''}, one a band; it is {getattr(self, name)}")
 
     def _numbers(self, like):
+        if not (like.is_floating_point() if isinstance(like, torch.Tensor) else like.dtype.kind == "f"):
+            raise InvalidInputError(f"images are floating-point numbers, not {like.dtype}")
         if like.shape[-3] != len(BANDS): raise InvalidInputError(f"expected five bands in axis -3, got shape {tuple(like.shape)}")
         values = (self.softening, self.mean, self.std)
         if isinstance(like, torch.Tensor): return [torch.as_tensor(v, dtype=like.dtype, device=like.device)[:, None, None] for v in values]

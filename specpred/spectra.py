@@ -379,6 +379,7 @@ def rebin(
 
     As published, the flux density is not multiplied by 1 + z. Raises `InvalidInputError` for shapes, redshifts or wavelengths that cannot be right."""
     if error not in ("propagated", "published"): raise InvalidInputError(f"error={error!r}: choose 'propagated' or 'published'.")
+    if not 0 <= min_coverage <= 1: raise InvalidInputError(f"min_coverage={min_coverage}: it is a fraction, 0 to 1.")
     flux, variance = _native(flux, ivar)
     n, n_native = flux.shape
     start = _rest_starts(loglam0, redshift, n, dloglam)
@@ -495,9 +496,9 @@ class _Source:
             yield slice(done, done + len(flux)), _put(self.xp, self.to(np.array(flux, float)), missing, 0.), missing
             done += len(flux)
 
-# %% ../nbs/04_spectra.ipynb #3a941e09
-def _check_shapes(flux, missing, n_components:int, norm:str, rows):
-    "The two arrays (lists become arrays), or an `InvalidInputError`."
+# %% ../nbs/04_spectra.ipynb #516aad8d
+def _check_shapes(flux, missing, n_components:int, norm:str, rows, out):
+    "The two arrays (lists become arrays), or an `InvalidInputError`, also for `out` that the result does not fit into."
     flux, missing = (a if hasattr(a, "dtype") and a.ndim == 2 else np.atleast_2d(a) for a in (flux, missing))
     if norm not in ("l1", "l2"): raise InvalidInputError(f"norm={norm!r}: choose 'l1' or 'l2'.")
     if flux.ndim != 2 or flux.shape != missing.shape or missing.dtype != bool:
@@ -505,6 +506,11 @@ def _check_shapes(flux, missing, n_components:int, norm:str, rows):
     if not 1 <= n_components < flux.shape[1]: raise InvalidInputError(f"n_components={n_components}: must be from 1 to {flux.shape[1] - 1}.")
     if rows is not None and (np.shape(rows) != flux.shape[:1] or np.asarray(rows).dtype != bool):
         raise InvalidInputError(f"rows must be {flux.shape[0]} booleans, one a spectrum; got the shape {np.shape(rows)}.")
+    n = flux.shape[0] if rows is None else int(np.sum(rows))
+    if not n: raise InvalidInputError("There is no spectrum.")
+    if np.dtype(flux.dtype).kind not in "fiu": raise InvalidInputError(f"flux must be real numbers, not {flux.dtype}.")
+    if out is not None and (tuple(out.shape) != (n, flux.shape[1]) or np.dtype(out.dtype).kind != "f"):
+        raise InvalidInputError(f"out must be {(n, flux.shape[1])}, floating point; it is {tuple(out.shape)} of {out.dtype}.")
     return flux, missing
 
 def _check_values(source:_Source, n_components:int, norm:str) -> tuple[np.ndarray, np.ndarray]:
@@ -694,7 +700,8 @@ def iterative_pca(
     """Eigenspectra of incomplete spectra, and the spectra completed with them: the recipe of Portillo et al. (2020, section 2).
 
     Beside the result, memory does not grow with N. Raises `InvalidInputError` that names rows or bins for a bin that no spectrum has, an empty spectrum, or NaN."""
-    source = _Source(*_check_shapes(flux, missing, n_components, norm, rows), rows, device)
+    if n_iter < 1: raise InvalidInputError(f"n_iter={n_iter}: there is at least one turn.")
+    source = _Source(*_check_shapes(flux, missing, n_components, norm, rows, out), rows, device)
     basis, norms = _fit_basis(source, n_components, n_iter, norm, progress)
     out = np.empty((source.n, len(basis.mean))) if out is None else out
     return FilledSpectra(out, norms, _complete(source, norms, basis, out), basis)
@@ -710,8 +717,8 @@ def fill(
 ) -> FilledSpectra:
     "Completes and normalises spectra with a basis that was fitted on others. Raises `InvalidInputError` as `iterative_pca` does."
     basis = getattr(basis, "basis", basis)
-    source = _Source(*_check_shapes(flux, missing, len(basis.eigenvectors), basis.norm, rows), rows, device)
-    if flux.shape[1] != len(basis.mean): raise InvalidInputError(f"The spectra have {flux.shape[1]} bins, the basis has {len(basis.mean)}.")
+    source = _Source(*_check_shapes(flux, missing, len(basis.eigenvectors), basis.norm, rows, out), rows, device)
+    if (n_bins := source.flux.shape[1]) != len(basis.mean): raise InvalidInputError(f"The spectra have {n_bins} bins, the basis has {len(basis.mean)}.")
     _, own = _check_values(source, len(basis.eigenvectors), basis.norm)
     norms, out = np.empty(source.n), np.empty((source.n, len(basis.mean))) if out is None else out
     power, mean, vectors = 1 if basis.norm == "l1" else 2, source.to(basis.mean), source.to(basis.eigenvectors)

@@ -218,7 +218,7 @@ class BatchLoader(DataLoader):
     def _check(self):
         self.dataset = self.positions = np.asarray(self.positions, np.int64)
         self.n, self.targets = len(self.positions), None if self.targets is None else torch.as_tensor(self.targets)
-        if self.bs < 1: raise InvalidInputError(f"a batch has at least one galaxy, not {self.bs}")
+        if self.bs < 1 or int(self.bs) != self.bs: raise InvalidInputError(f"a batch is a whole number of galaxies from 1, not {self.bs}")
         if self.n and not 0 <= self.positions.min() <= self.positions.max() < len(self.source.rows):
             raise InvalidInputError(f"positions must be from 0 to {len(self.source.rows) - 1}, the galaxies of the source")
         if self.targets is not None and len(self.targets) != self.n:

@@ -53,6 +53,53 @@ def test_another_request_does_not_take_over_a_partial_store(tmp_path, monkeypatc
     assert images.open_images(tmp_path/"a.zarr").flux.shape == (3, 5, 8, 8)
 
 
+@pytest.fixture
+def cut_off(monkeypatch):
+    "Runs a packing that is interrupted when 16 galaxies are written."
+    monkeypatch.setattr(images, "SHARD", 16)
+    write_shard = images._write_shard
+    def interrupted(folder, group, start, *rest):
+        if start == 16: raise KeyboardInterrupt
+        write_shard(folder, group, start, *rest)
+    def run(pack):
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_write_shard", interrupted)
+            with pytest.raises(KeyboardInterrupt): pack()
+    return run
+
+
+def test_other_pixels_under_the_same_numbers_begin_anew(tmp_path, cut_off):
+    flux = np.random.default_rng(0).normal(100, 10, (40, 5, 12, 12))
+    cut_off(lambda: images.pack_arrays(np.arange(40), flux, tmp_path/"arrays.zarr"))
+    images.pack_arrays(np.arange(40), flux + 1000, tmp_path/"arrays.zarr")
+    np.testing.assert_allclose(images.open_images(tmp_path/"arrays.zarr").flux[:], flux + 1000, rtol=1e-3)
+
+    for folder in ("raw", "other"): write_cutouts(tmp_path/folder, 40)
+    for k in range(40): fits.setval(tmp_path/f"other/{k}/r.fits", "EXPTIME", value=50.)
+    pack = lambda folder: images.pack_images(np.arange(40), tmp_path/folder, tmp_path/"a.zarr", 12, n_jobs=1, progress=False)
+    cut_off(lambda: pack("raw"))
+    pack("other")
+    assert (images.open_images(tmp_path/"a.zarr").exptime[:, 1] == 50).all()
+
+
+def test_a_cutout_that_arrives_during_an_interruption_is_taken(tmp_path, cut_off):
+    write_cutouts(tmp_path/"raw", 40)
+    (tmp_path/"raw/3/g.fits").rename(tmp_path/"late.fits")
+    pack = lambda: images.pack_images(np.arange(40), tmp_path/"raw", tmp_path/"a.zarr", 12, n_jobs=1, progress=False)
+    cut_off(pack)
+    (tmp_path/"late.fits").rename(tmp_path/"raw/3/g.fits")
+    assert pack() == {} and images.open_images(tmp_path/"a.zarr").usable.all()
+
+
+def test_pixels_without_data_do_not_count_as_sky(tmp_path):
+    sky = np.random.default_rng(0).normal(50, 10, (2, 5, 64, 64))
+    sky[1, :, :12] = np.nan
+    images.pack_arrays([0, 1], sky, tmp_path/"a.zarr")
+    store = images.open_images(tmp_path/"a.zarr")
+    np.testing.assert_allclose(store.sky, 50, atol=2)
+    np.testing.assert_allclose(store.noise, 10, rtol=.15)
+
+
 @pytest.mark.parametrize("spoil, say", [
     (lambda p: p.write_bytes(p.read_bytes()[:3000]), "not a readable FITS"),
     (lambda p: fits.writeto(p, np.zeros((16, 16), "f4"), overwrite=True), "EXPTIME"),
@@ -278,6 +325,8 @@ def test_rows_that_are_not_there(three_shards):
     opened = images.open_images(three_shards[0])
     for rows in ([-1], [40], [.5], np.ones(40, bool), [[1, 2]]):
         with pytest.raises(InvalidInputError, match="positions from 0 to 39"): opened.read_rows(rows)
+    for out in (np.empty((2, 5, 12, 12), np.float32), np.empty((1, 5, 12, 12))):
+        with pytest.raises(InvalidInputError, match="out must be"): opened.read_rows([3], out=out)
     assert opened.read_rows([]).shape == (0, 5, 12, 12) and opened.flux[-1].shape == (5, 12, 12)
 
 
@@ -285,6 +334,12 @@ def test_rows_that_are_not_there(three_shards):
     (dict(flux=np.zeros((0, 5, 12, 12))), "fitted on"), (dict(flux=np.full((2, 5, 12, 12), np.nan)), "not finite"), (dict(flux=np.ones((2, 5, 12, 12))), "std must be")])
 def test_transforms_are_not_fitted_on_what_tells_nothing(arguments, say):
     with pytest.raises(InvalidInputError, match=say): images.fit_transform(**dict(flux=some_flux(8), noise=np.ones((8, 5))) | arguments)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_whole_numbers_are_no_fluxes(kind):
+    transform = images.fit_transform(some_flux(8), np.ones((8, 5)))
+    with pytest.raises(InvalidInputError, match="floating-point"): transform(kind(np.ones((5, 12, 12), int)))
 
 
 def test_transforms_and_augmentations_that_cannot_be():

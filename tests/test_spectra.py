@@ -159,11 +159,12 @@ def test_what_was_not_measured_is_missing_and_not_zero():
 
 
 @pytest.mark.parametrize("bad", [dict(redshift=np.nan), dict(redshift=-1.), dict(error="rms"), dict(ivar=np.ones(7)), dict(loglam0=np.nan), dict(loglam0=3800.),
-    dict(redshift=[0.1, 0.2]), dict(loglam0=[3.5, 3.5]), dict(flux=np.ones((2, 2, 4000))), dict(flux=np.ones((0, 4000))), dict(dloglam=0)])
+    dict(redshift=[0.1, 0.2]), dict(loglam0=[3.5, 3.5]), dict(flux=np.ones((2, 2, 4000))), dict(flux=np.ones((0, 4000))), dict(dloglam=0),
+    dict(min_coverage=np.nan), dict(min_coverage=2)])
 def test_rebin_refuses(bad):
     arguments = dict(flux=np.ones(4000), ivar=None, loglam0=3.58, redshift=0.1) | bad
     with pytest.raises(InvalidInputError): rebin(**arguments)
-    if not set(bad) & {"error", "flux", "ivar"}:
+    if not set(bad) & {"error", "flux", "ivar", "min_coverage"}:
         with pytest.raises(InvalidInputError): neighbour_covariance(**dict(ivar=np.ones((3, 4000)), loglam0=3.58, redshift=0.1) | bad)
 
 
@@ -281,7 +282,24 @@ def test_pca_refuses_shapes_and_numbers():
     x, missing = good_sample()
     for arguments in ((x, missing[:, 1:], 3), (x, missing.astype(int), 3), (x, missing, 0), (x, missing, 60), (x[:3], missing[:3], 3)):
         with pytest.raises(InvalidInputError): iterative_pca(*arguments)
-    with pytest.raises(InvalidInputError): fill(x[:, :50], missing[:, :50], iterative_pca(x, missing, 3, 4))
+    for more in (dict(n_iter=0), dict(rows=np.zeros(40, bool)), dict(out=np.empty((41, 60))), dict(out=np.empty((40, 60), int))):
+        with pytest.raises(InvalidInputError): iterative_pca(x, missing, **dict(n_components=3, n_iter=4) | more)
+    with pytest.raises(InvalidInputError, match="real"): iterative_pca(x + 0j, missing, 3, 4)
+    basis = iterative_pca(x, missing, 3, 4)
+    with pytest.raises(InvalidInputError): fill(x[:, :50], missing[:, :50], basis)
+    with pytest.raises(InvalidInputError): fill(x, missing, basis, out=np.empty((39, 60)))
+
+
+@pytest.mark.parametrize("kind", [lambda x: x.astype(np.float32), np.asfortranarray, lambda x: np.repeat(x, 2, 1)[:, ::2], lambda x: x.astype(">f8")])
+def test_gap_filling_leaves_what_it_is_given_as_it_was(kind):
+    x, missing = good_sample()
+    missing[np.random.default_rng(5).random(x.shape) < 0.1] = True
+    given, expected = kind(x), iterative_pca(x, missing, 3, 4)
+    given.flags.writeable = missing.flags.writeable = False
+    found = iterative_pca(given, missing, 3, 4)
+    np.testing.assert_allclose(found.filled, expected.filled, rtol=1e-4)
+    np.testing.assert_allclose(fill(given, missing, found).filled, fill(x, missing, expected).filled, rtol=1e-4)
+    np.testing.assert_array_equal(given, kind(x))
 
 
 def test_mask_bits_by_name():
