@@ -1,10 +1,11 @@
 """Timings that a busy machine disturbs as little as possible: the candidates take turns, and the median is reported."""
-import argparse, os, platform, time
+import argparse, os, platform, random, time
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
 RESULTS = Path(__file__).parent/"deconv.md"
+LOAD = os.getloadavg()[0]  # before anything is measured
 
 
 def arguments(description, repeats):
@@ -23,13 +24,11 @@ def arguments(description, repeats):
 
 
 def medians(steps, chosen):
-    "Median seconds of each of the functions `steps`, a dict, timed in turn after one round to warm up; every round begins with another one."
+    "Median seconds of each of the functions `steps`, a dict, timed in turn after one round to warm up, in another order every round: what one leaves in the caches helps or harms each of the others."
     clock = time.process_time if chosen.cpu_time else time.perf_counter
-    seconds = {name: [] for name in steps}
+    seconds, order = {name: [] for name in steps}, random.Random(0)
     for turn in tqdm(range(chosen.repeats + 1), leave=False):
-        order = list(steps.items())
-        order = order[turn % len(order):] + order[:turn % len(order)]
-        for name, step in order:
+        for name, step in order.sample(list(steps.items()), len(steps)):
             start = clock()
             step()
             if chosen.device != "cpu": torch.accelerator.synchronize()
@@ -42,7 +41,7 @@ def setting(chosen):
     device = f"{os.cpu_count()} cores {platform.machine()}, {chosen.threads} thread{'s'*(chosen.threads > 1)}" if chosen.device == "cpu" else torch.cuda.get_device_name()
     precision = "bfloat16 autocast, channels last" if chosen.bf16 else "float32"
     return (f"{device}, torch {torch.__version__}, {precision}{', torch.compile' if chosen.compile else ''}, batch {chosen.batch}, "
-            f"median {'CPU ' if chosen.cpu_time else ''}time of {chosen.repeats} interleaved rounds, load average {os.getloadavg()[0]:.1f}.")
+            f"median {'CPU ' if chosen.cpu_time else ''}time of {chosen.repeats} interleaved rounds, load average {LOAD:.1f} before.")
 
 
 def write(heading, lines, results=RESULTS, title="# What deconvolution costs\n\nMade by `deconv_layers.py` and `models.py`; ratios within one row of runs are what to compare.\n"):

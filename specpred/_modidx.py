@@ -731,6 +731,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'specpred.training.Stretch.__init__': ('training.html#stretch.__init__', 'specpred/training.py'),
                                    'specpred.training.Stretch.decodes': ('training.html#stretch.decodes', 'specpred/training.py'),
                                    'specpred.training.Stretch.encodes': ('training.html#stretch.encodes', 'specpred/training.py'),
+                                   'specpred.training._check_batch_size': ('training.html#_check_batch_size', 'specpred/training.py'),
                                    'specpred.training._job_memory': ('training.html#_job_memory', 'specpred/training.py'),
                                    'specpred.training._learnt_rows': ('training.html#_learnt_rows', 'specpred/training.py'),
                                    'specpred.training._plain': ('training.html#_plain', 'specpred/training.py'),

@@ -115,10 +115,13 @@ def augmentations(
     "The published augmentation: flips and quarter turns, and small rotations."
     return aug_transforms(do_flip=True, flip_vert=True, max_rotate=max_rotate, max_zoom=1., max_warp=0., max_lighting=0., p_affine=p_rotate)
 
-# %% ../nbs/08_training.ipynb #458e2e8f
+# %% ../nbs/08_training.ipynb #9822fbdf
+def _check_batch_size(size):
+    if size < 1 or int(size) != size: raise InvalidInputError(f"a batch is a whole number of galaxies from 1, not {size}")
+
 def _learnt_rows(table:pd.DataFrame, batch_size:int) -> pd.DataFrame:
     "The train and valid rows, or an `InvalidInputError`."
-    if batch_size < 1: raise InvalidInputError(f"a batch has at least one galaxy, not {batch_size}")
+    _check_batch_size(batch_size)
     if empty := [s for s in ("train", "valid") if not (table.split == s).any()]:
         raise InvalidInputError(f"no galaxy of the sample is in {', '.join(empty)}")
     if not target_columns(table): raise InvalidInputError("the sample has no column target_1, …: nothing to learn")
@@ -218,7 +221,7 @@ class BatchLoader(DataLoader):
     def _check(self):
         self.dataset = self.positions = np.asarray(self.positions, np.int64)
         self.n, self.targets = len(self.positions), None if self.targets is None else torch.as_tensor(self.targets)
-        if self.bs < 1 or int(self.bs) != self.bs: raise InvalidInputError(f"a batch is a whole number of galaxies from 1, not {self.bs}")
+        _check_batch_size(self.bs)
         if self.n and not 0 <= self.positions.min() <= self.positions.max() < len(self.source.rows):
             raise InvalidInputError(f"positions must be from 0 to {len(self.source.rows) - 1}, the galaxies of the source")
         if self.targets is not None and len(self.targets) != self.n:

@@ -1,5 +1,5 @@
 "specpred.spectra: properties of the rebinning, the published numbers of the iterative PCA, and real SDSS files where they are to be had."
-import sys
+import sys, tracemalloc
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -300,6 +300,23 @@ def test_gap_filling_leaves_what_it_is_given_as_it_was(kind):
     np.testing.assert_allclose(found.filled, expected.filled, rtol=1e-4)
     np.testing.assert_allclose(fill(given, missing, found).filled, fill(x, missing, expected).filled, rtol=1e-4)
     np.testing.assert_array_equal(given, kind(x))
+
+
+def test_gap_filling_takes_no_more_memory_for_more_spectra(tmp_path):
+    "Beside what it answers: norms and coefficients, 5 numbers a spectrum here, while a spectrum has 300."
+    peaks = {}
+    for n in (2048, 8192):
+        x, missing = good_sample(n, 300)
+        missing[:, :5] = np.arange(n)[:, None] % 3 == 0
+        for name, values in dict(x=x.astype(np.float32), missing=missing).items(): np.save(tmp_path/f"{name}.npy", values)
+        given = [np.load(tmp_path/f"{name}.npy", mmap_mode="r") for name in ("x", "missing")]
+        out = np.lib.format.open_memmap(tmp_path/"out.npy", "w+", np.float32, (n, 300))
+        tracemalloc.start()
+        basis = iterative_pca(*given, 3, 2, out=out, device=None)
+        fill(*given, basis, out=out)
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (peaks[8192] - peaks[2048])/6144 < 240, peaks  # bytes a spectrum; one in double precision has 2,400
 
 
 def test_mask_bits_by_name():
