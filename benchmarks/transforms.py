@@ -32,6 +32,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="conv3")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the inputs to try; all of them without it")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--threads", type=int, default=2)
@@ -43,9 +44,10 @@ if __name__ == "__main__":
     images = open_images(chosen.data_dir/"images.zarr")
     table = training_table(images, pd.read_parquet(chosen.data_dir/"latents.parquet"))
     rows = ["| network input | RMSE of the valid galaxies | between seeds |", "|---|---|---|"]
-    for name, choice in tqdm(CHOICES.items()):
+    for name, choice in tqdm([(name, choice) for name, choice in CHOICES.items() if any(part in name for part in chosen.only)]):
         found = errors(images, table, *choice, chosen)
-        rows.append(f"| {name} | {np.mean(found):.4f} | {np.std(found, ddof=1) if len(found) > 1 else np.nan:.4f} |")
+        rows.append(f"| {name} | {np.mean(found):.4f} | {f'{np.std(found, ddof=1):.4f}' if len(found) > 1 else '–'} |")
+        print(rows[-1], flush=True)
     counts = table.split.value_counts()
     write(f"Transforms: {chosen.model}, {images.shape[-1]} pixels, {counts['train']} galaxies" + ", quick"*chosen.quick, [
         f"{chosen.epochs} epochs, batches of {chosen.batch}, largest learning rate {chosen.lr}, {chosen.seeds} seeds each; {counts['valid']} valid galaxies.", "", *rows],

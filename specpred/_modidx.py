@@ -128,6 +128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'specpred.archives._record': ('archives.html#_record', 'specpred/archives.py'),
                                    'specpred.archives._refuse': ('archives.html#_refuse', 'specpred/archives.py'),
                                    'specpred.archives._retry_after': ('archives.html#_retry_after', 'specpred/archives.py'),
+                                   'specpred.archives._retry_missing': ('archives.html#_retry_missing', 'specpred/archives.py'),
                                    'specpred.archives._run_query': ('archives.html#_run_query', 'specpred/archives.py'),
                                    'specpred.archives._same_place': ('archives.html#_same_place', 'specpred/archives.py'),
                                    'specpred.archives._send': ('archives.html#_send', 'specpred/archives.py'),

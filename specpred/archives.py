@@ -1117,7 +1117,9 @@ def _open_table(path:Path) -> tuple:
             except InvalidInputError as error: raise InvalidInputError(f"{path.name}: {error}") from error
         if kind == "parquet": return pd.read_parquet(path), {}
         from astropy.table import Table
-        with open_fits(path) if kind == "fits" else open(path, "rb") as source: table = Table.read(source, format=kind)
+        try:
+            with open_fits(path) if kind == "fits" else open(path, "rb") as source: table = Table.read(source, format=kind)
+        except DamagedFileError as error: raise DamagedFileError(f"{path.name}: {error}") from error
         scalar = table[[name for name in table.colnames if table[name].ndim == 1]]
         return scalar.to_pandas(index=False), {name: scalar[name].unit for name in scalar.colnames}
 
@@ -1165,6 +1167,8 @@ def _own_table(path:Path) -> _OwnTable:
     for name in ("ra", "dec"):
         if name not in names:
             near = difflib.get_close_matches(name, list(names), 1, 0.5)
+            if len(written) == 1 and re.search(r"[;\t|]", written[0]):
+                raise InvalidInputError(f"{path.name} has a single column {written[0][:60]!r}; separate columns by commas.")
             raise InvalidInputError(f"{path.name} has no column {name!r}" + (f" (is it {names[near[0]]!r}?)" if near else "") +
                 f"; it has {', '.join(map(repr, list(names.values())[:12]))}. Positions are ra and dec in degrees, J2000.")
     rows = table.set_axis(written, axis=1)[list(names.values())].set_axis(list(names), axis=1).reset_index(drop=True)
@@ -1193,14 +1197,15 @@ def _table_numbers(own:_OwnTable, name:str) -> np.ndarray:
 
 # %% ../nbs/02_archives.ipynb #87fb3cca
 def _table_integers(own:_OwnTable, name:str) -> np.ndarray:
-    "A column as integers; 0 where there is nothing. Identifiers of 64 bits are refused as floats, which hold 53."
+    "A column as integers, which may be written as 266.0; 0 where there is nothing. Identifiers of 64 bits are refused as floats, which hold 53."
     column = own.rows[name]
-    absent, (low, high), is_float = _absent(column), _RANGES[name], column.dtype.kind == "f"
-    if is_float and name in ("specobjid", "bestobjid"):
+    absent, (low, high), is_float, is_long = _absent(column), _RANGES[name], column.dtype.kind == "f", name in ("specobjid", "bestobjid")
+    if is_float and is_long:
         raise InvalidInputError(f"{own.file}, column {own.names[name]!r}: its type is {column.dtype}, in which 20 digits have lost the last ones. "
                                 "Write it as text or as 64-bit integers.")
     if is_float: text = pd.Series([str(int(v)) if not a and np.isfinite(v) and v == int(v) else str(v) for v, a in zip(column, absent)])
     else: text = column.astype(str).str.strip()
+    if not is_long: text = text.str.replace(r"\.0*$", "", regex=True)
     own.complain(name, ~(text.str.fullmatch(r"-?\d{1,20}").to_numpy() | absent), "an integer")
     values = [0 if a else int(v) for a, v in zip(absent, text)]
     own.complain(name, np.array([not a and not low <= v <= high for a, v in zip(absent, values)], bool), f"{low} to {high}")
@@ -1352,7 +1357,11 @@ def _record(self:DownloadState, outcome:Outcome):
         self.database.commit()
         self._saved = time.monotonic()
 
-DownloadState.want, DownloadState.record = _want, _record
+def _retry_missing(self:DownloadState):
+    "Has files that an archive did not have asked for again."
+    self.database.execute("UPDATE file SET status = 'waiting' WHERE status = 'missing'")
+
+DownloadState.want, DownloadState.record, DownloadState.retry_missing = _want, _record, _retry_missing
 
 # %% ../nbs/02_archives.ipynb #eac34cae
 _CAUSE = "substr(error || ':', 1, instr(error || ':', ':') - 1)"
@@ -1683,6 +1692,7 @@ def download(
     survey:str | Path | None = None,  # folder that a local server stands in for the services with, where `parameters` names no URLs
     progress:bool = True,  # show a bar
     client:ArchiveClient | None = None,  # None: what the parameters ask for
+    retry_missing:bool = False,  # ask again for files that an archive said it does not have (404)
 ) -> pd.DataFrame:
     """The catalogue (also raw/catalogue.parquet), with every spectrum and cutout that the archives have in `raw`. An interrupted download goes on
     where it was. Single files that cannot be had are a status in the catalogue; raises `ArchiveError` if there is no catalogue, an archive
@@ -1694,6 +1704,7 @@ def download(
         stack.enter_context(_alone(raw))
         _claim(raw, _source(parameters, survey))
         urls, state = map(stack.enter_context, (_services(parameters, survey), DownloadState(raw/"state.sqlite")))
+        if retry_missing: state.retry_missing()
         if client is None: client = stack.enter_context(client_for(parameters))
         if catalogue is None: catalogue = _catalogue(client, urls.skyserver_url, raw, catalogue_query(parameters.n_max, seed))
         catalogue = _split(catalogue, parameters, seed)

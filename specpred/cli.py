@@ -73,19 +73,21 @@ def download(
     table: Annotated[Optional[Path], typer.Option("--table", help="Your own catalogue instead of the paper's selection: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many files and GB, and about how long.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Only say what has arrived, what is missing and why.")] = False,
+    retry_missing: Annotated[bool, typer.Option("--retry-missing", help="Ask again for files that an archive said it does not have.")] = False,
     set_: Annotated[List[str], typer.Option("--set", help="Change a setting, e.g. archives.concurrency=4; may be repeated.")] = [],
     data_dir: _DataDir = None,
 ):
     """Download the catalogue, spectra and cutouts of a profile, or of the galaxies in a table.
 
     An interrupted download goes on where it was when called again."""
-    if dry_run and status: raise typer.BadParameter("--dry-run says what is to come and --status what has been; give one of them.")
+    if dry_run + status + retry_missing > 1:
+        raise typer.BadParameter("--dry-run says what is to come, --status what has been, and --retry-missing downloads; give one of them.")
     chosen, paths = _download_settings(profile, table, set_, data_dir)
     from specpred import archives
     if status: return print(archives.describe_download(paths.raw))
     arguments = chosen.archives, paths.raw, chosen.images.size, chosen.seed, paths.mock
     if dry_run: return print(archives.plan_download(*arguments))
-    catalogue = archives.download(*arguments)
+    catalogue = archives.download(*arguments, retry_missing=retry_missing)
     print(f"{archives.describe_download(paths.raw)}\n\n{archives.losses(catalogue).to_string()}\n\n{paths.catalogue}")
 
 # %% ../nbs/13_cli.ipynb #e8fc16cb

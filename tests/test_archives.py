@@ -359,6 +359,18 @@ def test_files_that_are_no_longer_right_do_not_stay(survey, tmp_path):
     assert not [p for p in (raw/"quarantine").rglob("*") if p.is_file()]
 
 
+def test_what_an_archive_did_not_have_is_asked_for_again_when_told_to(survey, tmp_path):
+    folder, table = survey
+    lost = folder/"sas"/spectrum_path("26", *table[["plate", "mjd", "fiberID"]].iloc[0])
+    content = lost.read_bytes()
+    with serve(folder) as urls:
+        get = lambda **more: download(ArchiveParameters(**vars(urls)), tmp_path/"raw", SIZE, 1, progress=False, **more).has_spectrum.all()
+        lost.unlink()
+        try: assert not get()
+        finally: lost.write_bytes(content)
+        assert not get() and get(retry_missing=True) and get()
+
+
 def test_a_record_of_another_layout_or_a_full_disk_is_said_in_our_words(survey, tmp_path):
     import sqlite3
     raw = tmp_path/"raw"
@@ -678,10 +690,18 @@ def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positi
 @pytest.mark.parametrize("content, named", [("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"), ("ra,dec\n1,2\n3,x\n", "'dec', row 2"), ("ra,dec\n361,2\n", "'ra', row 1"),
     ("ra,dec,z\n1,2,99\n", "'z', row 1"), ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"), ("RAJ2000,dec\n-9999,2\n", "'RAJ2000', row 1"),
     ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"), ("ra,dec,fiber\n1,2,9\n", "has fiber, and no column 'plate'"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
-    ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1")])
+    ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1"), ("ra;dec\n1;2\n", "separate columns by commas"),
+    ("ra,dec,plate,mjd,fiberid\n1,2,266.5,51602,1\n", "'plate', row 1"), ("ra,dec,specobjid\n1,2,299489676975171584.0\n", "'specobjid', row 1")])
 def test_what_is_wrong_with_a_table_is_said_by_column(tmp_path, content, named):
     (tmp_path/"own.csv").write_text(content)
     with pytest.raises(InvalidInputError, match=named): read_table(tmp_path/"own.csv")
+
+
+def test_whole_numbers_with_a_point_are_whole_numbers(tmp_path):
+    "As pandas writes a column with gaps."
+    pd.DataFrame(dict(ra=[1., 2.], dec=[3., 4.], plate=[266, None], mjd=[51602, None], fiberid=[162, None])).to_csv(tmp_path/"own.csv", index=False)
+    assert "266.0" in (tmp_path/"own.csv").read_text()
+    assert sorted(read_table(tmp_path/"own.csv")[["plate", "mjd", "fiberid"]].values.tolist()) == [[0, 0, 0], [266, 51602, 162]]
 
 
 def test_missing_measurements_magnitudes_and_hashes_in_a_table_are_what_they_are(tmp_path):
