@@ -484,7 +484,9 @@ def check_spectrum(
         coadd = _table_columns(units[1], ("flux", "loglam", "ivar"))
         missing = {"flux", "loglam", "ivar"} - set(coadd)
         if missing: raise DamagedFileError(f"no spectrum: lacks {', '.join(sorted(missing))}")
-        measured = np.isfinite(coadd["flux"]) & (coadd["ivar"] > 0)
+        steps = np.diff(coadd["loglam"].astype(float))
+        if not (np.abs(steps - 1e-4) < 5e-6).all(): raise DamagedFileError("no spectrum: its wavelengths do not run in steps of 0.0001 dex")
+        measured = np.isfinite(coadd["flux"]) & np.isfinite(coadd["ivar"]) & (coadd["ivar"] > 0)
         if not measured.any(): raise DamagedFileError("an empty spectrum: no pixel with flux and ivar > 0")
 
 # %% ../nbs/02_archives.ipynb #b4d8266b
