@@ -377,6 +377,7 @@ def _pack(specobjids, read, store:Path, settings:dict, source:Path | None=None, 
             _write_shard(partial, group, start, stop, kept, results)
             bar.update(stop - start)
     group.attrs["columns_crc32c"] = _columns_checksum({name: group[name][:] for name in _COLUMNS})
+    del group.attrs["request"]  # it speaks of a folder, and a store is the same wherever it was made
     with atomic_path(store) as part: partial.rename(part)
     return dict(group.attrs["problems"])
 

@@ -82,6 +82,14 @@ def test_other_pixels_under_the_same_numbers_begin_anew(tmp_path, cut_off):
     assert (images.open_images(tmp_path/"a.zarr").exptime[:, 1] == 50).all()
 
 
+def test_a_store_does_not_depend_on_where_it_was_made(tmp_path):
+    for folder in ("a", "b"):
+        write_cutouts(tmp_path/folder/"raw", 3)
+        images.pack_images(np.arange(3), tmp_path/folder/"raw", tmp_path/folder/"images.zarr", 12, n_jobs=1, progress=False)
+    first, second = ({p.relative_to(tmp_path/folder): p.read_bytes() for p in (tmp_path/folder/"images.zarr").rglob("*") if p.is_file()} for folder in ("a", "b"))
+    assert first == second
+
+
 def test_a_cutout_that_arrives_during_an_interruption_is_taken(tmp_path, cut_off):
     write_cutouts(tmp_path/"raw", 40)
     (tmp_path/"raw/3/g.fits").rename(tmp_path/"late.fits")
