@@ -1,17 +1,19 @@
 """Bytes a galaxy and galaxies read per second of the image store, beside one .npy file a galaxy (the published layout) and HDF5.
 
-python benchmarks/images.py (4 minutes), with --quick for a look. Files are in the page cache; every way answers float32 nJy."""
+python benchmarks/images.py (5 minutes), with --quick for a look. Files are in the page cache; every way answers float32 nJy."""
 import argparse, functools, tempfile
 from pathlib import Path
 import h5py
 import numpy as np
 import torch
 import zarr
+from numcodecs import blosc
 from galaxies import galaxies
 from interleaved import medians, setting, write
 from specpred.images import open_images, pack_arrays
 
 BATCH = 64  # galaxies asked for at once
+CODECS = {"zstd 3, bytes sorted": ("zstd", 3, blosc.SHUFFLE), "zstd 3, bits sorted": ("zstd", 3, blosc.BITSHUFFLE), "lz4 5, bits sorted": ("lz4", 5, blosc.BITSHUFFLE)}
 
 
 def npy_files(folder, flux):
@@ -57,6 +59,22 @@ def read_all(read, batches):
     for rows in batches: read(rows)
 
 
+def measure_codecs(images, chosen):
+    "Rows of a table: what codecs make of the numbers of a half-precision store."
+    rows = range(min(BATCH, len(images)))
+    numbers = [(images.read_rows([k])[0]/images.scale[k][:, None, None]).astype(np.float16) for k in rows]
+    packed = {(name, blocks): [blosc.compress(one, cname.encode(), level, shuffle, one.nbytes if blocks == "one a galaxy" else 0) for one in numbers]
+        for name, (cname, level, shuffle) in CODECS.items() for blocks in ("one a galaxy", "Blosc's choice")}
+    target = np.empty_like(numbers[0])
+    def unpack(pieces):
+        for piece in pieces: blosc.decompress(piece, target)
+    threads = blosc.set_nthreads(1)
+    seconds = medians({key: functools.partial(unpack, pieces) for key, pieces in packed.items()}, chosen)
+    blosc.set_nthreads(threads)
+    return ["| codec of the half-precision store | blocks | kB a galaxy | decoded in one thread, galaxies/s |", "|---|---|---|---|",
+        *(f"| {name} | {blocks} | {np.mean(list(map(len, pieces)))/1e3:.0f} | {len(rows)/seconds[name, blocks]:.0f} |" for (name, blocks), pieces in packed.items())]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--galaxies", type=int, default=512)
@@ -85,6 +103,7 @@ if __name__ == "__main__":
         for way, (path, _) in ways.items():
             cells = [f"{rate[way, order]:.0f} ({rate[way, order]/rate['one .npy a galaxy, float32', order]:.2f} ×)" for order in batches]
             table.append(f"| {way} | {bytes_of(path)/len(flux)/1e3:.0f} | {' | '.join(cells)} |")
+        table += ["", *measure_codecs(open_images(folder/"a.zarr"), chosen)]
     write(f"Stores: {chosen.size} pixels, {chosen.galaxies} galaxies" + ", quick"*chosen.quick, [setting(chosen),
         f"Batches of {BATCH} except one at a time; in brackets the ratio to one .npy a galaxy; everything in the page cache, so that .npy files cost no seeks.", "", *table],
         Path(__file__).with_suffix(".md"), "# What stores and transforms of images cost and give\n\nMade by `images.py` and `transforms.py`.\n")

@@ -59,11 +59,12 @@ def plot_gallery(
         below.plot(wavelength, predicted[k], color=RED, lw=.8, label="predicted")
         tallest = max(predicted[k].max(), np.nanmax(reference.true[k] if reference.true is not None else reference.reconstructed[k]))
         top = min(1.1*tallest, 5*np.median(predicted[k]))  # the continuum must stay visible under a strong line
+        if k == 0: top *= 1.15  # room for the legend
         below.set(xlim=wavelength[[0, -1]], ylim=(0, top), yticks=[])
         below.tick_params(labelsize=7), mark_lines(below)
         if k % n_columns == 0: below.set_ylabel(r"$F_\lambda$ (normalised)", fontsize=8)
         if k >= len(flux) - n_columns: below.set_xlabel(r"rest-frame wavelength ($\mathrm{\AA}$)", fontsize=8)
-        if k == 0: below.legend(frameon=False, fontsize=6, loc="upper right")
+        if k == 0: below.legend(frameon=False, fontsize=6, loc="upper left", ncols=3)
     return figure
 
 # %% ../nbs/10_figures.ipynb #9bab0a3e

@@ -4,10 +4,9 @@
 
 # %% ../nbs/03_images.ipynb #d33aac5b
 from __future__ import annotations
-import hashlib, json, os, shutil, warnings
-from concurrent.futures import ThreadPoolExecutor
+import functools, hashlib, json, os, shutil, threading, warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 import google_crc32c
 import numpy as np
@@ -190,8 +189,9 @@ _COLUMNS = {"specobjid": ("uint64", (), 0), "usable": ("bool", (), False), "mask
 def _create_store(folder:Path, n:int, size:int, dtype:str):
     "A store with its arrays, none of them filled."
     group = zarr.open_group(folder, mode="w", zarr_format=3)
+    codec = zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", blocksize=5*size*size*np.dtype(dtype).itemsize)
     flux = group.create_array("flux", shape=(n, 5, size, size), dtype=dtype, chunks=(1, 5, size, size), shards=(SHARD, 5, size, size),
-        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), zarr.codecs.Crc32cCodec()],
+        compressors=[codec, zarr.codecs.Crc32cCodec()],
         dimension_names=("galaxy", "band", "y", "x"))
     flux.attrs.update(unit="nJy", bands=BANDS, comment="multiply by scale(galaxy, band)")
     for name, (kind, row, fill) in _COLUMNS.items():
@@ -245,7 +245,9 @@ def _open_group(path:Path):
         raise DamagedFileError(f"{path} is not an image store: {error}; rerun 03_images") from None
 
 # %% ../nbs/03_images.ipynb #cb7cd7aa
-def _shard_file(folder:Path, shard:int) -> Path: return folder/f"flux/c/{shard}/0/0/0"
+_SHARD_FILE = "flux/c/{}/0/0/0"
+
+def _shard_file(folder:Path, shard:int) -> Path: return folder/_SHARD_FILE.format(shard)
 
 def _checksum(path:Path) -> int:
     "CRC-32C of a file, read a piece at a time."
@@ -424,7 +426,7 @@ def pack_images(
     specobjids, raw_cutouts = _as_specobjids(specobjids), Path(raw_cutouts).resolve()
     if len(specobjids) == 0: raise InvalidInputError("no galaxy has all five images; look at the status column of the catalogue")
     settings = _settings(size, dtype, max_mask_fraction)
-    return _pack(specobjids, partial(_read_rows, raw_cutouts=raw_cutouts, **settings), Path(store), settings, raw_cutouts, n_jobs=n_jobs, progress=progress)
+    return _pack(specobjids, functools.partial(_read_rows, raw_cutouts=raw_cutouts, **settings), Path(store), settings, raw_cutouts, n_jobs=n_jobs, progress=progress)
 
 # %% ../nbs/03_images.ipynb #18453a1d
 def append_images(
@@ -444,7 +446,7 @@ def append_images(
     again = np.flatnonzero(np.isin(columns["specobjid"], wanted) & ~columns["usable"])
     new = wanted[~np.isin(wanted, columns["specobjid"][again])]
     ids = np.concatenate([columns["specobjid"], new])
-    read = partial(_read_rows, raw_cutouts=raw_cutouts, **settings)
+    read = functools.partial(_read_rows, raw_cutouts=raw_cutouts, **settings)
     return _pack(ids, read, store, settings, raw_cutouts, store, again.tolist(), n_jobs, progress)
 
 # %% ../nbs/03_images.ipynb #6f1d1fb2
@@ -487,6 +489,19 @@ def find_rows(
 def usable_cores() -> int:
     "Number of CPU cores that this process may run on."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+_local = threading.local()  # knows which threads are those of `_share_out`
+
+@functools.cache
+def _threads(process:int, n:int) -> ThreadPoolExecutor: return ThreadPoolExecutor(n, "images", lambda: setattr(_local, "busy", True))
+
+def _share_out(work, items):
+    "Calls `work` with every n-th of the items in each of n threads, and waits for all of them. Within such a thread it calls `work` with all items."
+    n = min(usable_cores(), len(items))
+    if n < 2 or hasattr(_local, "busy"): return work(items)
+    tasks = [_threads(os.getpid(), usable_cores()).submit(work, items[k::n]) for k in range(n)]
+    wait(tasks)
+    for task in tasks: task.result()
 
 # %% ../nbs/03_images.ipynb #28ccef02
 @dataclass
@@ -555,18 +570,18 @@ def _fill(self:ImageStore, row:int, out:np.ndarray, space:np.ndarray):
         out[:] = 0
         return
     packed = space[:length]
-    with open(_shard_file(self.path, shard), "rb", buffering=0) as file:
-        file.seek(begin)
-        arrived = file.readinto(packed)
+    with open(f"{self.path}/{_SHARD_FILE.format(shard)}", "rb", buffering=0) as file: arrived = os.preadv(file.fileno(), [packed], begin)
     if arrived != length or google_crc32c.value(packed[:-4]) != int.from_bytes(packed[-4:].tobytes(), "little"):
         raise self._damage(shard, f"the checksum of galaxy {self.specobjid[row]} is wrong")
     blosc.decompress(packed[:-4], out)
 
 # %% ../nbs/03_images.ipynb #ca29b9c4
+_SERIAL = 2**15 - 64  # numbers that torch works on without threads of its own
+
 def _cast(source:np.ndarray, target:np.ndarray):
-    "Copies between contiguous arrays of half or single precision. torch converts thirty times faster than numpy; in pieces so small that it starts no threads."
-    source, target = torch.from_numpy(source.reshape(-1)), torch.from_numpy(target.reshape(-1))
-    for k in range(0, len(source), 2**14): target[k:k + 2**14] = source[k:k + 2**14]
+    "Copies between contiguous arrays of half or single precision: torch converts several times faster than numpy."
+    pieces = (torch.from_numpy(a.reshape(-1)).split(_SERIAL) for a in (source, target))
+    for piece, to in zip(*pieces): to.copy_(piece)
 
 # %% ../nbs/03_images.ipynb #8cab99cb
 @patch
@@ -584,20 +599,20 @@ def read_rows(
     if rows.size and (rows.ndim != 1 or rows.dtype.kind not in "ui" or rows.min() < 0 or rows.max() >= len(self)):
         raise InvalidInputError(f"rows are a list of positions from 0 to {len(self) - 1}; got {rows.dtype} of shape {rows.shape}")
     if out is None: out = np.empty((len(rows), *self.shape[1:]), np.float32)
-    if out.shape != (len(rows), *self.shape[1:]) or out.dtype not in (np.float16, np.float32):
-        raise InvalidInputError(f"out must be {(len(rows), *self.shape[1:])} of half or single precision; it is {out.shape} of {out.dtype}")
+    if out.shape != (len(rows), *self.shape[1:]) or out.dtype not in (np.float16, np.float32) or not out.flags.c_contiguous:
+        raise InvalidInputError(f"out must be a contiguous array {(len(rows), *self.shape[1:])} of half or single precision; it is {out.shape} of {out.dtype}")
     def some(positions):
-        stored, flux, space = np.empty(self.shape[1:], self.dtype), np.empty(self.shape[1:], np.float32), self._space()
+        stored, single, space = np.empty(self.shape[1:], self.dtype), np.empty(self.shape[1:], np.float32), self._space()
         for k in positions:
-            self._fill(rows[k], stored, space)
-            _cast(stored, flux)
+            target = out[k]
+            flux = target if out.dtype == np.float32 else single
+            numbers = flux if self.dtype == "float32" else stored
+            self._fill(rows[k], numbers, space)
+            if numbers is not flux: _cast(numbers, flux)
             flux *= self.scale[rows[k]][:, None, None]
-            _cast(flux if convert is None else convert(flux), out[k])
-    # threads of the moment: a pool kept in the store would not survive a fork into loader processes
-    n_threads = min(usable_cores(), len(rows))
-    if n_threads < 2: some(range(len(rows)))
-    else:
-        with ThreadPoolExecutor(n_threads) as pool: list(pool.map(some, [range(k, len(rows), n_threads) for k in range(n_threads)]))
+            converted = flux if convert is None else convert(flux)
+            if converted is not target: _cast(converted, target)
+    _share_out(some, range(len(rows)))
     return out
 
 # %% ../nbs/03_images.ipynb #580932e5
@@ -801,7 +816,7 @@ def augment(
 # %% ../nbs/03_images.ipynb #db0ea63f
 def _rotate_in_threads(images:torch.Tensor, rows, degrees):
     "Replaces these rows of a CPU tensor by rotated ones. `grid_sample` works on one image in one thread."
-    pixels, size, n_threads = images.numpy(), images.shape[-1], usable_cores()
+    pixels, size = images.numpy(), images.shape[-1]
     side = np.linspace(-1, 1, size, dtype=np.float32)
     def some(rows):
         grid = np.empty((1, size, size, 2), np.float32)
@@ -810,4 +825,4 @@ def _rotate_in_threads(images:torch.Tensor, rows, degrees):
             np.subtract(cos*side, sin*side[:, None], out=grid[0, ..., 0])
             np.add(sin*side, cos*side[:, None], out=grid[0, ..., 1])
             np.copyto(pixels[k], _sample(images[k:k + 1], torch.from_numpy(grid))[0].numpy())
-    with ThreadPoolExecutor(n_threads) as pool: list(pool.map(some, [rows[k::n_threads] for k in range(n_threads)]))
+    _share_out(some, rows)

@@ -1,5 +1,5 @@
 "Packing of cutouts: interrupted, damaged and foreign input."
-import warnings
+import multiprocessing, warnings
 import numpy as np
 import pytest
 import torch
@@ -329,11 +329,40 @@ def test_arrays_of_wrong_shape_and_empty_bands(tmp_path):
         with pytest.raises(InvalidInputError): images.pack_images([1], tmp_path, tmp_path/"b.zarr", **wrong)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_images_are_converted_on_their_way(tmp_path, dtype, kind):
+    flux = np.random.default_rng(1).normal(100, 10, (9, 5, 12, 12)).astype(np.float32)
+    images.pack_arrays(np.arange(9), flux, tmp_path/"a.zarr", dtype=dtype)
+    store, order, tolerance = images.open_images(tmp_path/"a.zarr"), [8, 0, 3, 3, 5], 1e-6 if dtype == "float32" and kind == np.float32 else 2e-3
+    def in_place(x):
+        x -= 1
+        return x
+    for convert, expected in ((None, flux), (in_place, flux - 1), (lambda x: 2*x, 2*flux), (lambda x: x[:, ::-1], flux[:, :, ::-1])):
+        out = np.full((5, 5, 12, 12), np.nan, kind)
+        assert store.read_rows(order, convert, out) is out
+        np.testing.assert_allclose(out, expected[order], rtol=tolerance)
+
+
+def test_images_are_read_while_images_are_read_and_after_a_fork(three_shards):
+    "The threads that read are kept: they must not wait for each other, nor be looked for in a process that has none of them."
+    store = images.open_images(three_shards[0])
+    expected = store.read_rows(np.arange(40))
+    np.testing.assert_array_equal(store.read_rows(np.arange(40), lambda x: x + store.read_rows([0, 1]).mean()), expected + expected[:2].mean())
+    answers = multiprocessing.get_context("fork").SimpleQueue()
+    child = multiprocessing.get_context("fork").Process(target=lambda: answers.put(store.read_rows(np.arange(40)).tobytes() == expected.tobytes()))
+    child.start()
+    child.join(60)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive and answers.get()
+
+
 def test_rows_that_are_not_there(three_shards):
     opened = images.open_images(three_shards[0])
     for rows in ([-1], [40], [.5], np.ones(40, bool), [[1, 2]]):
         with pytest.raises(InvalidInputError, match="positions from 0 to 39"): opened.read_rows(rows)
-    for out in (np.empty((2, 5, 12, 12), np.float32), np.empty((1, 5, 12, 12))):
+    for out in (np.empty((2, 5, 12, 12), np.float32), np.empty((1, 5, 12, 12)), np.empty((2, 5, 12, 12), np.float32)[::2, :, ::-1]):
         with pytest.raises(InvalidInputError, match="out must be"): opened.read_rows([3], out=out)
     assert opened.read_rows([]).shape == (0, 5, 12, 12) and opened.flux[-1].shape == (5, 12, 12)
 
