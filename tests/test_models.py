@@ -169,7 +169,8 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize("changes,message", (
     (dict(name='"xresnet18"'), "not those of xresnet18.*missing.*unexpected"), (dict(name='"os.system"'), "no model"),
     (dict(name="deconv3"), "cannot be used"), (dict(name="[1]"), "cannot be used"),
-    (dict(arguments='{"pretrained": true}'), "no argument pretrained"), (dict(arguments="3"), "cannot be used"), (dict(arguments='{"n_out": 7}'), "n_out|target_stats"), (dict(arguments='{"c_in": "x"}'), "cannot be used|image_stats"),
+    (dict(arguments='{"pretrained": true}'), "no argument pretrained"), (dict(arguments="3"), "cannot be used"),
+    (dict(arguments='{"n_out": 7}'), "n_out|target_stats"), (dict(arguments='{"c_in": "x"}'), "cannot be used|image_stats"),
     (dict(image_stats='{"mean": [0], "std": [1]}'), "image_stats"), (dict(target_stats='{"mean": [0,0,0,0,0,NaN], "std": [1,1,1,1,1,1]}'), "target_stats"),
     (dict(channels='"ggggg"'), "different bands"), (dict(channels='"gri"'), "different bands"), (dict(channels="5"), "different bands"),
     (dict(provenance='"x"'), "provenance"), (dict(provenance="null"), "provenance"),
