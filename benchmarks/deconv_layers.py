@@ -34,4 +34,5 @@ if __name__ == "__main__":
         time = medians({kind: training_step(layer, x, chosen.bf16) for kind, layer in run.items()}, chosen)
         conv, plain, ours = (1e3*time[kind] for kind in (nn.Conv2d, PlainDeconv, FastDeconv))
         rows.append(f"| {title} | {conv:.1f} | {plain:.1f} | {ours:.1f} | {plain/conv:.2f} | **{ours/conv:.2f}** |")
-    write(f"Layers: a training step{', bf16' if chosen.bf16 else ''}{', compiled' if chosen.compile else ''}, {chosen.device}", [setting(chosen), "", *rows])
+    write(f"Layers: a training step{', bf16' if chosen.bf16 else ''}{', compiled' if chosen.compile else ''}, {chosen.device}",
+        [setting(chosen), "", *rows])

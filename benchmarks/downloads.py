@@ -75,10 +75,13 @@ if __name__ == "__main__":
         # one request at a time is as slow for a few galaxies as for many
         slow = rates({name: (survey, table) if name in CONCURRENCY[1:] else (little, short) for name in plain}, size, 0.1, 1)
         few, lots = memory(many, size, n_small), memory(many, size, n_large)
-    rows = [f"| {name if isinstance(name, str) else f'specpred, {name} at once'} | {plain[name]:.0f} | {plain[name]/plain[BASE]:.1f} | {slow[name]:.0f} | {slow[name]/slow[BASE]:.1f} |" for name in plain]
-    lines = ["# What a download costs", "", f"Made by `downloads.py`: {os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, client and server on the same machine, "
-        f"cutouts of {size} pixels, {len(table)} galaxies, median of {rounds} rounds in turn (with the delay one round, and {len(short)} galaxies where it is one request at a time), load average {os.getloadavg()[0]:.1f}. specpred checks every file and writes "
-        "it to the disk for good (fsync); download_file does neither.", "", f"| | files/s | times {BASE} | files/s where every answer takes 0.1 s longer | times {BASE} |", "|---|---|---|---|---|", *rows, "",
+    rows = [f"| {name if isinstance(name, str) else f'specpred, {name} at once'} | {plain[name]:.0f} | {plain[name]/plain[BASE]:.1f} | "
+        f"{slow[name]:.0f} | {slow[name]/slow[BASE]:.1f} |" for name in plain]
+    lines = ["# What a download costs", "", f"Made by `downloads.py`: {os.cpu_count()} cores {platform.machine()}, Python "
+        f"{platform.python_version()}, client and server on the same machine, cutouts of {size} pixels, {len(table)} galaxies, median of {rounds} "
+        f"rounds in turn (with the delay one round, and {len(short)} galaxies where it is one request at a time), load average "
+        f"{os.getloadavg()[0]:.1f}. specpred checks every file and writes it to the disk for good (fsync); download_file does neither.", "",
+        f"| | files/s | times {BASE} | files/s where every answer takes 0.1 s longer | times {BASE} |", "|---|---|---|---|---|", *rows, "",
         "| galaxies | files | memory before, MB | at most, MB | growth, MB |", "|---|---|---|---|---|",
         *(f"| {n:,} | {6*n:,} | {before:.0f} | {after:.0f} | {after - before:.0f} |" for n, before, after in (few, lots))]
     print("\n".join(lines))

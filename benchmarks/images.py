@@ -89,14 +89,17 @@ if __name__ == "__main__":
     flux = galaxies(chosen.galaxies, chosen.size)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        ways = {"store, float16": (folder/"a.zarr", store(folder/"a.zarr", flux, "float16")), "store, float32": (folder/"b.zarr", store(folder/"b.zarr", flux, "float32")),
-            "store, float16, through zarr": (folder/"a.zarr", by_zarr(folder/"a.zarr")), "one .npy a galaxy, float32": (folder/"npy", npy_files(folder/"npy", flux)),
+        ways = {"store, float16": (folder/"a.zarr", store(folder/"a.zarr", flux, "float16")),
+            "store, float32": (folder/"b.zarr", store(folder/"b.zarr", flux, "float32")),
+            "store, float16, through zarr": (folder/"a.zarr", by_zarr(folder/"a.zarr")),
+            "one .npy a galaxy, float32": (folder/"npy", npy_files(folder/"npy", flux)),
             "HDF5, float32": (folder/"c.h5", hdf5(folder/"c.h5", flux, 1)),
             "HDF5, float32, shuffle and gzip 4, 16 a chunk": (folder/"d.h5", hdf5(folder/"d.h5", flux, 16, compression="gzip", shuffle=True))}
         for path, read in ways.values(): np.testing.assert_allclose(read(np.array([3, 1])), flux[[3, 1]], rtol=1e-3, atol=1e-3)
         batches = orders(chosen.galaxies)
         # zarr's own selection is so slow that a part is enough
-        asked = {(way, order): rows[:16 if order == "one at a time" else 3] if "through" in way else rows for way in ways for order, rows in batches.items()}
+        asked = {(way, order): rows[:16 if order == "one at a time" else 3] if "through" in way else rows
+            for way in ways for order, rows in batches.items()}
         seconds = medians({(way, order): functools.partial(read_all, ways[way][1], rows) for (way, order), rows in asked.items()}, chosen)
         rate = {key: sum(map(len, rows))/seconds[key] for key, rows in asked.items()}
         table = ["| layout | kB a galaxy | " + " | ".join(f"{order}, galaxies/s" for order in batches) + " |", "|---|---|" + "---|"*len(batches)]
@@ -105,5 +108,6 @@ if __name__ == "__main__":
             table.append(f"| {way} | {bytes_of(path)/len(flux)/1e3:.0f} | {' | '.join(cells)} |")
         table += ["", *measure_codecs(open_images(folder/"a.zarr"), chosen)]
     write(f"Stores: {chosen.size} pixels, {chosen.galaxies} galaxies" + ", quick"*chosen.quick, [setting(chosen),
-        f"Batches of {BATCH} except one at a time; in brackets the ratio to one .npy a galaxy; everything in the page cache, so that .npy files cost no seeks.", "", *table],
+        f"Batches of {BATCH} except one at a time; in brackets the ratio to one .npy a galaxy; "
+        "everything in the page cache, so that .npy files cost no seeks.", "", *table],
         Path(__file__).with_suffix(".md"), "# What stores and transforms of images cost and give\n\nMade by `images.py` and `transforms.py`.\n")

@@ -24,7 +24,8 @@ def arguments(description, repeats):
 
 
 def medians(steps, chosen):
-    "Median seconds of each of the functions `steps`, a dict, timed in turn after one round to warm up, in another order every round: what one leaves in the caches helps or harms each of the others."
+    """Median seconds of each of the functions `steps`, a dict, timed in turn after one round to warm up, in another order every round: what one
+    leaves in the caches helps or harms each of the others."""
     clock = time.process_time if chosen.cpu_time else time.perf_counter
     seconds, order = {name: [] for name in steps}, random.Random(0)
     for turn in tqdm(range(chosen.repeats + 1), leave=False):
@@ -38,13 +39,15 @@ def medians(steps, chosen):
 
 def setting(chosen):
     "One line on where and how the numbers came about."
-    device = f"{os.cpu_count()} cores {platform.machine()}, {chosen.threads} thread{'s'*(chosen.threads > 1)}" if chosen.device == "cpu" else torch.cuda.get_device_name()
+    device = (f"{os.cpu_count()} cores {platform.machine()}, {chosen.threads} thread{'s'*(chosen.threads > 1)}" if chosen.device == "cpu"
+        else torch.cuda.get_device_name())
     precision = "bfloat16 autocast, channels last" if chosen.bf16 else "float32"
     return (f"{device}, torch {torch.__version__}, {precision}{', torch.compile' if chosen.compile else ''}, batch {chosen.batch}, "
             f"median {'CPU ' if chosen.cpu_time else ''}time of {chosen.repeats} interleaved rounds, load average {LOAD:.1f} before.")
 
 
-def write(heading, lines, results=RESULTS, title="# What deconvolution costs\n\nMade by `deconv_layers.py` and `models.py`; ratios within one row of runs are what to compare.\n"):
+def write(heading, lines, results=RESULTS,
+        title="# What deconvolution costs\n\nMade by `deconv_layers.py` and `models.py`; ratios within one row of runs are what to compare.\n"):
     "Replaces the section of that heading in a file of results, deconv.md, or adds it."
     text = results.read_text() if results.exists() else title
     before, found, after = text.partition(f"\n## {heading}\n")

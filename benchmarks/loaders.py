@@ -18,8 +18,8 @@ from specpred.training import batch_loaders, grizyImageBlock, target_columns
 
 NONE, TURNS, ALL = "none", "flips and turns", "flips, turns, rotations"
 OURS = {NONE: Augmentation(turns=False, p_rotate=0), TURNS: Augmentation(p_rotate=0), ALL: Augmentation()}
-FASTAI = {NONE: [], TURNS: [Dihedral(p=1., pad_mode="reflection")], ALL: aug_transforms(do_flip=True, flip_vert=True, max_rotate=10., max_zoom=1., max_warp=0.,
-    max_lighting=0., p_affine=.75)}
+FASTAI = {NONE: [], TURNS: [Dihedral(p=1., pad_mode="reflection")],
+    ALL: aug_transforms(do_flip=True, flip_vert=True, max_rotate=10., max_zoom=1., max_warp=0., max_lighting=0., p_affine=.75)}
 
 
 def sample(folder, n, size):
@@ -36,7 +36,8 @@ def sample(folder, n, size):
 def npy_loaders(folder, table, transform, augmentation, batch, workers):
     "The published way: fastai reads a file for every galaxy."
     rows = table[table.split != "test"].assign(is_valid=table.split == "valid")
-    block = DataBlock(blocks=(grizyImageBlock(transform), RegressionBlock(n_out=6)), get_x=lambda row: GrizyImage(torch.from_numpy(np.load(folder/f"npy/{row.specobjid}.npy"))),
+    block = DataBlock(blocks=(grizyImageBlock(transform), RegressionBlock(n_out=6)),
+        get_x=lambda row: GrizyImage(torch.from_numpy(np.load(folder/f"npy/{row.specobjid}.npy"))),
         get_y=ColReader(target_columns(table)), splitter=ColSplitter("is_valid"), batch_tfms=augmentation)
     return block.dataloaders(rows, bs=batch, num_workers=workers, device="cpu").train
 
@@ -49,7 +50,8 @@ def epoch(loader):
 def memory_of_an_epoch(folder, n):
     "Run in a process of its own: prints the peak memory of an epoch of streaming, MB."
     images = open_images(folder)
-    table = pd.DataFrame({"specobjid": images.specobjid[:n], "split": np.where(np.arange(n) < 2, "valid", "train")} | {f"target_{k}": np.zeros(n, "f4") for k in range(1, 7)})
+    table = pd.DataFrame({"specobjid": images.specobjid[:n], "split": np.where(np.arange(n) < 2, "valid", "train")}
+        | {f"target_{k}": np.zeros(n, "f4") for k in range(1, 7)})
     loaders = batch_loaders(images, table, fit_transform(images.flux[:64], images.noise[:64]), 64, keep=False, device="cpu")
     epoch(loaders.train)
     print(peak_memory())
@@ -76,7 +78,8 @@ def measure_memory(size, numbers):
         store = Path(folder)/"images.zarr"
         pack_arrays(np.arange(256), galaxies(256, size), store)
         repeat_shards(store, -(-max(numbers)//256))
-        return {n: int(subprocess.run([sys.executable, __file__, "--memory-of", str(store), "--galaxies", str(n)], capture_output=True, text=True, check=True).stdout) for n in numbers}
+        return {n: int(subprocess.run([sys.executable, __file__, "--memory-of", str(store), "--galaxies", str(n)],
+            capture_output=True, text=True, check=True).stdout) for n in numbers}
 
 
 def measure_rates(chosen):
@@ -87,7 +90,8 @@ def measure_rates(chosen):
         loaders, workers = {}, {}
         for name in (NONE, TURNS, ALL):
             theirs = {w: npy_loaders(folder, table, transform, FASTAI[name], chosen.batch, w) for w in chosen.workers}
-            seconds = medians({w: functools.partial(epoch, loader) for w, loader in theirs.items()}, argparse.Namespace(**vars(chosen) | dict(repeats=min(3, chosen.repeats))))
+            seconds = medians({w: functools.partial(epoch, loader) for w, loader in theirs.items()},
+                argparse.Namespace(**vars(chosen) | dict(repeats=min(3, chosen.repeats))))
             workers[name] = min(seconds, key=seconds.get)
             print(f"fastai, {name}:", ", ".join(f"{w} workers {chosen.galaxies/s:.0f}/s" for w, s in seconds.items()), flush=True)
             loaders["fastai, .npy", name] = theirs[workers[name]]
@@ -133,8 +137,10 @@ if __name__ == "__main__":
         cells = [f"{rates[way, name]:.0f} ({rates[way, name]/rates['fastai, .npy', name]:.1f} ×)" for name in (NONE, TURNS, ALL)]
         rows.append(f"| {way}{', its best number of workers' if 'fastai' in way else ''} | {' | '.join(cells)} |")
     memory = measure_memory(chosen.size, (1_000, 2_000) if chosen.quick else (1_000, 10_000))
-    rows += ["", "Fastai's workers: " + ", ".join(f"{w} ({name})" for name, w in workers.items()) + f", the fastest of {', '.join(map(str, chosen.workers))}.", "", f"Flips and turns, resident, are {rates['batches, resident', TURNS]/rates['fastai, .npy', NONE]:.1f} times fastai without any augmentation; rotations are "
-        f"{rates['batches, resident', ALL]/rates['fastai, .npy', ALL]:.1f} times fastai's.", "",
+    rows += ["", "Fastai's workers: " + ", ".join(f"{w} ({name})" for name, w in workers.items())
+        + f", the fastest of {', '.join(map(str, chosen.workers))}.", "",
+        f"Flips and turns, resident, are {rates['batches, resident', TURNS]/rates['fastai, .npy', NONE]:.1f} times fastai without any augmentation; "
+        f"rotations are {rates['batches, resident', ALL]/rates['fastai, .npy', ALL]:.1f} times fastai's.", "",
         "Peak memory of the streaming loader (batches of 64): " + ", ".join(f"{m} MB for {n:,} galaxies" for n, m in memory.items()) + "."]
     write(f"{chosen.size} pixels, {chosen.galaxies} galaxies" + ", quick" * chosen.quick, [setting(chosen), "", *rows], Path(__file__).with_suffix(".md"),
         "# What loaders cost\n\nMade by `loaders.py`, with the published transform (standardised nJy) everywhere; ratios are within one row of rounds.\n")

@@ -8,7 +8,8 @@ def _status(key):
 
 
 def peak_memory():
-    "Largest memory of this process so far, MB, with the pages of files that it maps: not getrusage, which counts the memory of the process that started this one."
+    """Largest memory of this process so far, MB, with the pages of files that it maps: not getrusage, which counts the memory of the process that
+    started this one."""
     return _status("VmHWM")
 
 

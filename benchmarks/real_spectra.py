@@ -25,7 +25,8 @@ def mean_between(edges, flux, good, lo, hi):
 
 
 def compare_bins(spectrum, grid):
-    "Of one spectrum: bins kept, largest difference to the direct mean in units of the error, published over propagated error, and bins that either rule masks."
+    """Of one spectrum: bins kept, largest difference to the direct mean in units of the error, published over propagated error, and bins that either
+    rule masks."""
     kept = prepare([spectrum])
     published = rebin(spectrum.flux, spectrum.ivar, spectrum.loglam0, spectrum.redshift, error="published")
     edges = 10**(spectrum.loglam0 + DLOGLAM*(np.arange(len(spectrum.flux) + 1) - 0.5))/(1 + spectrum.redshift)
@@ -55,7 +56,8 @@ def strong_lines(path):
         if area < 10*sigma or not np.isfinite(native[f"{name}_flux"]): continue
         level = np.mean([theirs[p]["LINECONTLEVEL"] for p in parts])
         # what a Gaussian of this height gains when the level under it falls
-        gain = (np.interp(PLACES[name], spectrum.wavelength/(1 + z), starlight) - level)*np.sqrt(2*np.pi)*native.sigma/LIGHT_SPEED*PLACES[name]*(1 + z)*len(parts)
+        gain = ((np.interp(PLACES[name], spectrum.wavelength/(1 + z), starlight) - level)
+            *np.sqrt(2*np.pi)*native.sigma/LIGHT_SPEED*PLACES[name]*(1 + z)*len(parts))
         yield StrongLine(path.stem, label, area, sigma, *(float(t[f"{name}_flux{e}"]) for t in (native, coarse) for e in ("", "_err")),
             *(float(t[f"{name}_flux"] + gain) for t in (native, coarse)))
 
@@ -70,17 +72,21 @@ def main():
     for path in paths:
         spectrum = read_sdss(path)
         found = compare_bins(spectrum, grid)
-        bins.append(f"| {path.stem} | {spectrum.redshift:.4f} | {found['bins']} | {found['published_bins']} | {found['difference']:.0e} | {found['ratio']:.2f} | {found['native']:.2f} |")
+        bins.append(f"| {path.stem} | {spectrum.redshift:.4f} | {found['bins']} | {found['published_bins']} | "
+            f"{found['difference']:.0e} | {found['ratio']:.2f} | {found['native']:.2f} |")
         if spectrum.redshift < 0.36: lines += [f"| {x.spectrum} | {x.label} | {x.area:.0f} ± {x.area_err:.0f} | {x.native:.0f} ± {x.native_err:.0f} | "
             f"{x.coarse:.0f} ± {x.coarse_err:.0f} | {x.native/x.area:.2f} | {x.native_on_level/x.area:.2f} |" for x in strong_lines(path)]
     text = ["# Real SDSS spectra through the pipeline", "", "Made by `real_spectra.py`.", "", "## Bin by bin", "",
-        "Each bin's flux against the mean of the observed pixels in it, summed up one by one; published error (mean of the pixels' errors) against the propagated one, "
-        "and against the observed pixels' error at that wavelength.", "",
-        "| spectrum | redshift | bins kept | kept by the published masks | largest difference, σ | published / propagated error | published / pixel's error |", "|---|---|---|---|---|---|---|", *bins, "",
-        "## Lines", "", "Fluxes in 1e-17 erg/s/cm² of lines that SDSS's pipeline found with more than ten times their error. All but two agree within 10 % or 3 σ: Hα of "
-        "the first spectrum, 17 % more than SDSS's, and Hβ of the last, 10 % more on the common grid. The starlight fitted here absorbs more there than SDSS's template. The last column puts both on one "
-        "continuum, that of SDSS at the line (LINECONTLEVEL), times the line's width. (SDSS's `model` cannot be that continuum: it contains the lines.)", "",
-        "| spectrum | line | SDSS | native pixels | common grid | native / SDSS | native above SDSS's continuum / SDSS |", "|---|---|---|---|---|---|---|", *lines]
+        "Each bin's flux against the mean of the observed pixels in it, summed up one by one; published error (mean of the pixels' errors) against "
+        "the propagated one, and against the observed pixels' error at that wavelength.", "",
+        "| spectrum | redshift | bins kept | kept by the published masks | largest difference, σ | published / propagated error | "
+        "published / pixel's error |", "|---|---|---|---|---|---|---|", *bins, "",
+        "## Lines", "", "Fluxes in 1e-17 erg/s/cm² of lines that SDSS's pipeline found with more than ten times their error. All but two agree "
+        "within 10 % or 3 σ: Hα of the first spectrum, 17 % more than SDSS's, and Hβ of the last, 10 % more on the common grid. The starlight "
+        "fitted here absorbs more there than SDSS's template. The last column puts both on one continuum, that of SDSS at the line "
+        "(LINECONTLEVEL), times the line's width. (SDSS's `model` cannot be that continuum: it contains the lines.)", "",
+        "| spectrum | line | SDSS | native pixels | common grid | native / SDSS | native above SDSS's continuum / SDSS |",
+        "|---|---|---|---|---|---|---|", *lines]
     RESULTS.write_text("\n".join(text) + "\n")
     print("\n".join(text))
 

@@ -106,7 +106,8 @@ def store(folder, n):
 def measure(name, n, folder, threads):
     "Runs a case in another process: seconds, and its largest memory in MB."
     environment = os.environ | {key: str(threads) for key in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run([sys.executable, __file__, "--case", name, "--n", str(n), "--folder", str(folder)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, __file__, "--case", name, "--n", str(n), "--folder", str(folder)],
+        capture_output=True, text=True, env=environment)
     if done.returncode: raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -134,7 +135,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         rounds = [[measure(name, few, folder, chosen.threads)["seconds"] for name in ("recipe", "ours")] for _ in range(chosen.repeats)]
         theirs, own = (min(r[i] for r in rounds) for i in (0, 1))
-        lines += [f"| {few} × 1000 | {theirs:.1f} | {own:.2f} | **{theirs/own:.1f}** |", "", "| spectra × 1000 bins, single precision on disk | s | peak memory of its own, MB | with the pages of the files, MB |", "|---|---|---|---|"]
+        lines += [f"| {few} × 1000 | {theirs:.1f} | {own:.2f} | **{theirs/own:.1f}** |", "",
+            "| spectra × 1000 bins, single precision on disk | s | peak memory of its own, MB | with the pages of the files, MB |",
+            "|---|---|---|---|"]
         for n in (many//2, many):
             measure("on_disk", n, folder, chosen.threads)
             found = measure("out_of_core", n, folder, chosen.threads)

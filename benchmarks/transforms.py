@@ -12,8 +12,9 @@ from specpred.config import TrainingParameters
 from specpred.images import Augmentation, fit_transform, open_images
 from specpred.training import batch_loaders, train_model, training_table
 
-CHOICES = {"raw, standardised per band (published)": ("linear", 3., 0), "asinh, softening 1 × noise": ("asinh", 1., 0), "asinh, softening 3 × noise": ("asinh", 3., 0),
-    "asinh, softening 10 × noise": ("asinh", 10., 0), "each image by its own r.m.s.": ("image", 3., 0), "asinh, 3 × noise, moved by up to 2 pixels": ("asinh", 3., 2)}
+CHOICES = {"raw, standardised per band (published)": ("linear", 3., 0), "asinh, softening 1 × noise": ("asinh", 1., 0),
+    "asinh, softening 3 × noise": ("asinh", 3., 0), "asinh, softening 10 × noise": ("asinh", 10., 0),
+    "each image by its own r.m.s.": ("image", 3., 0), "asinh, 3 × noise, moved by up to 2 pixels": ("asinh", 3., 2)}
 
 
 def errors(images, table, stretch, factor, max_shift, chosen):
@@ -50,5 +51,6 @@ if __name__ == "__main__":
         print(rows[-1], flush=True)
     counts = table.split.value_counts()
     write(f"Transforms: {chosen.model}, {images.shape[-1]} pixels, {counts['train']} galaxies" + ", quick"*chosen.quick, [
-        f"{chosen.epochs} epochs, batches of {chosen.batch}, largest learning rate {chosen.lr}, {chosen.seeds} seeds each; {counts['valid']} valid galaxies.", "", *rows],
+        f"{chosen.epochs} epochs, batches of {chosen.batch}, largest learning rate {chosen.lr}, {chosen.seeds} seeds each; "
+        f"{counts['valid']} valid galaxies.", "", *rows],
         Path(__file__).with_name("images.md"), "# What stores and transforms of images cost and give\n\nMade by `images.py` and `transforms.py`.\n")

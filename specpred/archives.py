@@ -238,7 +238,8 @@ _CATALOGUE_COLUMNS = tuple(_RENAMED.get(c.lower(), c.lower()) for c in re.findal
 def _integers(text:pd.Series, dtype) -> np.ndarray:
     values = text.fillna("").str.strip()
     if not values.str.fullmatch(r"-?\d{1,20}").all():
-        raise ArchiveError(f"The catalogue's column {text.name} has entries that are no integers, such as {values[~values.str.fullmatch(r'-?[0-9]+')].iloc[:1].tolist()}.")
+        raise ArchiveError(f"The catalogue's column {text.name} has entries that are no integers, "
+            f"such as {values[~values.str.fullmatch(r'-?[0-9]+')].iloc[:1].tolist()}.")
     try: return np.array([int(v) for v in values], dtype=dtype)
     except OverflowError as error: raise ArchiveError(f"The catalogue's column {text.name} has values beyond {np.dtype(dtype)}.") from error
 
@@ -256,7 +257,8 @@ def _measured(values:np.ndarray) -> np.ndarray: return np.where(values <= -9999,
 
 # %% ../nbs/02_archives.ipynb #22f1cefd
 def _read_csv(text:str) -> pd.DataFrame:
-    "A table of texts. Lines at the beginning that start with # are no part of it. Raises `InvalidInputError` where a line has more or fewer fields than the header."
+    """A table of texts. Lines at the beginning that start with # are no part of it. Raises `InvalidInputError` where a line has more or fewer fields
+    than the header."""
     rows = csv.reader(re.sub(r"\A(?:\s*#[^\n]*(?:\n|\Z))*", "", text).splitlines(), skipinitialspace=True, strict=True)
     try: names, *records = (row for row in rows if row)
     except (ValueError, csv.Error) as error: raise InvalidInputError(f"not CSV: {error}" if isinstance(error, csv.Error) else "nothing in it") from error
@@ -317,7 +319,8 @@ def fetch_catalogue(
     except (DamagedFileError, NotFoundError, BusyError) as error: raise ArchiveError(f"No catalogue from {skyserver_url}: {error}") from error
 
 # %% ../nbs/02_archives.ipynb #d9f3cdc1
-_BOSS_RUN2D = dict(dr9="v5_4_45", dr10="v5_5_12", dr11="v5_6_5", dr12="v5_7_0", dr13="v5_9_0", dr14="v5_10_0", dr15="v5_10_0", dr16="v5_13_0", dr17="v5_13_2")
+_BOSS_RUN2D = dict(dr9="v5_4_45", dr10="v5_5_12", dr11="v5_6_5", dr12="v5_7_0", dr13="v5_9_0",
+    dr14="v5_10_0", dr15="v5_10_0", dr16="v5_13_0", dr17="v5_13_2")
 
 # %% ../nbs/02_archives.ipynb #68ccb230
 def spectrum_name(
@@ -496,9 +499,11 @@ def _miniature_template() -> tuple:
     n, kinds = 500, {"i": "J", "f": "E", "S": "12A"}
     pixels = np.zeros(n, [(k, ">f4") for k in ("flux", "loglam", "ivar")] + [(k, ">i4") for k in ("and_mask", "or_mask")])
     pixels["loglam"], pixels["ivar"] = 3.58 + 1e-4*np.arange(n), 1
-    found = np.zeros(1, [(k, ">i4") for k in ("PLATE", "MJD", "FIBERID", "ZWARNING")] + [(k, ">f4") for k in ("Z", "PLUG_RA", "PLUG_DEC")] + [("CLASS", "S12"), ("SUBCLASS", "S12")])
+    found = np.zeros(1, [(k, ">i4") for k in ("PLATE", "MJD", "FIBERID", "ZWARNING")] + [(k, ">f4") for k in ("Z", "PLUG_RA", "PLUG_DEC")]
+        + [("CLASS", "S12"), ("SUBCLASS", "S12")])
     found["CLASS"] = b"GALAXY"
-    table = lambda rows, name: fits.BinTableHDU.from_columns([fits.Column(k, kinds[rows.dtype[k].kind], array=rows[k]) for k in rows.dtype.names], name=name)
+    table = lambda rows, name: fits.BinTableHDU.from_columns(
+        [fits.Column(k, kinds[rows.dtype[k].kind], array=rows[k]) for k in rows.dtype.names], name=name)
     stream, primary = io.BytesIO(), fits.PrimaryHDU()
     primary.header.update(PLATEID=0, MJD=0, FIBERID=0)
     fits.HDUList([primary, table(pixels, "COADD"), table(found, "SPECOBJ")]).writeto(stream)
@@ -530,7 +535,8 @@ def read_cutout_names(
     if len(rows) < len(words) or any(not row["filename"].endswith("/" + row.get("shortname", "")) and "shortname" in row for row in rows):
         raise DamagedFileError("no list of files: a line is cut off or garbled")
     cells = {}  # bands and names of each skycell
-    for band, name in ((row["filter"], row["filename"]) for row in rows if row["type"] == "stack" and row.get("badflag", "0") == "0" and row["filter"] in set(BANDS)):
+    for band, name in ((row["filter"], row["filename"]) for row in rows
+            if row["type"] == "stack" and row.get("badflag", "0") == "0" and row["filter"] in set(BANDS)):
         cell = re.fullmatch(rf"/rings\.v3\.skycell/(\d{{4}})/(\d{{3}})/rings\.v3\.skycell\.\1\.\2\.stk\.{band}\.unconv\.fits", name)
         if not cell: raise DamagedFileError(f"a foreign file name: {name[:100]!r} is not PS1's of a stack in {band}")
         cells.setdefault(cell.groups(), {})[band] = name
@@ -632,7 +638,8 @@ def _query_form() -> re.Pattern:
     form = re.escape(" ".join(SELECTION.split())).replace(r"\ ", r"\s+")
     columns = form[form.index(r"s\.specObjID"):form.index(r"\s+FROM")]
     numbers = {columns: r"(?P<columns>[sp]\.\w+(?:\s*,\s*[sp]\.\w+)*)", r"\{n_max\}": r"(?P<n_max>\d{1,9})", r"\{seed\}": r"(?P<seed>-?\d{1,18})",
-        r"\&\s+70\)": r"\&\s+(?P<mask>\d{1,18})\)", r"z\s+>\s+0": r"z\s+>\s+(?P<low>[0-9]{1,9}(?:\.[0-9]{1,9})?)", r"<=\s+0\.36": r"<=\s+(?P<high>[0-9]{1,9}(?:\.[0-9]{1,9})?)"}
+        r"\&\s+70\)": r"\&\s+(?P<mask>\d{1,18})\)", r"z\s+>\s+0": r"z\s+>\s+(?P<low>[0-9]{1,9}(?:\.[0-9]{1,9})?)",
+        r"<=\s+0\.36": r"<=\s+(?P<high>[0-9]{1,9}(?:\.[0-9]{1,9})?)"}
     for old, new in numbers.items():
         assert form.count(old) == 1, old
         form = form.replace(old, new)
@@ -768,7 +775,8 @@ def _filenames(self:LocalArchive, query:dict) -> bytes:
         stack = self.stack(path)
         x, y = sky_to_pixel(stack.header, ra, dec)
         if not (-0.5 <= x < stack.counts.shape[1] - 0.5 and -0.5 <= y < stack.counts.shape[0] - 0.5): break
-        rows.append(f"{number.replace('.', ' ')} {ra:.8f} {dec:.8f} {band} {float(cell.get('mjd', 0)):.4f} stack {name} {name.rpartition('/')[2]}" + " 0"*self.badflag)
+        rows.append(f"{number.replace('.', ' ')} {ra:.8f} {dec:.8f} {band} {float(cell.get('mjd', 0)):.4f} stack "
+            f"{name} {name.rpartition('/')[2]}" + " 0"*self.badflag)
     return ("\n".join(rows) + "\n").encode()
 
 def _cutout(self:LocalArchive, query:dict) -> bytes:
@@ -797,7 +805,8 @@ def _miniature_stack(path:Path, band:str, ra:float, dec:float, side:int, positio
         near += (900*(1 + BANDS.index(band))*np.exp(-((x - px)**2 + (y - py)**2)/(2*3.0**2)))[:near.shape[0], :near.shape[1]]
     values = 2.5*np.log10(np.e)*np.arcsinh((counts - header["BOFFSET"])/(2*header["BSOFTEN"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(values.astype(np.float32), header, quantize_level=32, quantize_method=1, dither_seed=7)]).writeto(path)
+    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(values.astype(np.float32), header, quantize_level=32, quantize_method=1,
+        dither_seed=7)]).writeto(path)
 
 # %% ../nbs/02_archives.ipynb #72ceb25a
 def _miniature_survey(folder:Path, n_cells:int = 3, per_side:int = 2, stamp:int = 60, seed:int = 0) -> pd.DataFrame:
@@ -819,7 +828,8 @@ def _miniature_survey(folder:Path, n_cells:int = 3, per_side:int = 2, stamp:int 
 def _write_miniature_tables(folder:Path, positions:list, cells:list, rng:np.random.Generator) -> pd.DataFrame:
     n = np.arange(len(positions))
     plate, fiberid = 266 + n//640, 1 + n % 640
-    table = pd.DataFrame({"specObjID": [(p << 50) + (f << 38) + (1602 << 24) + (26 << 10) for p, f in zip(plate.tolist(), fiberid.tolist())]}, dtype=np.uint64)
+    table = pd.DataFrame({"specObjID": [(p << 50) + (f << 38) + (1602 << 24) + (26 << 10) for p, f in zip(plate.tolist(), fiberid.tolist())]},
+        dtype=np.uint64)
     table = table.assign(bestObjID=1237648720693755918 + n, plate=plate, mjd=51602, fiberID=fiberid, run2d="26", ra=[p[0] for p in positions],
         dec=[p[1] for p in positions], z=0.05 + 1e-4*n, zErr=1e-5, zWarning=0, **{"class": "GALAXY"}, subClass="", primTarget=64,
         **{name: np.round(rng.normal(16, 1, len(n)), 4) for name in re.findall(r"p\.(\w+)", SELECTION) if name != "objID"})
@@ -1070,7 +1080,8 @@ def split_by_sky(
     sizes, fixed = np.bincount(index, inside, len(blocks)), np.bincount(index, ~inside, len(blocks)) > 0
     free, needed = np.flatnonzero(~fixed), np.flatnonzero(fractions[1:]) + 1
     if inside.any() and len(free) < len(needed) + (not sizes[fixed].any()):
-        raise InvalidInputError(f"The galaxies lie in {len(free)} blocks of sky, too few for {1 + len(needed)} splits. Choose a smaller archives.block_deg than {block_deg:g}.")
+        raise InvalidInputError(f"The galaxies lie in {len(free)} blocks of sky, too few for {1 + len(needed)} splits. "
+            f"Choose a smaller archives.block_deg than {block_deg:g}.")
     wanted, split, numbers = fractions*sizes.sum(), np.zeros(len(blocks), np.int64), np.array([sizes[fixed].sum(), 0.0, 0.0])
     for n_dealt, b in enumerate(random_generator(seed, "split").permutation(free)):
         # every split gets one block first, however few there are
@@ -1094,7 +1105,8 @@ def plot_split(
     longitude = np.radians(180 - np.asarray(ra) % 360)  # the map's centre is at 12 h, where SDSS's northern cap lies
     for name, color in SPLIT_COLORS.items():
         rows = np.asarray(split) == name
-        ax.plot(longitude[rows], np.radians(np.asarray(dec)[rows]), ".", ms=2 if len(longitude) > 1000 else 4, color=color, label=f"{name} ({rows.sum():,})", rasterized=True)
+        ax.plot(longitude[rows], np.radians(np.asarray(dec)[rows]), ".", ms=2 if len(longitude) > 1000 else 4, color=color,
+            label=f"{name} ({rows.sum():,})", rasterized=True)
     ax.plot(np.linspace(-np.pi, np.pi, 100), np.full(100, np.radians(PS1_SOUTH)), "k--", lw=0.8, label="southern edge of PS1")
     ax.set_xticks(np.radians([-120, -60, 0, 60, 120]), ["300°", "240°", "180°", "120°", "60°"])
     ax.set(xlabel="right ascension", ylabel="declination")
@@ -1103,7 +1115,8 @@ def plot_split(
     return ax
 
 # %% ../nbs/02_archives.ipynb #d422b907
-_SUFFIXES = {".csv": "csv", ".fits": "fits", ".fit": "fits", ".vot": "votable", ".votable": "votable", ".xml": "votable", ".parquet": "parquet", ".pq": "parquet"}
+_SUFFIXES = {".csv": "csv", ".fits": "fits", ".fit": "fits", ".vot": "votable", ".votable": "votable", ".xml": "votable",
+    ".parquet": "parquet", ".pq": "parquet"}
 _MAX_TABLE_BYTES = 4 << 30
 
 def _open_table(path:Path) -> tuple:
@@ -1126,7 +1139,8 @@ def _open_table(path:Path) -> tuple:
         return scalar.to_pandas(index=False), {name: scalar[name].unit for name in scalar.colnames}
 
 # %% ../nbs/02_archives.ipynb #f73ec1d0
-_ALIASES = dict(ra="ra raj2000 _raj2000 ra_deg ra_icrs ra_j2000 right_ascension", dec="dec dej2000 decj2000 _dej2000 dec_deg de_icrs dec_j2000 declination decl",
+_ALIASES = dict(ra="ra raj2000 _raj2000 ra_deg ra_icrs ra_j2000 right_ascension",
+    dec="dec dej2000 decj2000 _dej2000 dec_deg de_icrs dec_j2000 declination decl",
     redshift="redshift z z_spec zspec", redshift_err="redshift_err zerr z_err", fiberid="fiberid fiber fiber_id", specobjid="specobjid specobj_id")
 _NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 
@@ -1238,7 +1252,8 @@ def _spectra_of_table(own:_OwnTable, release:str) -> pd.DataFrame:
     "plate, mjd, fiberid and run2d of every row, 0 and empty where it names no spectrum."
     table, given = own.rows, [c for c in ("plate", "mjd", "fiberid") if c in own.names]
     if 0 < len(given) < 3:
-        raise InvalidInputError(f"{own.file} has {' and '.join(own.names[c] for c in given)}, and no column {next(c for c in ('plate', 'mjd', 'fiberid') if c not in given)!r}. "
+        raise InvalidInputError(f"{own.file} has {' and '.join(own.names[c] for c in given)}, "
+                                  f"and no column {next(c for c in ('plate', 'mjd', 'fiberid') if c not in given)!r}. "
                                 "A spectrum is named by plate, mjd and fiberid; without all three only cutouts are downloaded.")
     names = pd.DataFrame({c: _table_integers(own, c) if given else np.zeros(len(table), np.int32) for c in ("plate", "mjd", "fiberid")})
     asked = (names > 0).to_numpy()
@@ -1254,10 +1269,12 @@ def _without_repeats(own:_OwnTable, table:pd.DataFrame) -> pd.DataFrame:
     apart = np.linalg.norm(_unit_vectors(table.ra, table.dec) - _unit_vectors(first.ra, first.dec), axis=1) > np.radians(1/3600)
     other = (table[["plate", "mjd", "fiberid"]].to_numpy() != first[["plate", "mjd", "fiberid"]].to_numpy()).any(1)
     if (wrong := apart | other).any():  # without identifiers of its own the table names a spectrum at two places
-        own.complain("specobjid" if "specobjid" in own.names else "plate", wrong, "one galaxy for one identifier or spectrum, this row's has several positions or spectra")
+        own.complain("specobjid" if "specobjid" in own.names else "plate", wrong,
+            "one galaxy for one identifier or spectrum, this row's has several positions or spectra")
     repeats = table.specobjid.duplicated()
     if repeats.any():
-        warnings.warn(f"{own.file}: {repeats.sum()} rows repeat another row and are left out, the first of them row {table.table_row[repeats].iloc[0] + 1}.")
+        warnings.warn(f"{own.file}: {repeats.sum()} rows repeat another row and are left out, "
+            f"the first of them row {table.table_row[repeats].iloc[0] + 1}.")
     return table[~repeats]
 
 # %% ../nbs/02_archives.ipynb #ccfcc56b
@@ -1354,7 +1371,8 @@ def _want(self:DownloadState, files) -> int:
 
 def _record(self:DownloadState, outcome:Outcome):
     "Keeps the outcome; written to the disk at least every half second of recording."
-    self.database.execute(f"INSERT OR REPLACE INTO file ({_OUTCOME}, time, wanted) VALUES ({'?, '*9}1)", (*(getattr(outcome, c) for c in _OUTCOME.split(", ")), time.time()))
+    self.database.execute(f"INSERT OR REPLACE INTO file ({_OUTCOME}, time, wanted) VALUES ({'?, '*9}1)",
+        (*(getattr(outcome, c) for c in _OUTCOME.split(", ")), time.time()))
     if time.monotonic() - self._saved > 0.5:
         self.database.commit()
         self._saved = time.monotonic()
@@ -1391,7 +1409,8 @@ def describe_download(
     lines = [f"{raw}: {good.files.sum():,} of {counts.files.sum():,} files have arrived, {good.bytes.sum()/1e6:,.2f} MB"]
     rest = counts[counts.status != "good"].assign(cause=lambda table: table.cause.map(_printable))
     if len(rest): lines += ["", rest.drop(columns="bytes").to_string(index=False), "", "for example", *(
-        f"  {e.name}  {e.status}{f' after {e.attempts} requests' if e.attempts else ''}{f': {_printable(e.error)[:150]}' if e.error else ''}" for e in examples.itertuples())]
+        f"  {e.name}  {e.status}{f' after {e.attempts} requests' if e.attempts else ''}{f': {_printable(e.error)[:150]}' if e.error else ''}"
+        for e in examples.itertuples())]
     return "\n".join(lines)
 
 # %% ../nbs/02_archives.ipynb #787c2153
@@ -1502,7 +1521,8 @@ def _held_source(raw:Path) -> dict | None:
     try: return dict(json.loads((raw/"source.json").read_text()))
     except FileNotFoundError: return None
     except (ValueError, TypeError) as error:
-        raise InvalidInputError(f"{raw/'source.json'} is damaged ({error}), so where the files beside it are from is unknown. Move {raw} away and run this again.") from error
+        raise InvalidInputError(f"{raw/'source.json'} is damaged ({error}), so where the files beside it are from is unknown. "
+            f"Move {raw} away and run this again.") from error
 
 # %% ../nbs/02_archives.ipynb #78f7e8f1
 def _claim(raw:Path, source:dict):
@@ -1515,8 +1535,10 @@ def _claim(raw:Path, source:dict):
     if held is not None:
         if any(held.get(k) or source[k] for k in ("skyserver_url", "sas_url", "ps1_url")):
             changed = "; ".join(f"{k} was {held.get(k)} and is {source[k]}" for k in source if held.get(k) != source[k])
-            raise InvalidInputError(f"{raw} holds files from another archive: {changed}. Nothing was changed. Move {raw} away, or choose another --data-dir.")
-        for name in ("catalogue.parquet", "state.sqlite", "state.sqlite-wal", "state.sqlite-shm", *(p.name for p in raw.glob("query-*.csv"))): (raw/name).unlink(missing_ok=True)
+            raise InvalidInputError(f"{raw} holds files from another archive: {changed}. Nothing was changed. "
+                f"Move {raw} away, or choose another --data-dir.")
+        for name in ("catalogue.parquet", "state.sqlite", "state.sqlite-wal", "state.sqlite-shm", *(p.name for p in raw.glob("query-*.csv"))):
+            (raw/name).unlink(missing_ok=True)
         for name in ("spectra", "cutouts", "quarantine"): shutil.rmtree(raw/name, ignore_errors=True)
     with atomic_path(raw/"source.json") as part: part.write_text(json.dumps(source, indent=1))  # last: a kill before this line starts over
 
@@ -1560,7 +1582,8 @@ def _files(catalogue:pd.DataFrame, size:int, release:str):
 def _tasks(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls, closed:dict):
     "What is left to do: for each galaxy its spectrum, and those of its cutouts that are not there yet, but nothing of archives that are `closed`."
     for row, spectrum, cutouts in _files(catalogue, size, release):
-        for function, arguments, items in ((_fetch_spectrum, (client, urls, raw, row), spectrum), (_fetch_cutouts, (client, urls, raw, row, size), cutouts)):
+        for function, arguments, items in ((_fetch_spectrum, (client, urls, raw, row), spectrum),
+                (_fetch_cutouts, (client, urls, raw, row, size), cutouts)):
             todo = {name: request for name, request in items.items() if not _is_kept(raw, state[name], request, state.record)}
             if todo and _archive_of(next(iter(todo))) not in closed: yield partial(_outcomes, function, *arguments, todo)
 
@@ -1603,7 +1626,8 @@ def _fetch_all(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:Do
             client.stopping.clear()  # nobody is at work any more, and the client may be wanted again
             shutil.rmtree(raw/".partial", ignore_errors=True)
     if closed:
-        raise ArchiveError("; ".join(f"{archive} gives nothing any more: {error}" for archive, error in closed.items()) + ". Run this again later; what has arrived is kept.")
+        raise ArchiveError("; ".join(f"{archive} gives nothing any more: {error}" for archive, error in closed.items())
+            + ". Run this again later; what has arrived is kept.")
 
 # %% ../nbs/02_archives.ipynb #493aadd6
 def _lacking(row, size:int, release:str, state:DownloadState) -> list:
@@ -1655,8 +1679,8 @@ def _one_file_each(catalogue:pd.DataFrame):
     twice = named[named.duplicated(["plate", "mjd", "fiberid"], keep=False) & ~named.duplicated(["plate", "mjd", "fiberid", "run2d"], keep=False)]
     if len(twice):
         row = twice.iloc[0]
-        raise InvalidInputError(f"Spectrum {spectrum_name(row.plate, row.mjd, row.fiberid)} is wanted from several reductions (run2d), e.g. {row.run2d}: they would take one "
-            "another's place. Keep one of them.")
+        raise InvalidInputError(f"Spectrum {spectrum_name(row.plate, row.mjd, row.fiberid)} is wanted from several reductions (run2d), "
+            f"e.g. {row.run2d}: they would take one another's place. Keep one of them.")
 
 def _check_request(size:int, seed:int):
     if size < 1: raise InvalidInputError(f"size={size}: cutouts have at least one pixel")
@@ -1795,9 +1819,11 @@ def plan_download(
     if catalogue is not None:
         _one_file_each(catalogue)
         same = _held_source(raw) == _source(parameters, survey) and (raw/"state.sqlite").is_file()
-        with DownloadState(raw/"state.sqlite" if same else ":memory:") as state: n_all, *left = _count_left(catalogue, size, parameters.release, raw, state)
+        with DownloadState(raw/"state.sqlite" if same else ":memory:") as state:
+            n_all, *left = _count_left(catalogue, size, parameters.release, raw, state)
         most = ""
     n_spectra, n_cutouts, n_lists = left
     plan = estimate(n_spectra, n_cutouts, size, parameters.concurrency, n_lists=n_lists)
-    return (f"{most}{n_all:,} files, {n_all - plan['files']:,} of them are there or known to be missing\n{most}{plan['files']:,} to download: {plan['requests']:,} requests, "
-            f"{plan['gigabytes']:,} GB, about {plan['hours']:.1f} hours at {parameters.concurrency} requests at once of one second each")
+    return (f"{most}{n_all:,} files, {n_all - plan['files']:,} of them are there or known to be missing\n"
+            f"{most}{plan['files']:,} to download: {plan['requests']:,} requests, {plan['gigabytes']:,} GB, "
+            f"about {plan['hours']:.1f} hours at {parameters.concurrency} requests at once of one second each")

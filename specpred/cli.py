@@ -70,7 +70,8 @@ def _download_settings(profile:str, table:Optional[Path], overrides:List[str], d
 @app.command()
 def download(
     profile: _Profile = "paper",
-    table: Annotated[Optional[Path], typer.Option("--table", help="Your own catalogue instead of the paper's selection: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
+    table: Annotated[Optional[Path], typer.Option("--table",
+        help="Your own catalogue instead of the paper's selection: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many files and GB, and about how long.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Only say what has arrived, what is missing and why.")] = False,
     retry_missing: Annotated[bool, typer.Option("--retry-missing", help="Ask again for files that an archive said it does not have.")] = False,
@@ -108,7 +109,8 @@ def serve(
     from specpred import archives
     def say(port:int):
         settings = " ".join(f"--set archives.{k}={v}" for k, v in vars(archives.ArchiveURLs.local(port)).items())
-        print(f"serving {folder} on port {port}; to download from it into a folder of its own:\n  specpred download --data-dir from-{port} {settings}", flush=True)
+        print(f"serving {folder} on port {port}; to download from it into a folder of its own:\n"
+            f"  specpred download --data-dir from-{port} {settings}", flush=True)
     try: archives.serve_forever(folder, port, archives.read_faults(faults), badflag, say)
     except KeyboardInterrupt: print("stopped")
 

@@ -115,8 +115,8 @@ class SpectraParameters(_Section):
     extinction: str = "none"  # law of the Milky Way's extinction to correct for: "none", "F99" or "CCM89"
     min_error: float = 0.125  # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom; becomes 0.25 with error=published
     max_missing: float = 0.5  # a spectrum with a larger fraction of missing bins is left out
-    _limits = dict(n_bins=(10, 100_000), loglam0=(3, 4.5), dloglam=(1e-6, 0.1), n_components=(1, 1000), n_iter=(1, 10_000), error={"propagated", "published"},
-        extinction={"none", "F99", "CCM89"}, min_error=(0, 1e6), max_missing=(0, 1))
+    _limits = dict(n_bins=(10, 100_000), loglam0=(3, 4.5), dloglam=(1e-6, 0.1), n_components=(1, 1000), n_iter=(1, 10_000),
+        error={"propagated", "published"}, extinction={"none", "F99", "CCM89"}, min_error=(0, 1e6), max_missing=(0, 1))
 
 # %% ../nbs/00_config.ipynb #b0341cec
 @dataclass(frozen=True)
@@ -135,8 +135,9 @@ class VAEParameters(_Section):
     valid_fraction: float = 0.25  # part of the training spectra that decides when to stop
     n_trials: int = 1  # settings of hidden sizes and lambda to choose from: these and random ones
     trial_epochs: int = 20  # epochs of each trial, at most
-    _limits = dict(n_latents=(1, 1000), hidden=(1, 100_000), n_targets=(1, 1000), lambda_=(0, 1e12), alpha=(-1e6, 1), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 1e12),
-        plateau_patience=(0, 10**6), stop_patience=(1, 10**6), valid_fraction=(0.001, 0.999), n_trials=(1, 10**6), trial_epochs=(1, 10**6))
+    _limits = dict(n_latents=(1, 1000), hidden=(1, 100_000), n_targets=(1, 1000), lambda_=(0, 1e12), alpha=(-1e6, 1), epochs=(1, 10**6),
+        batch_size=(1, 10**6), lr=(1e-12, 1e12), plateau_patience=(0, 10**6), stop_patience=(1, 10**6), valid_fraction=(0.001, 0.999),
+        n_trials=(1, 10**6), trial_epochs=(1, 10**6))
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,8 +159,8 @@ class TrainingParameters(_Section):
     stretch: str = "asinh"  # of the images; "linear" as published; or "image", which divides each by its own brightness
     max_shift: int = 0  # augmentation by moves of up to so many pixels; none as published
     loader: str = "batches"  # whole batches from memory or the store; or "fastai", a DataBlock, item by item
-    _limits = dict(models=set(IMAGE_MODELS), seeds=(1, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100), lr_deconv=(1e-12, 100), weight_decay=(0, 100), stretch={"asinh", "linear", "image"},
-        max_shift=(0, 1000), loader={"batches", "fastai"})
+    _limits = dict(models=set(IMAGE_MODELS), seeds=(1, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(1e-12, 100), lr_deconv=(1e-12, 100),
+        weight_decay=(0, 100), stretch={"asinh", "linear", "image"}, max_shift=(0, 1000), loader={"batches", "fastai"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -263,7 +264,8 @@ def get_profile(
     if profile.seed < 0: raise ProfileError(f"Cannot set seed={profile.seed}: expected 0 or more.")
     # galaxies lie up to a sixteenth of a stamp off its centre
     if profile.mock.n_galaxies and profile.images.size > (largest := profile.mock.stamp_size*7//8):
-        raise ProfileError(f"images.size={profile.images.size} is more than mock images have around a galaxy: with mock.stamp_size={profile.mock.stamp_size} at most {largest}.")
+        raise ProfileError(f"images.size={profile.images.size} is more than mock images have around a galaxy: "
+            f"with mock.stamp_size={profile.mock.stamp_size} at most {largest}.")
     return profile
 
 # %% ../nbs/00_config.ipynb #b690c63f

@@ -60,8 +60,8 @@ def inverse_square_root(
     n_iter:int=5,  # Newton–Schulz steps
 ) -> Tensor:  # (…, F, F)
     """Approximate $C^{-1/2}$ of covariances by Newton–Schulz steps, differentiable; only the symmetric part of the gradient is
-    returned. A matrix of zeros has none, and gives NaN. Raises `InvalidInputError` for matrices that are not square or for fewer than one step. Source: Higham (2008),
-    *Functions of Matrices*, eq. 6.35; Ye et al. (2020), section 3."""
+    returned. A matrix of zeros has none, and gives NaN. Raises `InvalidInputError` for matrices that are not square or for fewer than one step.
+    Source: Higham (2008), *Functions of Matrices*, eq. 6.35; Ye et al. (2020), section 3."""
     if cov.dim() < 2 or cov.shape[-1] != cov.shape[-2] or n_iter < 1:
         raise InvalidInputError(f"Need square matrices (…, F, F) and n_iter ≥ 1, got shape {tuple(cov.shape)} and n_iter={n_iter}.")
     norm = torch.linalg.matrix_norm(cov, keepdim=True)

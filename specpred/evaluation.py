@@ -48,7 +48,8 @@ def rmse_difference(
     truth:np.ndarray,  # (N, n_targets)
     rng:np.random.Generator,
 ) -> tuple[float, float]:
-    "`pooled_rmse` of the one minus that of the other, and its bootstrap error. Both see the same resampled galaxies, so that what is difficult for both drops out."
+    """`pooled_rmse` of the one minus that of the other, and its bootstrap error. Both see the same resampled galaxies, so that what is difficult for
+    both drops out."""
     def difference(rows): return pooled_rmse(prediction[rows], truth[rows]) - pooled_rmse(other[rows], truth[rows])
     return difference(np.arange(len(truth))), bootstrap_error(difference, len(truth), rng)
 
@@ -122,7 +123,8 @@ def load_reference(
     truth = true_spectra(paths.mock, specobjids)
     if truth is not None:
         loglam, flux = truth
-        rest = rebin(flux, None, loglam[0], store.redshift[rows], LogGrid(len(store.wavelength), np.log10(store.wavelength[0]), np.log10(store.wavelength[1]/store.wavelength[0])))
+        rest = rebin(flux, None, loglam[0], store.redshift[rows],
+            LogGrid(len(store.wavelength), np.log10(store.wavelength[0]), np.log10(store.wavelength[1]/store.wavelength[0])))
         truth = np.where(rest.missing, np.nan, rest.flux)/norm
     return Reference(targets, store.flux[rows]/norm, store.error[rows]/norm, store.missing[rows], model.decode(targets), truth)
 
@@ -158,7 +160,8 @@ def score_lines(
     predicted:pd.DataFrame,  # of `measure_spectra`, of predicted spectra
     reference:pd.DataFrame,  # the same of true or observed spectra, row by row
 ) -> pd.DataFrame:
-    "One row a quantity: unit, number of galaxies in which the reference has it, median difference, robust scatter, Spearman's rank correlation (NaN where all predictions are equal)."
+    """One row a quantity: unit, number of galaxies in which the reference has it, median difference, robust scatter, Spearman's rank correlation
+    (NaN where all predictions are equal)."""
     rows = {}
     for name, unit in LINE_QUANTITIES.items():
         both = pd.DataFrame(dict(predicted=predicted[name].to_numpy(), reference=reference[name].to_numpy())).dropna()

@@ -28,7 +28,8 @@ def mark_lines(
     "Marks the strong lines of galaxies."
     for name, wavelength in LINE_MARKS.items():
         ax.axvline(wavelength, color="0.88", lw=.7, zorder=0)
-        if names: ax.annotate(name, (wavelength, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=6, color="0.35", rotation=60)
+        if names:
+            ax.annotate(name, (wavelength, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=6, color="0.35", rotation=60)
 
 # %% ../nbs/10_figures.ipynb #26af63fa
 def choose_gallery(

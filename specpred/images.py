@@ -360,7 +360,8 @@ def _open_partial(partial:Path, specobjids:np.ndarray, settings:dict, source:Pat
     return group
 
 # %% ../nbs/03_images.ipynb #c22efc82
-def _pack(specobjids, read, store:Path, settings:dict, source:Path | None=None, keep:Path | None=None, again=(), n_jobs:int=1, progress:bool=False) -> dict[str, str]:
+def _pack(specobjids, read, store:Path, settings:dict, source:Path | None=None, keep:Path | None=None, again=(), n_jobs:int=1,
+        progress:bool=False) -> dict[str, str]:
     """Fills a store with what `read` gives for runs of specobjids, from the folder `source` or from memory; a store `keep` that is there already is
     continued, its rows `again` are read again."""
     from joblib import Parallel, delayed
@@ -370,7 +371,8 @@ def _pack(specobjids, read, store:Path, settings:dict, source:Path | None=None, 
     again = set(again) | _late_rows(group, zarr.open_group(keep, mode="r")["usable"].shape[0] if keep else 0)
     spans = _unfinished(partial, group, again)
     todo = sum(stop - start for start, stop in spans)
-    with Parallel(n_jobs=n_jobs) as parallel, tqdm(total=len(specobjids), initial=len(specobjids) - todo, unit="galaxy", desc="packing", disable=not progress) as bar:
+    with Parallel(n_jobs=n_jobs) as parallel, tqdm(total=len(specobjids), initial=len(specobjids) - todo, unit="galaxy", desc="packing",
+            disable=not progress) as bar:
         for start, stop in spans:
             kept = {k: v for k, v in _sound_rows(keep or partial, start, stop).items() if k not in again}
             wanted = np.array([k for k in range(start, stop) if k not in kept], int)
@@ -426,7 +428,8 @@ def pack_images(
     specobjids, raw_cutouts = _as_specobjids(specobjids), Path(raw_cutouts).resolve()
     if len(specobjids) == 0: raise InvalidInputError("no galaxy has all five images; look at the status column of the catalogue")
     settings = _settings(size, dtype, max_mask_fraction)
-    return _pack(specobjids, functools.partial(_read_rows, raw_cutouts=raw_cutouts, **settings), Path(store), settings, raw_cutouts, n_jobs=n_jobs, progress=progress)
+    read = functools.partial(_read_rows, raw_cutouts=raw_cutouts, **settings)
+    return _pack(specobjids, read, Path(store), settings, raw_cutouts, n_jobs=n_jobs, progress=progress)
 
 # %% ../nbs/03_images.ipynb #18453a1d
 def append_images(
@@ -715,10 +718,13 @@ def fit_transform(
 ) -> ImageTransform:
     """The transform whose output has mean 0 and standard deviation 1 per band over these galaxies.
 
-    Raises `InvalidInputError` for an unknown stretch, other shapes, no galaxy, pixels without data, and bands that are constant or, for asinh, without noise."""
+    Raises `InvalidInputError` for an unknown stretch, other shapes, no galaxy, pixels without data, and bands that are constant or, for asinh,
+    without noise."""
     if stretch not in STRETCHES: raise InvalidInputError(f"stretch is one of {', '.join(STRETCHES)}, not {stretch!r}")
-    if np.ndim(flux) != 4 or np.shape(flux)[1] != len(BANDS) or not len(flux) or np.ndim(noise) != 2 or np.shape(noise)[1] != len(BANDS) or not len(noise):
-        raise InvalidInputError(f"a transform is fitted on (N, 5, height, width) images and (N, 5) noise, N > 0; got {np.shape(flux)} and {np.shape(noise)}")
+    if (np.ndim(flux) != 4 or np.shape(flux)[1] != len(BANDS) or not len(flux)
+            or np.ndim(noise) != 2 or np.shape(noise)[1] != len(BANDS) or not len(noise)):
+        raise InvalidInputError("a transform is fitted on (N, 5, height, width) images and (N, 5) noise, N > 0; "
+            f"got {np.shape(flux)} and {np.shape(noise)}")
     softening = factor*np.median(noise, axis=0)
     if stretch == "asinh" and not (softening > 0).all():
         raise InvalidInputError(f"asinh needs a softening above 0 nJy in every band; noise and factor give {softening}")

@@ -101,9 +101,11 @@ def _checked(flux, error, loglam0, dloglam, missing):
     missing = np.zeros(flux.shape, bool) if missing is None else np.atleast_2d(np.asarray(missing))
     loglam0 = np.atleast_1d(np.asarray(loglam0, float))
     if error.shape != flux.shape or missing.shape != flux.shape or missing.dtype != bool:
-        raise InvalidInputError(f"flux, error and missing (booleans) must have one shape: {flux.shape}, {error.shape}, {missing.shape} of {missing.dtype}.")
+        raise InvalidInputError("flux, error and missing (booleans) must have one shape: "
+            f"{flux.shape}, {error.shape}, {missing.shape} of {missing.dtype}.")
     if loglam0.shape not in ((1,), (len(flux),)) or not np.isfinite(loglam0).all() or not (abs(loglam0 - 3.6) < 0.6).all():
-        raise InvalidInputError(f"loglam0 is log10 of the first bin's rest-frame wavelength in Angstrom, one number or {len(flux)} of them, 3 to 4.2; got {loglam0[:3]}.")
+        raise InvalidInputError("loglam0 is log10 of the first bin's rest-frame wavelength in Angstrom, "
+            f"one number or {len(flux)} of them, 3 to 4.2; got {loglam0[:3]}.")
     if not 0 < dloglam < 0.01: raise InvalidInputError(f"dloglam={dloglam}: bins are wider than 0 and narrower than 0.01 dex, or no line is resolved.")
     if (error < 0).any(): raise InvalidInputError("error has negative elements: give standard deviations, and mark what was not measured as missing.")
     good = ~missing & np.isfinite(flux) & np.isfinite(error) & (error > 0)
@@ -111,8 +113,8 @@ def _checked(flux, error, loglam0, dloglam, missing):
 
 # %% ../nbs/04a_lines.ipynb #8342fee1
 # strong lines, vacuum Angstrom, that must not be taken for starlight
-_EMISSION = np.array([3727.1, 3729.9, 3869.9, 3890.2, 3970.1, 4102.9, 4341.7, 4364.4, 4862.7, 4960.3, 5008.2, 5877.2, 6302.0, 6365.5, 6549.9, 6564.6, 6585.3,
-    6680.0, 6718.3, 6732.7, 7137.8, 7321.5, 7331.7])
+_EMISSION = np.array([3727.1, 3729.9, 3869.9, 3890.2, 3970.1, 4102.9, 4341.7, 4364.4, 4862.7, 4960.3, 5008.2, 5877.2, 6302.0, 6365.5, 6549.9, 6564.6,
+    6585.3, 6680.0, 6718.3, 6732.7, 7137.8, 7321.5, 7331.7])
 
 def stellar_continuum(
     flux,  # (N, n) rest-frame spectra
@@ -173,7 +175,8 @@ def _fit_window(edges, values, weight, lines, sigma):
     light = profiles*np.diff(10**edges, axis=1)[..., None]
     def mostly(weight): return np.einsum("nb,nbl->nl" if len(light) > 1 else "nb,mbl->nl", (weight > 0).astype(float), light) >= 0.8*light.sum(1)
     seen = mostly(weight)
-    touched = np.einsum("nl,nbl->nb" if len(profiles) > 1 else "nl,mbl->nb", (~seen).astype(float), (profiles > 0.02*profiles.max(1, keepdims=True)).astype(float)) > 0
+    touched = np.einsum("nl,nbl->nb" if len(profiles) > 1 else "nl,mbl->nb", (~seen).astype(float),
+        (profiles > 0.02*profiles.max(1, keepdims=True)).astype(float)) > 0
     weight = np.where(touched, 0, weight)
     seen &= mostly(weight)  # a broad line can lose its bins to an unmeasured neighbour
     matrix, right = _normal_equations(columns, weight, values)
@@ -198,7 +201,8 @@ def _trial(windows, sigma) -> np.ndarray:
     return np.array([[np.maximum(chi2, 0) for _, _, chi2, *_ in fits], [(weight > 0).sum(1) for *_, weight in fits]])
 
 def _chi2_unit(windows, trials) -> np.ndarray:
-    "Least chi2 a degree of freedom among trials (T, 2, windows, N), of windows and spectra (windows, N) whose errors are unknown; infinite where none is left."
+    """Least chi2 a degree of freedom among trials (T, 2, windows, N), of windows and spectra (windows, N) whose errors are unknown; infinite where
+    none is left."""
     free = trials[:, 1] - np.array([len(lines) + 2 for *_, lines in windows])[:, None]
     least = np.where(free > 2, trials[:, 0]/np.maximum(free, 1), np.inf).min(0)
     # noiseless spectra leave rounding errors over
@@ -237,8 +241,8 @@ def fit_lines(
 ) -> pd.DataFrame:
     """Fluxes and rest-frame equivalent widths of `LINES`, with errors: columns `<line>_flux`, `<line>_flux_err`, `<line>_ew`, `<line>_ew_err` and `sigma`
     (km/s, the common width, with the spectrograph's). Gaussians at fixed vacuum wavelengths, averaged over bins, fitted simultaneously; emission is
-    positive; NaN where a line was not measured (`sigma`: none of them), and for equivalent widths where the continuum beside it was not. Fluxes are in the unit of the
-    flux density times Angstrom. Raises `InvalidInputError` for arrays that do not belong together."""
+    positive; NaN where a line was not measured (`sigma`: none of them), and for equivalent widths where the continuum beside it was not. Fluxes are
+    in the unit of the flux density times Angstrom. Raises `InvalidInputError` for arrays that do not belong together."""
     flux, weight, loglam0 = _checked(flux, error, loglam0, dloglam, missing)
     continuum = np.zeros(flux.shape) if continuum is None else np.atleast_2d(np.asarray(continuum, float))
     if continuum.shape != flux.shape or np.isinf(continuum).any():
@@ -311,7 +315,8 @@ def dn4000(
 ) -> tuple[np.ndarray, np.ndarray]:  # index and error (N)
     """The break at 4000 Angstrom, in F_nu and with the narrow bands of Balogh et al. (1999).
 
-    NaN where less than 80 % of a band was measured; the error is NaN without `error`. Raises `InvalidInputError` for arrays that do not belong together."""
+    NaN where less than 80 % of a band was measured; the error is NaN without `error`. Raises `InvalidInputError` for arrays
+    that do not belong together."""
     flux, weight, edges = _checked_bins(flux, error, loglam0, dloglam, missing)
     to_nu = edges[:, 1:]*edges[:, :-1]
     weight = weight/to_nu**2
@@ -329,7 +334,8 @@ def hdelta_a(
 ) -> tuple[np.ndarray, np.ndarray]:  # index and error (N), Angstrom
     """The H delta absorption index of Worthey & Ottaviani (1997), Angstrom, positive for absorption.
 
-    NaN where less than 80 % of a band was measured; the error is NaN without `error`. Raises `InvalidInputError` for arrays that do not belong together."""
+    NaN where less than 80 % of a band was measured; the error is NaN without `error`. Raises `InvalidInputError` for arrays
+    that do not belong together."""
     flux, weight, edges = _checked_bins(flux, error, loglam0, dloglam, missing)
     lo, hi, *_ = air_to_vacuum(HDELTA_A_BANDS["line"])
     (blue, blue_error, _), (red, red_error, _) = (_band_mean(flux, weight, _overlap(edges, HDELTA_A_BANDS[b]), HDELTA_A_BANDS[b]) for b in ("blue", "red"))

@@ -170,7 +170,8 @@ def _draw_histories(kind, absolute, universe_age, rng):
     columns["bulge_recent_age"] = uniform(0.5, 1.5)
     columns["bulge_recent_factor"] = 10**pick(uniform(-3.5, -1.5), *(uniform(-2, -0.3) for _ in KINDS[1:]))
     columns["disk_age"] = columns["bulge_age"]*uniform(0.6, 1.0)
-    columns["disk_tau"] = 10**(0.1*np.clip(absolute + 21, -1, 2) + pick(uniform(-0.6, 0.2), uniform(0.15, 0.7), uniform(0, 0.5), uniform(0.1, 0.6), uniform(0.2, 0.8)))
+    columns["disk_tau"] = 10**(0.1*np.clip(absolute + 21, -1, 2)
+        + pick(uniform(-0.6, 0.2), uniform(0.15, 0.7), uniform(0, 0.5), uniform(0.1, 0.6), uniform(0.2, 0.8)))
     columns["disk_recent_age"] = 10**pick(uniform(-0.3, 0.3), uniform(-1.3, -0.5), uniform(-0.7, 0.3), uniform(-0.9, -0.3), uniform(-1.7, -0.7))
     columns["disk_recent_factor"] = 10**pick(uniform(-3.5, -1.3), rng.normal(-0.1, 0.25, n), uniform(-1.3, -0.4), uniform(-3.5, -2), uniform(0.4, 1.0))
     return columns
@@ -454,7 +455,8 @@ def _make_light(library, galaxies):
     mass = wanted/(captured*(bulge.bands + disk.bands)[:, r])
     bulge.scale(mass), disk.scale(mass)
     sums = {name: bulge.summary[name] + disk.summary[name] for name in ("sfr", "living_mass")}
-    columns = dict(log_mass=np.log10(sums["living_mass"]), sfr=sums["sfr"], log_ssfr=np.log10(sums["sfr"]/sums["living_mass"]), petro_r50=r50, petro_r90=r90)
+    columns = dict(log_mass=np.log10(sums["living_mass"]), sfr=sums["sfr"], log_ssfr=np.log10(sums["sfr"]/sums["living_mass"]),
+        petro_r50=r50, petro_r90=r90)
     for part, light in (("bulge", bulge), ("disk", disk)):
         columns |= {f"{part}_{name}": light.summary[name] for name in ("mass_weighted_age", "light_weighted_age")}
         n = galaxies.bulge_sersic.to_numpy() if part == "bulge" else np.ones(len(galaxies))
@@ -469,18 +471,21 @@ def _make_light(library, galaxies):
 # %% ../nbs/01_mock_survey.ipynb #d1751d58
 _SKY_LINES = np.array([  # wavelength in air, strength relative to the sky's continuum
     (4046.6, 0.3), (4358.3, 0.8), (5460.7, 1.2), (5577.3, 9.0), (5889.9, 1.3), (5895.9, 0.9), (6300.3, 3.2), (6363.8, 1.1), (6498.7, 0.4),
-    (6533.0, 0.4), (6553.6, 0.4), (6577.2, 0.3), (6863.9, 0.9), (6923.2, 0.8), (6948.9, 0.5), (6978.4, 0.4), (7240.9, 0.6), (7276.4, 1.5), (7303.7, 0.7), (7316.3, 1.4),
-    (7329.1, 0.7), (7340.9, 1.5), (7369.2, 0.7), (7401.9, 0.7), (7524.1, 0.5), (7571.7, 0.5), (7712.2, 0.6), (7716.9, 0.6), (7750.6, 1.7), (7759.9, 0.5), (7780.0, 0.8), (7794.1, 1.9),
-    (7808.5, 0.9), (7821.5, 1.8), (7841.3, 0.9), (7853.2, 1.2), (7890.6, 0.6), (7913.7, 1.9), (7921.0, 0.8), (7949.2, 0.6), (7964.6, 1.8), (7993.3, 1.6), (8014.1, 0.5), (8025.8, 1.0),
-    (8062.4, 0.6), (8280.6, 0.6), (8288.6, 0.9), (8298.6, 0.6), (8310.7, 0.9), (8344.6, 1.9), (8352.8, 0.6), (8382.4, 0.7), (8399.2, 2.5), (8415.2, 1.2), (8430.2, 2.6), (8452.3, 1.6),
-    (8465.4, 1.6), (8493.4, 0.9), (8504.6, 1.4), (8548.7, 0.5), (8650.8, 0.3), (8760.4, 0.9), (8767.9, 1.2), (8778.3, 1.4), (8791.2, 1.3), (8810.6, 0.6), (8827.1, 2.2), (8836.0, 0.8),
-    (8849.5, 1.4), (8867.6, 1.4), (8885.9, 2.8), (8903.1, 1.6), (8919.6, 2.8), (8943.4, 1.8), (8958.1, 2.0), (8988.4, 1.4), (9001.6, 1.1), (9038.1, 1.0), (9049.2, 0.6), (9088.0, 0.5), (9104.8, 0.6)])
+    (6533.0, 0.4), (6553.6, 0.4), (6577.2, 0.3), (6863.9, 0.9), (6923.2, 0.8), (6948.9, 0.5), (6978.4, 0.4), (7240.9, 0.6), (7276.4, 1.5),
+    (7303.7, 0.7), (7316.3, 1.4), (7329.1, 0.7), (7340.9, 1.5), (7369.2, 0.7), (7401.9, 0.7), (7524.1, 0.5), (7571.7, 0.5), (7712.2, 0.6),
+    (7716.9, 0.6), (7750.6, 1.7), (7759.9, 0.5), (7780.0, 0.8), (7794.1, 1.9), (7808.5, 0.9), (7821.5, 1.8), (7841.3, 0.9), (7853.2, 1.2),
+    (7890.6, 0.6), (7913.7, 1.9), (7921.0, 0.8), (7949.2, 0.6), (7964.6, 1.8), (7993.3, 1.6), (8014.1, 0.5), (8025.8, 1.0), (8062.4, 0.6),
+    (8280.6, 0.6), (8288.6, 0.9), (8298.6, 0.6), (8310.7, 0.9), (8344.6, 1.9), (8352.8, 0.6), (8382.4, 0.7), (8399.2, 2.5), (8415.2, 1.2),
+    (8430.2, 2.6), (8452.3, 1.6), (8465.4, 1.6), (8493.4, 0.9), (8504.6, 1.4), (8548.7, 0.5), (8650.8, 0.3), (8760.4, 0.9), (8767.9, 1.2),
+    (8778.3, 1.4), (8791.2, 1.3), (8810.6, 0.6), (8827.1, 2.2), (8836.0, 0.8), (8849.5, 1.4), (8867.6, 1.4), (8885.9, 2.8), (8903.1, 1.6),
+    (8919.6, 2.8), (8943.4, 1.8), (8958.1, 2.0), (8988.4, 1.4), (9001.6, 1.1), (9038.1, 1.0), (9049.2, 0.6), (9088.0, 0.5), (9104.8, 0.6)])
 
 @functools.cache
 def night_sky() -> tuple[np.ndarray, np.ndarray]:
     "The sky's continuum and the ratio of whole sky to continuum on `LOGLAM`, 1e-17 erg/s/cm2/Angstrom through a fibre."
     wavelength = 10**LOGLAM
-    continuum = np.interp(wavelength, [3790, 4100, 4600, 5000, 5500, 6000, 6500, 7000, 7700, 8400, 9230], [7.8, 7.4, 7.3, 7, 7.8, 8.0, 6.8, 6.4, 6.0, 5.4, 5.0])
+    continuum = np.interp(wavelength, [3790, 4100, 4600, 5000, 5500, 6000, 6500, 7000, 7700, 8400, 9230],
+        [7.8, 7.4, 7.3, 7, 7.8, 8.0, 6.8, 6.4, 6.0, 5.4, 5.0])
     centre = (np.log10(_SKY_LINES[:, 0]*1.000277) - LOGLAM[0])/DLOGLAM
     lines = _SKY_LINES[:, 1]*3.0 @ _line_profiles(centre, np.interp(centre, np.arange(len(LOGLAM)), sdss_wdisp(wavelength)), len(LOGLAM))
     return continuum, 1 + lines
@@ -614,16 +619,19 @@ def _table_bytes(name, rows) -> bytes:
 @functools.cache
 def _primary_template() -> bytes:
     "Header of the first HDU; the cards that differ between files are replaced later."
-    cards = [("SIMPLE", True, "conforms to FITS standard"), ("BITPIX", 8, "array data type"), ("NAXIS", 0, "number of array dimensions"), ("EXTEND", True, ""),
-        ("RA", 0.0, "Right ascension of the plate"), ("DEC", 0.0, "Declination of the plate"), ("EQUINOX", 2000.0, ""),
-        ("RADECSYS", "FK5", ""), ("TIMESYS", "tai", "TAI, not UTC"), ("MJD", 0, "MJD of observation"), ("MJDLIST", "00000", ""), ("VERSION", "MOCK", "specpred mock survey"),
-        ("OBSERVER", "specpred", ""), ("TELESCOP", "SDSS 2.5-M", "Sloan Digital Sky Survey (simulated)"), ("EXPTIME", 2700.0, "Minimum of exposure times for all cameras"),
-        ("FLAVOR", "science", ""), ("QUALITY", "excellent", "night/image quality"), ("RADEG", 0.0, "degrees"), ("DECDEG", 0.0, "degrees"),
-        ("PLATEID", 0, "Plate Id"), ("TILEID", 0, "Tile Id"), ("NAME", "0000-00000-01", "Name of target; PlateId-MJD-Mapper ReRun"), ("VERS2D", "specpred", ""),
-        ("VACUUM", True, "Wavelengths are in vacuum"), ("NEXP", 0, "Number of individual exposures"), ("NWORDER", 2, "Linear-log10 coefficients"), ("WFITTYPE", "LOG-LINEAR", "Linear-log10 dispersion"),
-        ("COEFF0", 3.5785, "Central wavelength (log10) of first pixel"), ("COEFF1", DLOGLAM, "Log10 dispersion per pixel"), ("WAT0_001", "system=linear", ""),
+    cards = [("SIMPLE", True, "conforms to FITS standard"), ("BITPIX", 8, "array data type"), ("NAXIS", 0, "number of array dimensions"),
+        ("EXTEND", True, ""), ("RA", 0.0, "Right ascension of the plate"), ("DEC", 0.0, "Declination of the plate"), ("EQUINOX", 2000.0, ""),
+        ("RADECSYS", "FK5", ""), ("TIMESYS", "tai", "TAI, not UTC"), ("MJD", 0, "MJD of observation"), ("MJDLIST", "00000", ""),
+        ("VERSION", "MOCK", "specpred mock survey"), ("OBSERVER", "specpred", ""), ("TELESCOP", "SDSS 2.5-M", "Sloan Digital Sky Survey (simulated)"),
+        ("EXPTIME", 2700.0, "Minimum of exposure times for all cameras"), ("FLAVOR", "science", ""), ("QUALITY", "excellent", "night/image quality"),
+        ("RADEG", 0.0, "degrees"), ("DECDEG", 0.0, "degrees"), ("PLATEID", 0, "Plate Id"), ("TILEID", 0, "Tile Id"),
+        ("NAME", "0000-00000-01", "Name of target; PlateId-MJD-Mapper ReRun"), ("VERS2D", "specpred", ""),
+        ("VACUUM", True, "Wavelengths are in vacuum"), ("NEXP", 0, "Number of individual exposures"), ("NWORDER", 2, "Linear-log10 coefficients"),
+        ("WFITTYPE", "LOG-LINEAR", "Linear-log10 dispersion"), ("COEFF0", 3.5785, "Central wavelength (log10) of first pixel"),
+        ("COEFF1", DLOGLAM, "Log10 dispersion per pixel"), ("WAT0_001", "system=linear", ""),
         ("WAT1_001", "wtype=linear label=Wavelength units=Angstroms", ""), ("DC-FLAG", 1, "Log-linear flag"), ("BUNIT", "1E-17 erg/cm^2/s/Ang", ""),
-        ("PLUG_RA", 0.0, "of object [deg]"), ("PLUG_DEC", 0.0, "of object [deg]"), ("SPEC_ID", "0"*22, "Unique object identifier"), ("FIBERID", 0, "Fiber number (1-640)")]
+        ("PLUG_RA", 0.0, "of object [deg]"), ("PLUG_DEC", 0.0, "of object [deg]"), ("SPEC_ID", "0"*22, "Unique object identifier"),
+        ("FIBERID", 0, "Fiber number (1-640)")]
     return fits.Header(cards).tostring().encode()
 
 # %% ../nbs/01_mock_survey.ipynb #02c7209e
@@ -647,15 +655,18 @@ def _specobj_row(row:dict, coadd, lines) -> np.ndarray:
     s_n = coadd["flux"][good]*np.sqrt(coadd["ivar"][good])
     wavelength, ra, dec = 10.0**coadd["loglam"][good], np.radians(row["ra"]), np.radians(row["dec"])
     bands = [s_n[(wavelength > lo) & (wavelength < hi)] for lo, hi in ((3000, 3950), (3950, 5500), (5500, 6900), (6900, 8200), (8200, 9300))]
-    values = dict(SURVEY="sdss", INSTRUMENT="SDSS", CHUNK="mock", PROGRAMNAME="legacy", PLATERUN="mock", PLATEQUALITY="good", LAMBDA_EFF=5000, BLUEFIBER=-1,
-        SNTURNOFF=-9999, NTURNOFF=-1, SPECPRIMARY=1, SPECLEGACY=1, SPECOBJID=f"{row['specobjid']:22d}", FLUXOBJID=str(row["bestobjid"]), BESTOBJID=str(row["bestobjid"]),
-        TARGETOBJID=f"{row['bestobjid']:22d}", PLATEID=str(encode_specobjid(row["plate"], row["mjd"], 0)), NSPECOBS=1, FIRSTRELEASE="dr7", RUN2D=str(RUN2D), DESIGNID=-1,
+    values = dict(SURVEY="sdss", INSTRUMENT="SDSS", CHUNK="mock", PROGRAMNAME="legacy", PLATERUN="mock", PLATEQUALITY="good", LAMBDA_EFF=5000,
+        BLUEFIBER=-1, SNTURNOFF=-9999, NTURNOFF=-1, SPECPRIMARY=1, SPECLEGACY=1, SPECOBJID=f"{row['specobjid']:22d}",
+        FLUXOBJID=str(row["bestobjid"]), BESTOBJID=str(row["bestobjid"]), TARGETOBJID=f"{row['bestobjid']:22d}",
+        PLATEID=str(encode_specobjid(row["plate"], row["mjd"], 0)), NSPECOBS=1, FIRSTRELEASE="dr7", RUN2D=str(RUN2D), DESIGNID=-1,
         CX=np.cos(ra)*np.cos(dec), CY=np.sin(ra)*np.cos(dec), CZ=np.sin(dec), SOURCETYPE="GALAXY", TARGETTYPE="SCIENCE", PRIMTARGET=row["primtarget"],
-        LEGACY_TARGET1=row["primtarget"], SPECTROGRAPHID=1 if row["fiberid"] <= 320 else 2, PLATE=row["plate"], TILE=row["plate"], MJD=row["mjd"], FIBERID=row["fiberid"],
-        PLUG_RA=row["ra"], PLUG_DEC=row["dec"], CLASS="GALAXY", SUBCLASS=row["subclass"], Z=row["z"], Z_ERR=row["z_err"], Z_NOQSO=row["z"], Z_ERR_NOQSO=row["z_err"],
-        RCHI2=np.mean((coadd["flux"] - coadd["model"])[good]**2*coadd["ivar"][good]), DOF=int(good.sum()), TCOLUMN=-1, VDISP=row["sigma_stars"], WAVEMIN=wavelength[0],
-        WAVEMAX=wavelength[-1], WCOVERAGE=DLOGLAM*good.sum(), SN_MEDIAN_ALL=np.median(s_n), SN_MEDIAN=[np.median(b) if len(b) else 0 for b in bands],
-        ANYANDMASK=np.bitwise_or.reduce(coadd["and_mask"]), ANYORMASK=np.bitwise_or.reduce(coadd["or_mask"]))
+        LEGACY_TARGET1=row["primtarget"], SPECTROGRAPHID=1 if row["fiberid"] <= 320 else 2, PLATE=row["plate"], TILE=row["plate"],
+        MJD=row["mjd"], FIBERID=row["fiberid"], PLUG_RA=row["ra"], PLUG_DEC=row["dec"],
+        CLASS="GALAXY", SUBCLASS=row["subclass"], Z=row["z"], Z_ERR=row["z_err"], Z_NOQSO=row["z"], Z_ERR_NOQSO=row["z_err"],
+        RCHI2=np.mean((coadd["flux"] - coadd["model"])[good]**2*coadd["ivar"][good]), DOF=int(good.sum()), TCOLUMN=-1,
+        VDISP=row["sigma_stars"], WAVEMIN=wavelength[0], WAVEMAX=wavelength[-1], WCOVERAGE=DLOGLAM*good.sum(), SN_MEDIAN_ALL=np.median(s_n),
+        SN_MEDIAN=[np.median(b) if len(b) else 0 for b in bands], ANYANDMASK=np.bitwise_or.reduce(coadd["and_mask"]),
+        ANYORMASK=np.bitwise_or.reduce(coadd["or_mask"]))
     for key, value in values.items(): out[key] = value
     return out
 
@@ -673,13 +684,14 @@ def spectrum_file(
     coadd["loglam"], coadd["wdisp"], coadd["model"] = LOGLAM[pixels], sdss_wdisp(10**LOGLAM[pixels]), model[pixels]
     table = np.zeros(len(SPZLINES), _table_layout("SPZLINE")[0])
     for key in ("plate", "mjd", "fiberid"): table[key.upper()] = row[key]
-    for key, column in dict(LINEAREA="area", LINEAREA_ERR="area_err", LINEEW="ew", LINEEW_ERR="ew_err", LINECONTLEVEL="level", LINECONTLEVEL_ERR="level_err",
-            LINEWAVE="wave", LINESIGMA="sigma").items(): table[key] = lines[column]
+    for key, column in dict(LINEAREA="area", LINEAREA_ERR="area_err", LINEEW="ew", LINEEW_ERR="ew_err", LINECONTLEVEL="level",
+            LINECONTLEVEL_ERR="level_err", LINEWAVE="wave", LINESIGMA="sigma").items(): table[key] = lines[column]
     table["LINENAME"], table["LINEZ"], table["LINEZ_ERR"], table["LINECHI2"] = [name.encode() for name in SPZLINES], row["z"], row["z_err"], -1
     header = _primary_template()
-    for key, value in dict(RA=row["ra"], DEC=row["dec"], RADEG=row["ra"], DECDEG=row["dec"], MJD=row["mjd"], MJDLIST=str(row["mjd"]), PLATEID=row["plate"], TILEID=row["plate"],
-            NAME=f"{row['plate']:04d}-{row['mjd']:05d}-01", COEFF0=round(float(LOGLAM[pixels][0]), 6), PLUG_RA=row["ra"], PLUG_DEC=row["dec"], SPEC_ID=f"{row['specobjid']:22d}",
-            FIBERID=row["fiberid"]).items(): header = _with_card(header, key, value)
+    for key, value in dict(RA=row["ra"], DEC=row["dec"], RADEG=row["ra"], DECDEG=row["dec"], MJD=row["mjd"], MJDLIST=str(row["mjd"]),
+            PLATEID=row["plate"], TILEID=row["plate"], NAME=f"{row['plate']:04d}-{row['mjd']:05d}-01", COEFF0=round(float(LOGLAM[pixels][0]), 6),
+            PLUG_RA=row["ra"], PLUG_DEC=row["dec"], SPEC_ID=f"{row['specobjid']:22d}", FIBERID=row["fiberid"]).items():
+        header = _with_card(header, key, value)
     return header + _table_bytes("COADD", coadd) + _table_bytes("SPECOBJ", _specobj_row(row, coadd, lines)) + _table_bytes("SPZLINE", table)
 
 # %% ../nbs/01_mock_survey.ipynb #4f59a1ec
@@ -708,7 +720,8 @@ def draw_conditions(seed:int, cell:int) -> list[Conditions]:
     "Exposure times and seeing of the five images of a skycell."
     rng = random_generator(seed, "mock", "skycell", cell)
     numbers = {b: max(4, rng.poisson(number)) for b, (_, number) in _EXPOSURE.items()}
-    return [Conditions(b, float(_EXPOSURE[b][0]*numbers[b]), float(SEEING[b]*np.exp(rng.normal(0, 0.08))), float(np.round(rng.uniform(55200, 56900), 3))) for b in BANDS]
+    return [Conditions(b, float(_EXPOSURE[b][0]*numbers[b]), float(SEEING[b]*np.exp(rng.normal(0, 0.08))),
+        float(np.round(rng.uniform(55200, 56900), 3))) for b in BANDS]
 
 # %% ../nbs/01_mock_survey.ipynb #535c6f9b
 def draw_galaxy(
@@ -758,11 +771,13 @@ def skycell_file(
     noise = conditions.sky_noise*conditions.exptime/NJY_PER_COUNT_PER_S
     bsoften, boffset = float(np.float32(np.sqrt(_POGSON)*noise)), 0.0
     header = wcs.to_header()
-    header.extend([("FILTER", f"{conditions.band}.00000", "PS1 filter"), ("HIERARCH FPA.FILTER", f"{conditions.band}.00000"), ("EXPTIME", conditions.exptime, "seconds"),
-        ("MJD-OBS", conditions.mjd), ("PROJCELL", projcell), ("SUBCELL", subcell), ("HIERARCH CHIP.SEEING", round(conditions.seeing/PIXEL_SCALE, 4), "FWHM, pixels"),
-        ("HIERARCH FPA.ZP", 25.0), ("BSOFTEN", bsoften, "scale of the asinh"), ("BOFFSET", boffset, "zero of the asinh")])
+    header.extend([("FILTER", f"{conditions.band}.00000", "PS1 filter"), ("HIERARCH FPA.FILTER", f"{conditions.band}.00000"),
+        ("EXPTIME", conditions.exptime, "seconds"), ("MJD-OBS", conditions.mjd), ("PROJCELL", projcell), ("SUBCELL", subcell),
+        ("HIERARCH CHIP.SEEING", round(conditions.seeing/PIXEL_SCALE, 4), "FWHM, pixels"), ("HIERARCH FPA.ZP", 25.0),
+        ("BSOFTEN", bsoften, "scale of the asinh"), ("BOFFSET", boffset, "zero of the asinh")])
     scaled = asinh_scale(counts, bsoften, boffset).astype(np.float32)
-    image = fits.CompImageHDU(scaled, header, compression_type="RICE_1", tile_shape=(64, counts.shape[1]), quantize_level=32, quantize_method=1, dither_seed=1 + (projcell*100 + subcell) % 9999)
+    image = fits.CompImageHDU(scaled, header, compression_type="RICE_1", tile_shape=(64, counts.shape[1]), quantize_level=32, quantize_method=1,
+        dither_seed=1 + (projcell*100 + subcell) % 9999)
     stream = io.BytesIO()
     fits.HDUList([fits.PrimaryHDU(), image]).writeto(stream)
     return stream.getvalue()
@@ -802,7 +817,8 @@ def layout_skycells(
     ra0, dec0 = np.array(centres)[order].T
     x, y = ((part - (SUBCELLS - 1)/2)*PROJCELL_DEG/SUBCELLS for part in (subcell % SUBCELLS, subcell // SUBCELLS))
     dec = dec0 + y
-    return pd.DataFrame(dict(projcell=1000 + order, subcell=subcell, ra=ra0 + x/np.cos(np.radians(dec0)), dec=dec, mjd=rng.uniform(55200, 56900, n).round(3), side=side))
+    return pd.DataFrame(dict(projcell=1000 + order, subcell=subcell, ra=ra0 + x/np.cos(np.radians(dec0)), dec=dec,
+        mjd=rng.uniform(55200, 56900, n).round(3), side=side))
 
 # %% ../nbs/01_mock_survey.ipynb #9c27c942
 def _place_in_skycells(cells, n, per_side, stamp, seed):
@@ -912,7 +928,8 @@ def make_spectra(
         lines = measure_lines(library, line_flux, flux, sdss_variance(flux, galaxy.depth), galaxy.redshift, galaxy.sigma_gas, rng)
         s_n = np.median(flux*np.sqrt(observed["ivar"]))
         z_err = 8e-5/(1 + s_n)
-        row = dict(specobjid=int(galaxy.specobjid), bestobjid=int(galaxy.bestobjid), plate=galaxy.plate, mjd=galaxy.mjd, fiberid=galaxy.fiberid, ra=galaxy.ra, dec=galaxy.dec,
+        row = dict(specobjid=int(galaxy.specobjid), bestobjid=int(galaxy.bestobjid),
+            plate=galaxy.plate, mjd=galaxy.mjd, fiberid=galaxy.fiberid, ra=galaxy.ra, dec=galaxy.dec,
             z=galaxy.redshift + z_err*rng.normal(), z_err=z_err, subclass=subclass_of(lines), primtarget=64, sigma_stars=galaxy.sigma_stars)
         path = folder/spectrum_path(galaxy.plate, galaxy.mjd, galaxy.fiberid)
         if not path.is_file(): files[path] = spectrum_file(row, observed, flux, lines, slice(galaxy.first_pixel, galaxy.last_pixel))
@@ -946,8 +963,8 @@ _CATALOGUE = (dict.fromkeys(("specObjID", "bestObjID"), "uint64") | dict.fromkey
 def _specobj_table(truth, seed):
     "The survey as SDSS's CAS knows it: table SpecObj joined with the photometry of its best object."
     rng = random_generator(seed, "mock", "photometry")
-    renamed = dict(specobjid="specObjID", bestobjid="bestObjID", fiberid="fiberID", z_observed="z", z_err="zErr", subclass="subClass", petro_r="petroMag_r",
-        petro_r50="petroR50_r", petro_r90="petroR90_r")
+    renamed = dict(specobjid="specObjID", bestobjid="bestObjID", fiberid="fiberID", z_observed="z", z_err="zErr", subclass="subClass",
+        petro_r="petroMag_r", petro_r50="petroR50_r", petro_r90="petroR90_r")
     table = truth.rename(columns=renamed).assign(run2d=str(RUN2D), zWarning=0, primTarget=64, **{"class": "GALAXY"})
     table = table.assign(**{f"modelMag_{b}": truth[f"sdss_{b}"] + rng.normal(0, s, len(truth)) for b, s in zip("griz", (0.015, 0.01, 0.01, 0.02))},
         **{f"extinction_{b}": _EXTINCTION[b]*truth.ebv for b in "griz"})
@@ -974,10 +991,13 @@ def make_survey(
     fine = FineBasis.of(library)
     def part(light, rows): return ComponentLight(light.coefficients[rows], light.lines[rows], light.bands[rows], light.av[rows], {})
     blocks = [np.arange(i, min(i + 40, len(galaxies))) for i in range(0, len(galaxies), 40)]
-    tasks = [joblib.delayed(_for_the_living)(os.getpid(), _spectra_task, k, folder/"sas", library, fine, galaxies.iloc[rows], part(bulge, rows), part(disk, rows), seed) for k, rows in enumerate(blocks)]
-    tasks += [joblib.delayed(_for_the_living)(os.getpid(), make_skycell, folder/"ps1", cell, galaxies[galaxies.cell == cell.Index], parameters.stamp_size, seed) for cell in cells.itertuples()]
+    tasks = [joblib.delayed(_for_the_living)(os.getpid(), _spectra_task, k, folder/"sas", library, fine, galaxies.iloc[rows],
+        part(bulge, rows), part(disk, rows), seed) for k, rows in enumerate(blocks)]
+    tasks += [joblib.delayed(_for_the_living)(os.getpid(), make_skycell, folder/"ps1", cell, galaxies[galaxies.cell == cell.Index],
+        parameters.stamp_size, seed) for cell in cells.itertuples()]
     spectra = [None]*len(blocks)
-    with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1), tqdm(total=len(galaxies) + parameters.n_galaxies, desc="mock survey", unit="object", disable=not progress) as bar:
+    with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1), tqdm(total=len(galaxies) + parameters.n_galaxies,
+            desc="mock survey", unit="object", disable=not progress) as bar:
         for made in joblib.Parallel(return_as="generator_unordered")(tasks):
             if isinstance(made, tuple): spectra[made[0]] = made[1]
             bar.update(len(made[1][0]) if isinstance(made, tuple) else made)

@@ -371,7 +371,8 @@ def _published_tensors(path):
         with torch.serialization.safe_globals(hyperparameters): state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        raise WeightsError(f"{path} is refused: it holds {found[1] if found else 'code'}, not weights alone. Files of learn.save are read, those of learn.export are not.") from None
+        raise WeightsError(f"{path} is refused: it holds {found[1] if found else 'code'}, not weights alone. "
+            "Files of learn.save are read, those of learn.export are not.") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedFileError(f"{path} is no complete file of learn.save ({type(error).__name__}: {error}).") from error
     state = state.get("model", state) if isinstance(state, dict) else state
@@ -400,8 +401,9 @@ def load_published(
     """A published model with what is needed to use it. No code of the file is run. Raises `InvalidInputError` without statistics, `WeightsError`
     for weights of another model (with the keys that differ) or a file with more than weights in it, `MissingInputError`, `DamagedFileError`."""
     if image_stats is None or target_stats is None:
-        raise InvalidInputError("Published weights hold neither the input's normalisation nor the targets' scale. Give image_stats, e.g. models.image_stats(counts) of at "
-            "least 128 cutouts, and target_stats, e.g. vae.target_stats('catalogue.csv') of the published catalogue.")
+        raise InvalidInputError("Published weights hold neither the input's normalisation nor the targets' scale. Give image_stats, "
+            "e.g. models.image_stats(counts) of at least 128 cutouts, "
+            "and target_stats, e.g. vae.target_stats('catalogue.csv') of the published catalogue.")
     tensors = _published_tensors(path)
     name = name or _recognised(tensor_shapes(tensors), arguments)
     full = _constructor_arguments(name, arguments)
@@ -437,8 +439,8 @@ def predict(self:TrainedModel,
     images,  # (N, 5, height, width), bands g, r, i, z, y; linear, in the unit of `image_stats`
     batch_size:int=256,  # images on the device at once
 ) -> np.ndarray:
-    """Latents (N, n_out) on their own scale, for a model whose input is standardised and not stretched. Raises `InvalidInputError` for a model that needs a
-    stretch, and for images as `checked_images` does."""
+    """Latents (N, n_out) on their own scale, for a model whose input is standardised and not stretched. Raises `InvalidInputError` for a model that
+    needs a stretch, and for images as `checked_images` does."""
     if self.provenance.get("stretch", "linear") != "linear":
         raise InvalidInputError(f"{self.name} sees {self.provenance['stretch']}-stretched images; use specpred.predict.")
     images, device = self.in_channel_order(checked_images(images)), next(self.model.parameters()).device

@@ -197,7 +197,9 @@ def predict_files(
             written += _write_predictions(predictor, images, out, weights.name, bar)
             bar.update(len(batch) - len(images))
     if len(wrong) == 1: raise next(iter(wrong.values()))
-    if wrong: raise InvalidInputError("\n".join([f"{len(wrong)} of {len(names)} galaxies could not be read:", *(f"  {name}: {error}" for name, error in wrong.items())]))
+    if wrong:
+        raise InvalidInputError("\n".join([f"{len(wrong)} of {len(names)} galaxies could not be read:",
+            *(f"  {name}: {error}" for name, error in wrong.items())]))
     return written
 
 # %% ../nbs/11_predict.ipynb #50c94652

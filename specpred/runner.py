@@ -168,8 +168,10 @@ class _Bars:
     def __init__(self, n_stages:int):
         from tqdm import tqdm
         off = not sys.stderr.isatty()
-        self.stages = tqdm(total=n_stages, desc="notebooks", unit="", position=0, disable=off, bar_format="{desc:28}{bar:30} {n_fmt}/{total_fmt} {elapsed}")
-        self.cells = tqdm(total=1, desc="cells", unit="", position=1, leave=False, disable=off, bar_format="{desc:28}{bar:30} {n_fmt}/{total_fmt} {elapsed}")
+        self.stages = tqdm(total=n_stages, desc="notebooks", unit="", position=0, disable=off,
+            bar_format="{desc:28}{bar:30} {n_fmt}/{total_fmt} {elapsed}")
+        self.cells = tqdm(total=1, desc="cells", unit="", position=1, leave=False, disable=off,
+            bar_format="{desc:28}{bar:30} {n_fmt}/{total_fmt} {elapsed}")
         self.say, self.stop = tqdm.write, threading.Event()
         if not off: threading.Thread(target=self._tick, daemon=True).start()
 

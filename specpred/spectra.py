@@ -502,7 +502,8 @@ def _check_shapes(flux, missing, n_components:int, norm:str, rows, out):
     flux, missing = (a if hasattr(a, "dtype") and a.ndim == 2 else np.atleast_2d(a) for a in (flux, missing))
     if norm not in ("l1", "l2"): raise InvalidInputError(f"norm={norm!r}: choose 'l1' or 'l2'.")
     if flux.ndim != 2 or flux.shape != missing.shape or missing.dtype != bool:
-        raise InvalidInputError(f"flux and missing must be matrices of one shape, missing of booleans; got {flux.shape} and {missing.shape} of {missing.dtype}.")
+        raise InvalidInputError("flux and missing must be matrices of one shape, missing of booleans; "
+            f"got {flux.shape} and {missing.shape} of {missing.dtype}.")
     if not 1 <= n_components < flux.shape[1]: raise InvalidInputError(f"n_components={n_components}: must be from 1 to {flux.shape[1] - 1}.")
     if rows is not None and (np.shape(rows) != flux.shape[:1] or np.asarray(rows).dtype != bool):
         raise InvalidInputError(f"rows must be {flux.shape[0]} booleans, one a spectrum; got the shape {np.shape(rows)}.")
@@ -579,7 +580,8 @@ def _leading_eigenvectors(matrix:np.ndarray, k:int, start:np.ndarray | None) -> 
 
 # %% ../nbs/04_spectra.ipynb #083ae3d6
 def _fit_and_fill(xp, x, missing, mean, vectors):
-    "Coefficients (rows, k) of `vectors` (k, n) fitted to the measured bins of normalised spectra `x`, and the spectra completed, in `x` itself. Raises `_Undetermined`."
+    """Coefficients (rows, k) of `vectors` (k, n) fitted to the measured bins of normalised spectra `x`, and the spectra completed, in `x` itself.
+    Raises `_Undetermined`."""
     k = len(vectors)
     upper = np.triu_indices(k)
     # the products of vectors and, for the right-hand side, theirs with the mean
@@ -699,7 +701,8 @@ def iterative_pca(
 ) -> FilledSpectra:
     """Eigenspectra of incomplete spectra, and the spectra completed with them: the recipe of Portillo et al. (2020, section 2).
 
-    Beside the result, memory does not grow with N. Raises `InvalidInputError` that names rows or bins for a bin that no spectrum has, an empty spectrum, or NaN."""
+    Beside the result, memory does not grow with N. Raises `InvalidInputError` that names rows or bins for a bin that no spectrum has, an empty
+    spectrum, or NaN."""
     if n_iter < 1: raise InvalidInputError(f"n_iter={n_iter}: there is at least one turn.")
     source = _Source(*_check_shapes(flux, missing, n_components, norm, rows, out), rows, device)
     basis, norms = _fit_basis(source, n_components, n_iter, norm, progress)
@@ -751,7 +754,8 @@ def _check_columns(catalogue, parameters:SpectraParameters, *further):
     absent = [c for c in ("plate", "mjd", "fiberid", "redshift", *further) if c not in catalogue]
     if absent: raise InvalidInputError(f"The catalogue has no column {', '.join(absent)}.")
     if parameters.extinction != "none" and "extinction_r" not in catalogue:
-        raise InvalidInputError(f"The catalogue has no column extinction_r, which the correction for dust ({parameters.extinction}) needs; set spectra.extinction=none.")
+        raise InvalidInputError(f"The catalogue has no column extinction_r, which the correction for dust ({parameters.extinction}) needs; "
+            "set spectra.extinction=none.")
 
 def _read_rows(catalogue, folder, ebv) -> tuple[list[SDSSSpectrum], list[int], list[str]]:
     "The spectra of a table's rows that have a usable one, which rows these are, and what is wrong with the others."
@@ -800,7 +804,8 @@ def build_store(
 ) -> Counter:
     """Makes the store of rest-frame spectra (see `SpectraStore`) and returns how many rows were left out, by reason.
 
-    Raises `InvalidInputError` for columns that the table lacks, a specobjid that is listed twice, settings that cannot be, and when no training spectrum is left."""
+    Raises `InvalidInputError` for columns that the table lacks, a specobjid that is listed twice, settings that cannot be, and when no
+    training spectrum is left."""
     import zarr
     columns = dict(flux="f4", error="f4", missing="?", filled="f4")
     _check_columns(catalogue, parameters, "specobjid", "has_spectrum", "split")
@@ -855,7 +860,8 @@ def _fit_store(group, catalogue, parameters:SpectraParameters, progress:bool):
         norm=norm, mean=basis.mean, eigenvectors=basis.eigenvectors, eigenvalues=basis.eigenvalues)
     for name, values in small.items(): group.create_array(name, data=values)
     group.attrs.update(wavelength_unit="Angstrom, vacuum, rest frame", flux_unit="1e-17 erg/s/cm2/Angstrom", error=parameters.error,
-        bad_bits=list(parameters.bad_bits), extinction=parameters.extinction, loglam0=parameters.loglam0, dloglam=parameters.dloglam, n_iter=parameters.n_iter, n_fitted=int(train.sum()))
+        bad_bits=list(parameters.bad_bits), extinction=parameters.extinction, loglam0=parameters.loglam0, dloglam=parameters.dloglam,
+        n_iter=parameters.n_iter, n_fitted=int(train.sum()))
 
 # %% ../nbs/04_spectra.ipynb #1f77135a
 @dataclass(frozen=True, eq=False)

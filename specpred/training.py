@@ -78,7 +78,8 @@ def choose_memory(
     for place, available in free.items():
         name = "host" if place.type == "cpu" else "GPU"
         if n_bytes < available/2: return place, f"{size} are kept in {name} memory, of which {available/1e6:,.0f} MB are free"
-    return None, f"{size} are read from disk batch by batch: {' and '.join(f'{a/1e6:,.0f} MB' for a in free.values())} of memory are free, less than twice that"
+    return None, (f"{size} are read from disk batch by batch: {' and '.join(f'{a/1e6:,.0f} MB' for a in free.values())} of memory are free, "
+        "less than twice that")
 
 # %% ../nbs/08_training.ipynb #e0ea3bfd
 class ImageReader:
@@ -135,7 +136,8 @@ def image_loaders(
     batch_size:int = 128,
     device=None,  # default: a GPU if there is one
 ) -> "DataLoaders":
-    "fastai `DataLoaders` over the train and valid rows of the table, through a `DataBlock`. Raises `InvalidInputError` where there is nothing to learn from."
+    """fastai `DataLoaders` over the train and valid rows of the table, through a `DataBlock`.
+    Raises `InvalidInputError` where there is nothing to learn from."""
     rows = _learnt_rows(table, batch_size)
     rows["is_valid"] = rows.split == "valid"
     columns = target_columns(rows)
@@ -155,7 +157,8 @@ class BatchMemory:
         with self.lock:
             for array in self.arrays:
                 # its places in the list, in this loop and in the call; every tensor made of it, and every view of that, adds one
-                if array.shape[1:] == tuple(shape[1:]) and len(array) >= shape[0] and sys.getrefcount(array) == 3: return torch.from_numpy(array)[:shape[0]]
+                if array.shape[1:] == tuple(shape[1:]) and len(array) >= shape[0] and sys.getrefcount(array) == 3:
+                    return torch.from_numpy(array)[:shape[0]]
             array = np.empty(shape, self.dtype)
             if len(self.arrays) < 4: self.arrays.append(array)
             return torch.from_numpy(array)
@@ -309,7 +312,8 @@ def batch_loaders(
     device=None,  # default: a GPU if there is one
     keep:bool | None = None,  # images in memory; None: when they fit
 ) -> BatchLoaders:
-    "fastai `DataLoaders` over the train and valid rows of the table that make whole batches. Raises `InvalidInputError` where there is nothing to learn from."
+    """fastai `DataLoaders` over the train and valid rows of the table that make whole batches.
+    Raises `InvalidInputError` where there is nothing to learn from."""
     rows = _learnt_rows(table, batch_size)
     source = ImageSource(images, rows.specobjid.to_numpy(), transform, device, keep)
     targets = rows[target_columns(rows)].to_numpy(np.float32)
@@ -411,7 +415,8 @@ def train_model(
     dls.train.seed = seed_everything(seed, "training", name)  # for a `BatchLoader`
     dls.train.rng.seed(dls.train.seed)  # for fastai's
     saver = EpochCheckpoint(checkpoint)
-    learn = Learner(dls, MODELS[name](c_in=5, n_out=n_targets), loss_func=rmse, opt_func=ranger, metrics=pooled_metrics(n_targets), wd=parameters.weight_decay)
+    learn = Learner(dls, MODELS[name](c_in=5, n_out=n_targets), loss_func=rmse, opt_func=ranger, metrics=pooled_metrics(n_targets),
+        wd=parameters.weight_decay)
     start = saver.resume(learn)
     if start < parameters.epochs:
         with contextlib.ExitStack() as quiet:

@@ -235,7 +235,8 @@ def restore(self:Training, path) -> bool:
 # %% ../nbs/05_vae.ipynb #411ee848
 @contextlib.contextmanager
 def _one_thread():
-    "Layers this small gain little from more threads, lose much when the machine is busy, and with one the numbers do not depend on how many cores there are."
+    """Layers this small gain little from more threads, lose much when the machine is busy, and with one the numbers do not depend on how many cores
+    there are."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield
@@ -315,7 +316,8 @@ def _trial(vae, x, weights, configuration, seed, judge:Training) -> dict:
     history = fit(vae, x, weights, configuration, seed, progress=False)
     with _one_thread(): terms = _epoch(vae, *judge.sets["valid"], judge.parameters, torch.Generator().manual_seed(0))
     outer, inner = configuration.hidden
-    return dict(lambda_=configuration.lambda_, outer=outer, inner=inner, epochs=len(history), nll=terms["nll"], kld=terms["kld"], mmd=terms["mmd"], score=terms["total"])
+    return dict(lambda_=configuration.lambda_, outer=outer, inner=inner, epochs=len(history),
+        nll=terms["nll"], kld=terms["kld"], mmd=terms["mmd"], score=terms["total"])
 
 def _finished_trials(table) -> dict[str, dict]:
     "Rows of an earlier search by their keys; a table that cannot be read is made again."
@@ -353,7 +355,8 @@ class SpectrumModel:
         given = (wavelength, mean, components, centre, target_mean, target_std)
         for name, value in zip(self._tensors, given): setattr(self, name, _finite(value, name))
         k = len(self.components) if self.components.ndim == 2 else 0
-        expected = dict(wavelength=(vae.n_bins,), mean=(vae.n_bins,), components=(k, vae.n_latents), centre=(vae.n_latents,), target_mean=(k,), target_std=(k,))
+        expected = dict(wavelength=(vae.n_bins,), mean=(vae.n_bins,), components=(k, vae.n_latents), centre=(vae.n_latents,),
+            target_mean=(k,), target_std=(k,))
         wrong = [f"{name} {getattr(self, name).shape}, not {shape}" for name, shape in expected.items() if getattr(self, name).shape != shape]
         if wrong: raise InvalidInputError(f"Parts that do not fit the autoencoder: {'; '.join(wrong)}.")
         if not (self.target_std > 0).all(): raise InvalidInputError(f"target_std must be positive, got {self.target_std}.")

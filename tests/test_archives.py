@@ -10,10 +10,12 @@ from astropy.io import fits
 from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
-from specpred.archives import (BANDS, FAULTS, ArchiveClient, ArchiveURLs, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError, _fetch_all, _files_of_survey,
-    _miniature_survey, _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params, describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names,
-    read_skyserver_csv, read_table, serve, spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
-from specpred.config import ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, ProfileError, SpecpredError, SpectraParameters, get_profile
+from specpred.archives import (BANDS, FAULTS, ArchiveClient, ArchiveURLs, DownloadState, Faults, LocalArchive, RefusedError, BusyError, NotFoundError,
+    _fetch_all, _files_of_survey, _miniature_survey, _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params,
+    describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names, read_skyserver_csv, read_table, serve,
+    spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
+from specpred.config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, ProfileError, SpecpredError,
+    SpectraParameters, get_profile)
 
 SIZE = 24
 
@@ -44,7 +46,8 @@ def server():
         def do_GET(self): self.server.answer(self)
         def send(self, status, body=b"", **headers):
             self.send_response(status)
-            for key, value in ({"Content-Length": len(body)} | {k.replace("_", "-"): v for k, v in headers.items()}).items(): self.send_header(key, str(value))
+            for key, value in ({"Content-Length": len(body)} | {k.replace("_", "-"): v for k, v in headers.items()}).items():
+                self.send_header(key, str(value))
             self.end_headers()
             self.wfile.write(body)
     made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -59,7 +62,8 @@ N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in
 # 10 % of the requests fail; a 404 cannot be told from a lasting one, so that it is none of those that pass
 FAULTY = Faults(passing=0.07, lasting=0.03, seed=11, kinds=FAULTS[:-1], latency=0.05, retry_after=0.05)
 PATIENT = dict(attempts=12, wait=(0.01, 0.05), bad_attempts=8)
-REASONS = {"truncated": "truncated", "page": "a web page", "band": "another band", "empty": "empty", "corrupted": "a damaged header", "missing": "not found"}
+REASONS = {"truncated": "truncated", "page": "a web page", "band": "another band", "empty": "empty",
+    "corrupted": "a damaged header", "missing": "not found"}
 
 
 def what_was_meant(name, target) -> tuple:
@@ -248,7 +252,8 @@ def endless(handler):
 
 @pytest.mark.parametrize("answer", [
     lambda h: h.send(302, Location="http://127.0.0.2/elsewhere"), lambda h: h.send(302, Location="file:///etc/passwd"),
-    lambda h: h.send(302, Location=h.path), lambda h: h.send(302), lambda h: h.send(302, Location="http://[/"), lambda h: h.send(302, Location="http://xn--zzzzzzz9999/"),
+    lambda h: h.send(302, Location=h.path), lambda h: h.send(302), lambda h: h.send(302, Location="http://[/"),
+    lambda h: h.send(302, Location="http://xn--zzzzzzz9999/"),
     lambda h: h.send(200, gzip.compress(bytes(10**7)), Content_Encoding="gzip"),
     lambda h: h.send(200, b"", Content_Length=10**12), endless, lambda h: h.send(503, Retry_After="864000")],
     ids=["other host", "file", "circle", "nowhere", "nonsense", "no host name", "compressed", "huge", "endless", "closed for days"])
@@ -334,8 +339,10 @@ def test_an_answer_that_only_drips_is_given_up(server):
 def test_what_an_archive_says_is_printed_without_its_control_characters(server, survey, tmp_path):
     server.answer = lambda handler: handler.send(400, b"no\x1b[2J\r\n\x07\xe2\x80\xaemore")
     survey[1][["ra", "dec"]].head(2).to_csv(tmp_path/"own.csv", index=False)
-    with pytest.raises(ArchiveError) as raised: download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
-    with DownloadState(tmp_path/"raw/state.sqlite") as state: state.database.execute("UPDATE file SET error = 'so\x1b[31m\nit: goes' WHERE name LIKE '%/g.fits'")
+    with pytest.raises(ArchiveError) as raised:
+        download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
+    with DownloadState(tmp_path/"raw/state.sqlite") as state:
+        state.database.execute("UPDATE file SET error = 'so\x1b[31m\nit: goes' WHERE name LIKE '%/g.fits'")
     said = describe_download(tmp_path/"raw")
     assert "no [2J more" in said and "so [31m it" in said
     for text in (said, str(raised.value)): assert all(line.isprintable() for line in text.split("\n"))
@@ -354,7 +361,8 @@ def test_files_that_are_no_longer_right_do_not_stay(survey, tmp_path):
         kept, port = downloaded(raw), httpx.URL(urls.sas_url).port
     assert fetch(urls, attempts=1).has_images.sum() == 1 and downloaded(raw) == kept  # nobody answers, which says nothing about the files
     with serve(survey[0], port=port, faults=Faults(lasting=1.0, lasting_kinds=("truncated",))): fetch_bad = fetch(urls, bad_attempts=1)
-    assert not fetch_bad.has_images[fetch_bad.specobjid == table.specObjID[1]].any() and len(list((raw/"quarantine").rglob("*.fits"))) == 5 and len(downloaded(raw)) == 8
+    assert (not fetch_bad.has_images[fetch_bad.specobjid == table.specObjID[1]].any()
+        and len(list((raw/"quarantine").rglob("*.fits"))) == 5 and len(downloaded(raw)) == 8)
     with serve(survey[0], port=port): assert fetch(urls).has_images.sum() == 2
     assert not [p for p in (raw/"quarantine").rglob("*") if p.is_file()]
 
@@ -408,8 +416,9 @@ def test_the_bar_of_a_download_that_goes_on_starts_where_that_was(survey, tmp_pa
     assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 271, 271), (225, 271, 271)]
 
 
-@pytest.mark.parametrize("change", ["archives.wait=1", "archives.wait=5,1", "archives.wait=-1,-2", "archives.attempts=0", "archives.bad_attempts=0", "archives.timeout=-1", "archives.concurrency=0",
-    "archives.concurrency=-4", "images.size=-5", "images.size=0", "archives.n_max=0", "archives.split=0.5,0.5", "archives.block_deg=0", "archives.release=../x", "archives.ps1_url=foo", "seed=-1"])
+@pytest.mark.parametrize("change", ["archives.wait=1", "archives.wait=5,1", "archives.wait=-1,-2", "archives.attempts=0", "archives.bad_attempts=0",
+    "archives.timeout=-1", "archives.concurrency=0", "archives.concurrency=-4", "images.size=-5", "images.size=0", "archives.n_max=0",
+    "archives.split=0.5,0.5", "archives.block_deg=0", "archives.release=../x", "archives.ps1_url=foo", "seed=-1"])
 def test_a_setting_that_nothing_can_be_downloaded_with_is_named(survey, tmp_path, change):
     with pytest.raises(ProfileError, match=f"Cannot set {change.partition('=')[0]}="): get_profile("paper", [change])
 
@@ -428,7 +437,8 @@ def test_what_came_over_the_network_is_never_removed(survey, tmp_path):
     before = {p: p.read_bytes() for p in raw.rglob("*") if p.is_file()}
     for parameters, folder in ((ArchiveParameters(**vars(urls) | dict(skyserver_url="http://127.0.0.1:9")), None), (ArchiveParameters(), survey[0])):
         with pytest.raises(InvalidInputError, match="Nothing was changed"): download(parameters, raw, SIZE, 1, folder, progress=False)
-    with pytest.raises(ArchiveError): download(ArchiveParameters(**{k: f"{u}/" for k, u in vars(urls).items()}, attempts=1), raw, SIZE, 7, progress=False)  # nobody answers
+    with pytest.raises(ArchiveError):  # nobody answers
+        download(ArchiveParameters(**{k: f"{u}/" for k, u in vars(urls).items()}, attempts=1), raw, SIZE, 7, progress=False)
     (raw/"source.json").write_text("{")
     with pytest.raises(InvalidInputError, match="source.json is damaged"): download(ArchiveParameters(**vars(urls)), raw, SIZE, 1, progress=False)
     before.pop(raw/"source.json")
@@ -469,7 +479,8 @@ def test_a_client_can_be_used_again(survey, tmp_path):
 
 
 def test_few_galaxies_of_ones_own_are_all_test(survey, tmp_path):
-    survey[1].head(2).rename(columns=dict(specObjID="specobjid", fiberID="fiberid"))[["ra", "dec", "z", "plate", "mjd", "fiberid", "run2d"]].to_csv(tmp_path/"own.csv", index=False)
+    survey[1].head(2).rename(columns=dict(specObjID="specobjid", fiberID="fiberid"))[
+        ["ra", "dec", "z", "plate", "mjd", "fiberid", "run2d"]].to_csv(tmp_path/"own.csv", index=False)
     with serve(survey[0]) as urls: own = download(ArchiveParameters(**vars(urls), table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
     assert set(own.split) == {"test"} and own.has_spectrum.all()
 
@@ -477,10 +488,12 @@ def test_few_galaxies_of_ones_own_are_all_test(survey, tmp_path):
 def test_two_reductions_of_one_spectrum_are_refused(survey, tmp_path):
     row = survey[1].head(1)[["ra", "dec", "z", "plate", "mjd", "fiberID"]]
     pd.concat([row.assign(run2d=r) for r in ("26", "103")]).to_csv(tmp_path/"own.csv", index=False)
-    with pytest.raises(InvalidInputError, match="several reductions"): download(ArchiveParameters(table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, survey[0], progress=False)
+    with pytest.raises(InvalidInputError, match="several reductions"):
+        download(ArchiveParameters(table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, survey[0], progress=False)
 
 
-@pytest.mark.parametrize("text, message", [("ra,dec,z\n150.0,2.0,0.1,\n", "4 fields, the header 3"), ("ra,ra,dec\n1,2,3\n", "two columns are called 'ra'"), ("# nothing\n", "nothing in it")])
+@pytest.mark.parametrize("text, message", [("ra,dec,z\n150.0,2.0,0.1,\n", "4 fields, the header 3"),
+    ("ra,ra,dec\n1,2,3\n", "two columns are called 'ra'"), ("# nothing\n", "nothing in it")])
 def test_tables_whose_rows_do_not_fit_their_header_are_refused(text, message, tmp_path):
     (tmp_path/"own.csv").write_text(text)
     with pytest.raises((DamagedFileError, InvalidInputError), match=message): read_table(tmp_path/"own.csv")
@@ -499,7 +512,8 @@ def mutated(content:bytes, rng) -> bytes:
     "A FITS file with a few things wrong: bytes, values of header cards, lost, repeated or exchanged blocks, or the end missing."
     data = bytearray(content)
     cards = [at for at in range(0, len(data), 80) if data[at + 8:at + 10] == b"= " and data[at:at + 1].isalpha()]
-    structural = [at for at in cards if data[at:at + 8].strip() and any(word in data[at:at + 8] for word in (b"AXIS", b"BITPIX", b"COUNT", b"TF", b"ZTILE", b"ZCMP", b"ZVAL", b"THEAP", b"TZERO", b"TDIM"))]
+    structural = [at for at in cards if data[at:at + 8].strip() and any(word in data[at:at + 8] for word in (
+        b"AXIS", b"BITPIX", b"COUNT", b"TF", b"ZTILE", b"ZCMP", b"ZVAL", b"THEAP", b"TZERO", b"TDIM"))]
     for _ in range(rng.integers(1, 4)):
         kind, at = rng.integers(6), int(rng.integers(len(data)))
         block = at//2880*2880
@@ -526,8 +540,9 @@ def read_mutated_files(seed, n, folder, survey):
     cutout = archive.cutout(at | dict(red=read_cutout_names(archive.filenames(at))["g"]))
     Table(dict(ra=[1.0, 2.0], dec=[3.0, 4.0], specobjid=np.array([1, 2**64 - 1], np.uint64), run2d=["26", "26"])).write(path, overwrite=True)
     of_cutout = lambda content: check_cutout(content, "g", row.ra, row.dec, SIZE)
-    cases = ((spectrum, (lambda content: check_spectrum(content, 266, 51602, 1), lambda _: read_sdss(path))), (cutout, (of_cutout, lambda _: read_cutout(path))),
-             (stack, (lambda _: read_cutout(path), of_cutout)), (path.read_bytes(), (lambda _: read_table(path),)))
+    cases = ((spectrum, (lambda content: check_spectrum(content, 266, 51602, 1), lambda _: read_sdss(path))),
+             (cutout, (of_cutout, lambda _: read_cutout(path))), (stack, (lambda _: read_cutout(path), of_cutout)),
+             (path.read_bytes(), (lambda _: read_table(path),)))
     signal.signal(signal.SIGALRM, lambda *_: (faulthandler.dump_traceback(), os._exit(3)))
     peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])/1000
     before, seen, longest = peak(), Counter(), 0
@@ -562,7 +577,8 @@ def test_mutated_files_only_ever_raise_our_errors(survey, tmp_path):
 def one_galaxy(**changes) -> bytes:
     "SkyServer's answer with one row, some of it changed."
     columns = [c.split(".")[1].rstrip(",") for c in catalogue_query(1, 1).split() if c[:2] in ("s.", "p.")][:25]
-    row = dict.fromkeys(columns, "1") | dict(specObjID="299489676975171584", plate="266", mjd="51602", fiberID="1", run2d="26", ra="30", dec="5", z="0.1", primTarget="64") | changes
+    row = dict.fromkeys(columns, "1") | dict(specObjID="299489676975171584", plate="266", mjd="51602", fiberID="1", run2d="26",
+        ra="30", dec="5", z="0.1", primTarget="64") | changes
     return (",".join(row) + "\n" + ",".join(row.values()) + "\n").encode()
 
 
@@ -607,7 +623,8 @@ def test_files_that_claim_to_be_huge_are_refused(samples, tmp_path):
     with pytest.raises(DamagedFileError, match="unpacks to more than"): read_cutout(path)
     with pytest.raises(DamagedFileError): check_cutout(path.read_bytes(), "g", 1.0, 1.0, SIZE)
     spectrum, cutout = samples
-    for content, key, check in ((spectrum, b"NAXIS2  ", lambda c: check_spectrum(c, 266, 51602, 1)), (cutout, b"NAXIS2  ", lambda c: check_cutout(c, "g", 1.0, 1.0, SIZE))):
+    for content, key, check in ((spectrum, b"NAXIS2  ", lambda c: check_spectrum(c, 266, 51602, 1)),
+            (cutout, b"NAXIS2  ", lambda c: check_cutout(c, "g", 1.0, 1.0, SIZE))):
         at = content.index(key)
         with pytest.raises(DamagedFileError, match="truncated"): check(content[:at + 10] + b"999999999999".rjust(20) + content[at + 30:])
 
@@ -653,10 +670,11 @@ def test_other_sql_gets_skyservers_kind_of_error(survey):
             assert answer.status_code == 400 and {"Error Code", "Error Type", "Error Message"} == set(answer.json())
         good = dict(cmd=catalogue_query(5, 1), format="csv")
         search = f"{urls.skyserver_url}/SkyServerWS/SearchTools/SqlSearch"
-        for wrong, status in ((dict(good, cmd=good["cmd"].replace("s.z > 0", "s.z > 1.2.3")), 400), (dict(good, cmd=good["cmd"].replace("p.modelMag_g", "s.modelMag_g")), 400),
-                (dict(good, format="json"), 400), (good, 200)):
+        for wrong, status in ((dict(good, cmd=good["cmd"].replace("s.z > 0", "s.z > 1.2.3")), 400),
+                (dict(good, cmd=good["cmd"].replace("p.modelMag_g", "s.modelMag_g")), 400), (dict(good, format="json"), 400), (good, 200)):
             assert httpx.get(search, params=wrong).status_code == status
-        for path in (f"sas/{'x'*400}.fits", f"sas/{'x/'*3000}a", "sas/%00", "cgi-bin/fitscut.cgi?ra=1&dec=1&format=fits&red=/rings.v3.skycell/" + "x"*400 + ".fits", "cgi-bin/ps1filenames.py?ra=٣&dec=nan"):
+        for path in (f"sas/{'x'*400}.fits", f"sas/{'x/'*3000}a", "sas/%00",
+                "cgi-bin/fitscut.cgi?ra=1&dec=1&format=fits&red=/rings.v3.skycell/" + "x"*400 + ".fits", "cgi-bin/ps1filenames.py?ra=٣&dec=nan"):
             assert httpx.get(f"{urls.sas_url.removesuffix('sas')}{path}").status_code in (400, 404)
 
 
@@ -675,7 +693,8 @@ coordinates = st.tuples(st.floats(0, 359.999), st.floats(-29, 90))
 @given(st.lists(coordinates, min_size=1, max_size=8), st.sampled_from(["csv", "fits", "parquet", "vot"]), st.booleans())
 def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positions, kind, with_ids):
     path, ids = tmp_path_factory.mktemp("table")/f"own.{kind}", np.uint64(2**64 - 1) - np.arange(len(positions), dtype=np.uint64)
-    table = pd.DataFrame(positions, columns=["RA", "DEC"]).assign(name="x", **({"specObjID": ids.astype(str) if kind == "vot" else ids} if with_ids else {}))
+    table = pd.DataFrame(positions, columns=["RA", "DEC"]).assign(
+        name="x", **({"specObjID": ids.astype(str) if kind == "vot" else ids} if with_ids else {}))
     {"csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path)}.get(kind, lambda: Table.from_pandas(table).write(
         path, format="votable" if kind == "vot" else kind))()
     with warnings.catch_warnings():
@@ -687,9 +706,11 @@ def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positi
     else: assert set(read.specobjid) == set(specobjid_of_position(*np.transpose(positions))) and (read.specobjid >> np.uint64(50) == 16_383).all()
 
 
-@pytest.mark.parametrize("content, named", [("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"), ("ra,dec\n1,2\n3,x\n", "'dec', row 2"), ("ra,dec\n361,2\n", "'ra', row 1"),
-    ("ra,dec,z\n1,2,99\n", "'z', row 1"), ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"), ("RAJ2000,dec\n-9999,2\n", "'RAJ2000', row 1"),
-    ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"), ("ra,dec,fiber\n1,2,9\n", "has fiber, and no column 'plate'"), ("rra,dec\n1,2\n", "is it 'rra'"), ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
+@pytest.mark.parametrize("content, named", [("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"), ("ra,dec\n1,2\n3,x\n", "'dec', row 2"),
+    ("ra,dec\n361,2\n", "'ra', row 1"), ("ra,dec,z\n1,2,99\n", "'z', row 1"), ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"),
+    ("RAJ2000,dec\n-9999,2\n", "'RAJ2000', row 1"), ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"),
+    ("ra,dec,fiber\n1,2,9\n", "has fiber, and no column 'plate'"), ("rra,dec\n1,2\n", "is it 'rra'"),
+    ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
     ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1"), ("ra;dec\n1;2\n", "separate columns by commas"),
     ("ra,dec,plate,mjd,fiberid\n1,2,266.5,51602,1\n", "'plate', row 1"), ("ra,dec,specobjid\n1,2,299489676975171584.0\n", "'specobjid', row 1")])
 def test_what_is_wrong_with_a_table_is_said_by_column(tmp_path, content, named):
@@ -708,7 +729,8 @@ def test_missing_measurements_magnitudes_and_hashes_in_a_table_are_what_they_are
     def read(text):
         (tmp_path/"own.csv").write_text(text)
         return read_table(tmp_path/"own.csv", "dr16")
-    table = read("# of 2026\n#\nra,dec,modelMag_g,z,zwarning,plate,mjd,fiberid,class\n1,2,-9999,-9999.0,-9999,4055,55359,1,SDSS#1\n3,4,17.5,0.1,4,266,51602,2,b\n")
+    table = read("# of 2026\n#\nra,dec,modelMag_g,z,zwarning,plate,mjd,fiberid,class\n"
+        "1,2,-9999,-9999.0,-9999,4055,55359,1,SDSS#1\n3,4,17.5,0.1,4,266,51602,2,b\n")
     assert table.sort_values("ra")[["modelmag_g", "redshift"]].isna().values.tolist() == [[True, True], [False, False]]
     assert table.sort_values("ra")[["class", "zwarning", "run2d"]].values.tolist() == [["SDSS#1", 0, "v5_13_0"], ["b", 4, "26"]]
     with pytest.warns(UserWarning, match="'Z' is taken for a magnitude"): assert read("ra,dec,g,r,i,Z\n1,2,13,12,11.5,11.2\n").redshift.isna().all()
@@ -721,9 +743,11 @@ def test_tables_of_other_kinds_are_refused(tmp_path):
     own = Table(dict(ra=[1.0], dec=[2.0]))
     own["ra"].unit = "km"
     own.write(tmp_path/"km.fits")
-    laughs = '<!DOCTYPE x [<!ENTITY a "ha">' + "".join(f'<!ENTITY {b} "{f"&{a};"*10}">' for a, b in zip("abcdefghi", "bcdefghij")) + "]><VOTABLE>&j;</VOTABLE>"
+    laughs = '<!DOCTYPE x [<!ENTITY a "ha">' + "".join(
+        f'<!ENTITY {b} "{f"&{a};"*10}">' for a, b in zip("abcdefghi", "bcdefghij")) + "]><VOTABLE>&j;</VOTABLE>"
     (tmp_path/"laughs.xml").write_text(laughs)
-    for name, kind, said in (("floats.parquet", InvalidInputError, "column 'specobjid'.*float64"), ("page.fits", DamagedFileError, "a web page"), ("own.txt", InvalidInputError, "ending"),
+    for name, kind, said in (("floats.parquet", InvalidInputError, "column 'specobjid'.*float64"),
+            ("page.fits", DamagedFileError, "a web page"), ("own.txt", InvalidInputError, "ending"),
             ("km.fits", InvalidInputError, "column 'ra'.*km"), ("laughs.xml", DamagedFileError, "votable"), ("none.csv", MissingInputError, "no table")):
         with pytest.raises(kind, match=said): read_table(tmp_path/name)
 
@@ -761,8 +785,10 @@ def test_the_command_line_serves_downloads_and_tells_what_is_missing(survey, tmp
         finally: server.terminate()
     status, said = specpred("download", "--data-dir", tmp_path, "--status")
     assert status == 0 and "not found" in said and said.count("after 3 requests: truncated") == 3
-    for wrong, message in ((["download", "--data-dir", tmp_path/"none", "--status"], "holds no download yet"), (["archive", "serve", tmp_path], "holds no survey"),
-            (["download", "--table", tmp_path/"none.csv", "--dry-run"], "There is no table"), (["download", "--dry-run", "--set", "archives.concurrency=0"], "archives.concurrency=0"), (["archive", "serve", survey[0], "--faults", "rain=1"], "no setting of faults")):
+    for wrong, message in ((["download", "--data-dir", tmp_path/"none", "--status"], "holds no download yet"),
+            (["archive", "serve", tmp_path], "holds no survey"), (["download", "--table", tmp_path/"none.csv", "--dry-run"], "There is no table"),
+            (["download", "--dry-run", "--set", "archives.concurrency=0"], "archives.concurrency=0"),
+            (["archive", "serve", survey[0], "--faults", "rain=1"], "no setting of faults")):
         status, said = specpred(*wrong)
         assert status.startswith("error: ") and message in status and "\n" not in status and not said
     done = subprocess.run([*command[:4], "download", "--status", "--profile", "smok"], capture_output=True, text=True)
@@ -777,14 +803,16 @@ def test_any_answer_to_a_query_is_read_or_refused(content):
         except SpecpredError as error: assert str(error)
 
 
-CELLS = st.one_of(st.sampled_from(["", "-1", "0", "-9999", "nan", "inf", "-inf", "null", "1e400", "99999999999999999999999", "0x10", "1_0", "٣", "../x", "a,b", '"', "'", "#", "\n",
-    "\x00", "1;2", "10:20:30", "<b>", "26", "v5_7_0", "2.5"]), st.floats(-400, 400).map(str), st.integers(-10, 2**64).map(str), st.text(max_size=6))
+CELLS = st.one_of(st.sampled_from(["", "-1", "0", "-9999", "nan", "inf", "-inf", "null", "1e400", "99999999999999999999999", "0x10", "1_0", "٣",
+    "../x", "a,b", '"', "'", "#", "\n", "\x00", "1;2", "10:20:30", "<b>", "26", "v5_7_0", "2.5"]), st.floats(-400, 400).map(str),
+    st.integers(-10, 2**64).map(str), st.text(max_size=6))
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_catalogue_with_any_cells_is_sound_or_refused(tmp_path_factory, data):
     "A good table of three rows, of which a few cells or names of columns are anything."
-    names, *rows = (line.split(",") for line in (one_galaxy() + b"".join(one_galaxy(specObjID=str(k), fiberID=str(k)).split(b"\n")[1] + b"\n" for k in (7, 8))).decode().splitlines())
+    names, *rows = (line.split(",") for line in (one_galaxy() + b"".join(
+        one_galaxy(specObjID=str(k), fiberID=str(k)).split(b"\n")[1] + b"\n" for k in (7, 8))).decode().splitlines())
     lines = [names, *rows]
     for _ in range(data.draw(st.integers(1, 3))): lines[data.draw(st.integers(0, 3))][data.draw(st.integers(0, len(names) - 1))] = data.draw(CELLS)
     content = "".join(",".join(line) + "\n" for line in lines).encode("utf-8", "surrogatepass")

@@ -164,7 +164,8 @@ def test_nan_in_training_is_an_error_that_names_the_layer(layer, shape, sites, b
 
 
 @pytest.mark.parametrize("scale", (1e17, 1e20, 1e36))
-@pytest.mark.parametrize("layer,shape", ((FastDeconv(5, 8, 3), (2, 5, 16, 16)), (FastDeconv(5, 8, 1), (2, 5, 16, 16)), (ChannelDeconv(2), (2, 5, 16, 16)), (Delinear(8, 3), (6, 8))))
+@pytest.mark.parametrize("layer,shape", ((FastDeconv(5, 8, 3), (2, 5, 16, 16)), (FastDeconv(5, 8, 1), (2, 5, 16, 16)),
+    (ChannelDeconv(2), (2, 5, 16, 16)), (Delinear(8, 3), (6, 8))))
 def test_a_covariance_that_overflows_is_not_averaged_in(layer, shape, scale):
     layer.train()(x_of(0, shape))
     before = {key: value.clone() for key, value in layer.state_dict().items()}
@@ -191,8 +192,9 @@ def test_a_layer_without_a_name_is_told_by_its_shape():
     lambda: ChannelDeconv(8)(torch.zeros(2, 5, 4, 4)), lambda: ChannelDeconv(4)(torch.zeros(2, 5, 4)), lambda: ChannelDeconv(0),
     lambda: Delinear(8, 3)(torch.zeros(2, 7)), lambda: Delinear(8, 3, block=0), lambda: inverse_square_root(torch.zeros(3, 4)),
     lambda: FastDeconv(5, 8, 3)(torch.zeros(0, 5, 16, 16)), lambda: FastDeconv(5, 8, 3, padding="same"), lambda: FastDeconv(5, 8, 0),
-    lambda: FastDeconv(5, 8, (3,)), lambda: FastDeconv(5, 8, (3, 3, 3)), lambda: FastDeconv(5, 8, 3, stride=(1, 2, 3)), lambda: FastDeconv(5, 8, 3, padding=-1),
-    lambda: FastDeconv(5, 8, 3, eps=None), lambda: FastDeconv(5, 8, 3, eps=float("inf")), lambda: FastDeconv(5, 8, 3, momentum=float("nan")), lambda: Delinear(5, 8, momentum=5)))
+    lambda: FastDeconv(5, 8, (3,)), lambda: FastDeconv(5, 8, (3, 3, 3)), lambda: FastDeconv(5, 8, 3, stride=(1, 2, 3)),
+    lambda: FastDeconv(5, 8, 3, padding=-1), lambda: FastDeconv(5, 8, 3, eps=None), lambda: FastDeconv(5, 8, 3, eps=float("inf")),
+    lambda: FastDeconv(5, 8, 3, momentum=float("nan")), lambda: Delinear(5, 8, momentum=5)))
 def test_bad_input_is_an_error_of_ours(make):
     with pytest.raises(SpecpredError): make()
 

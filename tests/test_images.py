@@ -86,7 +86,8 @@ def test_a_store_does_not_depend_on_where_it_was_made(tmp_path):
     for folder in ("a", "b"):
         write_cutouts(tmp_path/folder/"raw", 3)
         images.pack_images(np.arange(3), tmp_path/folder/"raw", tmp_path/folder/"images.zarr", 12, n_jobs=1, progress=False)
-    first, second = ({p.relative_to(tmp_path/folder): p.read_bytes() for p in (tmp_path/folder/"images.zarr").rglob("*") if p.is_file()} for folder in ("a", "b"))
+    first, second = ({p.relative_to(tmp_path/folder): p.read_bytes() for p in (tmp_path/folder/"images.zarr").rglob("*") if p.is_file()}
+        for folder in ("a", "b"))
     assert first == second
 
 
@@ -367,8 +368,9 @@ def test_rows_that_are_not_there(three_shards):
     assert opened.read_rows([]).shape == (0, 5, 12, 12) and opened.flux[-1].shape == (5, 12, 12)
 
 
-@pytest.mark.parametrize("arguments, say", [(dict(noise=np.zeros((8, 5))), "softening"), (dict(noise=np.ones(5)), "fitted on"), (dict(factor=-1.), "softening"),
-    (dict(flux=np.zeros((0, 5, 12, 12))), "fitted on"), (dict(flux=np.full((2, 5, 12, 12), np.nan)), "not finite"), (dict(flux=np.ones((2, 5, 12, 12))), "std must be")])
+@pytest.mark.parametrize("arguments, say", [(dict(noise=np.zeros((8, 5))), "softening"), (dict(noise=np.ones(5)), "fitted on"),
+    (dict(factor=-1.), "softening"), (dict(flux=np.zeros((0, 5, 12, 12))), "fitted on"), (dict(flux=np.full((2, 5, 12, 12), np.nan)), "not finite"),
+    (dict(flux=np.ones((2, 5, 12, 12))), "std must be")])
 def test_transforms_are_not_fitted_on_what_tells_nothing(arguments, say):
     with pytest.raises(InvalidInputError, match=say): images.fit_transform(**dict(flux=some_flux(8), noise=np.ones((8, 5))) | arguments)
 
@@ -381,7 +383,8 @@ def test_whole_numbers_are_no_fluxes(kind):
 
 def test_transforms_and_augmentations_that_cannot_be():
     five = (1.,)*5
-    for arguments in (("bogus", five, five, five), ("asinh", (0.,)*5, five, five), ("linear", five, five, (0.,)*5), ("linear", five, (np.nan,)*5, five), ("linear", five, five, five[:3])):
+    for arguments in (("bogus", five, five, five), ("asinh", (0.,)*5, five, five), ("linear", five, five, (0.,)*5),
+            ("linear", five, (np.nan,)*5, five), ("linear", five, five, five[:3])):
         with pytest.raises(InvalidInputError): images.ImageTransform(*arguments)
     for wrong in (dict(max_shift=-1), dict(max_shift=.5), dict(p_rotate=7), dict(max_rotate=-1.)):
         with pytest.raises(InvalidInputError): images.Augmentation(**wrong)

@@ -37,7 +37,8 @@ def test_fluxes_and_widths_are_found_on_native_pixels_and_on_the_grid(given_flux
     binned = rebin(native, None, loglam0, 0.)
     truth = dict(oii_3727=given_fluxes["oii_a"] + given_fluxes["oii_b"], sii_6717_31=given_fluxes["sii_a"] + given_fluxes["sii_b"]) | \
         {name: given_fluxes[name] for name in ("hbeta", "oiii_5007", "halpha", "nii_6584")}
-    for flux, error, start, step in ((native[None], np.full((1, N_NATIVE), 0.1), loglam0, DLOGLAM), (binned.flux, np.full((1, 1000), 0.05), GRID.loglam0, GRID.dloglam)):
+    for flux, error, start, step in ((native[None], np.full((1, N_NATIVE), 0.1), loglam0, DLOGLAM),
+            (binned.flux, np.full((1, 1000), 0.05), GRID.loglam0, GRID.dloglam)):
         found = fit_lines(flux, error, start, step, redshift=z).iloc[0]
         # [O II] and Hα with [N II] share bins, so that their sum is what a bin's integral fixes
         tolerance = 0.02*sum(truth.values())/6
@@ -51,7 +52,8 @@ def test_fluxes_and_widths_are_found_on_native_pixels_and_on_the_grid(given_flux
 def test_spectra_do_not_see_each_other():
     rng = np.random.default_rng(0)
     starts = rng.uniform(3.512, 3.514, 5)
-    flux = 10 + np.stack([native_lines({name: rng.uniform(5, 200) for name in ("oii_a", "hbeta", "oiii_5007", "halpha", "nii_6584")}, 120, s) for s in starts])
+    flux = 10 + np.stack([native_lines({name: rng.uniform(5, 200) for name in ("oii_a", "hbeta", "oiii_5007", "halpha", "nii_6584")}, 120, s)
+        for s in starts])
     flux += rng.standard_normal(flux.shape)
     error, missing = np.ones(flux.shape), rng.random(flux.shape) < 0.05
     together = measure_spectra(flux, error, starts, DLOGLAM, missing)
@@ -62,7 +64,8 @@ def test_spectra_do_not_see_each_other():
 
 def test_a_line_that_was_not_measured_is_nan_and_harms_nobody():
     rng = np.random.default_rng(1)
-    flux = rebin(5 + native_lines(dict(oii_a=50, oii_b=60, hbeta=40, oiii_5007=90, halpha=200, nii_6584=70, sii_a=30, sii_b=25), 110, 3.513), None, 3.513, 0.).flux
+    flux = rebin(5 + native_lines(dict(oii_a=50, oii_b=60, hbeta=40, oiii_5007=90, halpha=200, nii_6584=70, sii_a=30, sii_b=25), 110, 3.513),
+        None, 3.513, 0.).flux
     flux = flux + 0.05*rng.standard_normal((50, 1000))
     error, missing = np.full(flux.shape, 0.05), np.zeros(flux.shape, bool)
     missing[:, np.abs(GRID.wavelength - 5008.24) < 9] = True
@@ -88,7 +91,8 @@ def test_the_unit_of_the_flux_does_not_matter(sigma, noise):
     assert np.median(told.sigma) == pytest.approx(sigma, rel=0.15) and np.median(told.halpha_ew) == pytest.approx(40, rel=0.05)
     for unit in (1e-17, 1e-4, 1e-2, 1e4):
         found = fit_lines(unit*flux)
-        for name in ("sigma", "halpha_ew", "hbeta_ew", "oiii_5007_ew", "nii_6584_ew_err"): np.testing.assert_allclose(found[name], told[name], rtol=1e-4, err_msg=name)
+        for name in ("sigma", "halpha_ew", "hbeta_ew", "oiii_5007_ew", "nii_6584_ew_err"):
+            np.testing.assert_allclose(found[name], told[name], rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("on_grid", [False, True])
@@ -112,7 +116,8 @@ def test_without_lines_there_is_no_width():
     assert measure_spectra(np.full((3, 1000), 5.), np.zeros((3, 1000))).isna().all(axis=None)  # errors of 0: nothing measured
 
 
-@pytest.mark.parametrize("name, parts, ends", [("oii_3727", (3727.092, 3729.875), (3690, 3697, 3706, 3716)), ("sii_6717_31", (6718.294, 6732.678), (6780, 6770, 6765, 6757))])
+@pytest.mark.parametrize("name, parts, ends", [("oii_3727", (3727.092, 3729.875), (3690, 3697, 3706, 3716)),
+    ("sii_6717_31", (6718.294, 6732.678), (6780, 6770, 6765, 6757))])
 def test_the_continuum_beside_a_line_ends_with_the_spectrum(name, parts, ends):
     "The equivalent width does not depend on how much is left of the continuum, nor whether it is cut off or masked."
     edges = 3.55 + DLOGLAM*(np.arange(3001) - 0.5) if name == "oii_3727" else 3.6 + DLOGLAM*(np.arange(3001) - 0.5)
@@ -128,7 +133,8 @@ def test_the_continuum_beside_a_line_ends_with_the_spectrum(name, parts, ends):
 def test_errors_are_the_scatter_also_without_errors_given():
     rng = np.random.default_rng(2)
     flux = 5 + rng.standard_normal((800, 1000))*0.3
-    flux += rebin(native_lines(dict(oii_a=10, oii_b=12, hbeta=20, oiii_5007=30, halpha=60, nii_6584=20, sii_a=12, sii_b=10), 110, 3.513), None, 3.513, 0.).flux
+    flux += rebin(native_lines(dict(oii_a=10, oii_b=12, hbeta=20, oiii_5007=30, halpha=60, nii_6584=20, sii_a=12, sii_b=10), 110, 3.513),
+        None, 3.513, 0.).flux
     told, untold = fit_lines(flux, np.full(flux.shape, 0.3)), fit_lines(flux)
     for name in LINES:
         scatter = told[f"{name}_flux"].std()
@@ -177,7 +183,8 @@ def test_starlight_is_found_under_the_lines_and_takes_none_of_them():
     inside = fine.loglam > 3.5
     start = fine.loglam[inside][0]
     starlight = rebin(stars[inside], None, start, 0., dloglam=0.5e-4).flux
-    lines = rebin(native_lines(dict(oii_a=30, oii_b=40, hbeta=40, oiii_5007=50, halpha=120, nii_6584=50, sii_a=20, sii_b=15), 120, 3.513), None, 3.513, 0.).flux
+    lines = rebin(native_lines(dict(oii_a=30, oii_b=40, hbeta=40, oiii_5007=50, halpha=120, nii_6584=50, sii_a=20, sii_b=15), 120, 3.513),
+        None, 3.513, 0.).flux
     found = stellar_continuum(starlight + lines, np.full((1, 1000), 0.1))
     assert np.abs(found/starlight - 1)[0, 20:-20].max() < 0.04 and np.std(found/starlight) < 0.007
     assert measure_spectra(starlight + lines, np.full((1, 1000), 0.1)).hbeta_flux[0] == pytest.approx(40, rel=0.05)
@@ -186,8 +193,8 @@ def test_starlight_is_found_under_the_lines_and_takes_none_of_them():
 
 
 @pytest.mark.parametrize("bad", [dict(error=np.ones((2, 999))), dict(error=-np.ones((2, 1000))), dict(missing=np.ones((2, 1000))), dict(loglam0=5000.),
-    dict(loglam0=[3.5, 3.5, 3.5]), dict(loglam0=np.nan), dict(redshift=-2.), dict(redshift=[0.1]*3), dict(dloglam=0.), dict(dloglam=-1e-4), dict(loglam0=4.1),
-    dict(flux=np.ones((0, 1000))), dict(flux=np.ones((2, 2, 1000)))])
+    dict(loglam0=[3.5, 3.5, 3.5]), dict(loglam0=np.nan), dict(redshift=-2.), dict(redshift=[0.1]*3), dict(dloglam=0.),
+    dict(dloglam=-1e-4), dict(loglam0=4.1), dict(flux=np.ones((0, 1000))), dict(flux=np.ones((2, 2, 1000)))])
 def test_bad_input_is_refused(bad):
     with pytest.raises(InvalidInputError): measure_spectra(**dict(flux=np.ones((2, 1000))) | bad)
 

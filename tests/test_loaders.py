@@ -203,8 +203,8 @@ def test_a_learner_shows_predicts_and_travels(sample, tmp_path):
 def test_loaders_of_what_does_not_fit_are_refused(sample):
     images, table, transform = sample
     train = loaders(sample).train
-    for wrong, say in ((dict(shufle=False), "no setting shufle"), (dict(bs=0), "whole number of galaxies"), (dict(positions=np.arange(3)), "3 galaxies cannot have 24"),
-            (dict(positions=np.arange(24) + 100), "positions must be from 0")):
+    for wrong, say in ((dict(shufle=False), "no setting shufle"), (dict(bs=0), "whole number of galaxies"),
+            (dict(positions=np.arange(3)), "3 galaxies cannot have 24"), (dict(positions=np.arange(24) + 100), "positions must be from 0")):
         with pytest.raises(InvalidInputError, match=say): train.new(**wrong)
     for size in (0, 7.5):
         with pytest.raises(InvalidInputError, match="whole number of galaxies"): loaders(sample, batch_size=size)

@@ -99,7 +99,8 @@ def test_onnx(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, x = after_a_step(name)
     with torch.no_grad(): expected = model(x)
-    torch.onnx.export(models.fuse(model), (x,), tmp_path/"model.onnx", dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},), verbose=False)
+    torch.onnx.export(models.fuse(model), (x,), tmp_path/"model.onnx", dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},), verbose=False)
     session = onnxruntime.InferenceSession(tmp_path/"model.onnx", providers=["CPUExecutionProvider"])
     for n in (1, 4):
         got, = session.run(None, {session.get_inputs()[0].name: x[:n].numpy()})
@@ -151,7 +152,8 @@ def test_a_weights_file_needs_nothing_else(name, tmp_path):
 def test_weights_of_another_model(tmp_path):
     with pytest.raises(WeightsError, match="no xresnet18.*missing: 0.1.weight"):
         models.save(MODELS["xresnet18_hybrid"](), tmp_path/"a.safetensors", name="xresnet18", arguments={}, **STATS)
-    with pytest.raises(WeightsError, match="of another shape: 11.weight"): models.load_weights(MODELS["xresnet18"](), MODELS["xresnet18"](n_out=5).state_dict())
+    with pytest.raises(WeightsError, match="of another shape: 11.weight"):
+        models.load_weights(MODELS["xresnet18"](), MODELS["xresnet18"](n_out=5).state_dict())
     assert not list(tmp_path.iterdir())
 
 
@@ -165,12 +167,14 @@ def rewritten(path, **changes):
 
 
 @pytest.mark.parametrize("changes,message", (
-    (dict(name='"xresnet18"'), "not those of xresnet18.*missing.*unexpected"), (dict(name='"os.system"'), "no model"), (dict(name="deconv3"), "cannot be used"),
-    (dict(name="[1]"), "cannot be used"), (dict(arguments='{"pretrained": true}'), "no argument pretrained"), (dict(arguments="3"), "cannot be used"),
+    (dict(name='"xresnet18"'), "not those of xresnet18.*missing.*unexpected"), (dict(name='"os.system"'), "no model"),
+    (dict(name="deconv3"), "cannot be used"), (dict(name="[1]"), "cannot be used"),
+    (dict(arguments='{"pretrained": true}'), "no argument pretrained"), (dict(arguments="3"), "cannot be used"),
     (dict(arguments='{"n_out": 7}'), "n_out|target_stats"), (dict(arguments='{"c_in": "x"}'), "cannot be used|image_stats"),
     (dict(image_stats='{"mean": [0], "std": [1]}'), "image_stats"), (dict(target_stats='{"mean": [0,0,0,0,0,NaN], "std": [1,1,1,1,1,1]}'), "target_stats"),
-    (dict(channels='"ggggg"'), "different bands"), (dict(channels='"gri"'), "different bands"), (dict(channels="5"), "different bands"), (dict(provenance='"x"'), "provenance"),
-    (dict(provenance="null"), "provenance"), (dict(target_stats='{"mean": [0,0,0,0,0,0], "std": [1,1,1,1,1,0]}'), "target_stats"), (dict(format="other"), "no metadata of ours")))
+    (dict(channels='"ggggg"'), "different bands"), (dict(channels='"gri"'), "different bands"), (dict(channels="5"), "different bands"),
+    (dict(provenance='"x"'), "provenance"), (dict(provenance="null"), "provenance"),
+    (dict(target_stats='{"mean": [0,0,0,0,0,0], "std": [1,1,1,1,1,0]}'), "target_stats"), (dict(format="other"), "no metadata of ours")))
 def test_metadata_that_does_not_fit(changes, message, tmp_path):
     models.save(MODELS["deconv3"](), tmp_path/"a.safetensors", name="deconv3", arguments={}, **STATS)
     rewritten(tmp_path/"a.safetensors", **changes)
@@ -192,11 +196,13 @@ def test_missing_and_damaged_files(tmp_path):
         with pytest.raises(DamagedFileError): models.load(tmp_path/"a.safetensors")
 
 
-@pytest.mark.parametrize("bad", (dict(image_stats=([0]*4, [1]*4)), dict(image_stats=([0]*5, [0]*5)), dict(target_stats=None), dict(channels="gri"), dict(channels="ggggg"), dict(channels="abcde"), dict(channels=["g", "r", "i", "z", 5]),
-                                 dict(provenance=["a"]), dict(arguments={"c_in": "x"}), dict(arguments={"stem_szs": 32}),
-                                 dict(provenance={"a": object()}), dict(arguments={"act_cls": "Sigmoid"}), dict(arguments={"c": 1}), dict(name="resnet")))
+@pytest.mark.parametrize("bad", (dict(image_stats=([0]*4, [1]*4)), dict(image_stats=([0]*5, [0]*5)), dict(target_stats=None), dict(channels="gri"),
+                                 dict(channels="ggggg"), dict(channels="abcde"), dict(channels=["g", "r", "i", "z", 5]), dict(provenance=["a"]),
+                                 dict(arguments={"c_in": "x"}), dict(arguments={"stem_szs": 32}), dict(provenance={"a": object()}),
+                                 dict(arguments={"act_cls": "Sigmoid"}), dict(arguments={"c": 1}), dict(name="resnet")))
 def test_what_cannot_be_saved(bad, tmp_path):
-    with pytest.raises(InvalidInputError): models.save(MODELS["xresnet18"](), tmp_path/"a.safetensors", **(dict(name="xresnet18", arguments={}, **STATS) | bad))
+    with pytest.raises(InvalidInputError):
+        models.save(MODELS["xresnet18"](), tmp_path/"a.safetensors", **(dict(name="xresnet18", arguments={}, **STATS) | bad))
     assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +257,8 @@ def test_predictions_by_batches_and_of_images_that_are_none():
     whole = trained.predict(COUNTS)
     assert whole.shape == (128, 6) and whole.dtype == np.float32 and trained.predict(COUNTS[:0]).shape == (0, 6)
     np.testing.assert_allclose(trained.predict(COUNTS.numpy(), batch_size=50), whole, rtol=1e-5, atol=1e-5)
-    for images, message in ((COUNTS[:, :4], "shape"), (torch.cat([COUNTS, COUNTS[:, :1]], 1), "shape"), (COUNTS[0], "shape"), (COUNTS.log(), "NaN"), ("images", "no array"), (None, "shape")):
+    for images, message in ((COUNTS[:, :4], "shape"), (torch.cat([COUNTS, COUNTS[:, :1]], 1), "shape"), (COUNTS[0], "shape"),
+            (COUNTS.log(), "NaN"), ("images", "no array"), (None, "shape")):
         with pytest.raises(InvalidInputError, match=message): trained.predict(images)
 
 
@@ -261,7 +268,8 @@ def test_arguments_are_told_alike_by_all_files(tmp_path):
     models.save(published.model, tmp_path/"a.safetensors", name="xresnet18", arguments=published.arguments, **STATS)
     assert json.loads(json.dumps(published.arguments)) == models.load(tmp_path/"a.safetensors").arguments and published.arguments["act_cls"] == "Mish"
     with pytest.raises(InvalidInputError, match="c_in"): models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS, c_in="x")
-    with pytest.raises(InvalidInputError, match="3 different bands"): models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS, c_in=3)
+    with pytest.raises(InvalidInputError, match="3 different bands"):
+        models.load_published(tmp_path/"weights.pth", models.image_stats(COUNTS), TARGET_STATS, c_in=3)
     for channels in ("ggggg", "grizx", "gri"):
         with pytest.raises(InvalidInputError, match="5 different bands"): models.image_stats(COUNTS, channels)
 
@@ -275,7 +283,8 @@ def test_bare_and_old_weights_files_are_read(tmp_path):
 
 def test_published_weights_need_statistics(tmp_path):
     torch.save(conv3().state_dict(), tmp_path/"weights.pth")
-    with pytest.raises(InvalidInputError, match="image_stats.*128 cutouts.*target_stats"): models.load_published(tmp_path/"weights.pth", image_stats=models.image_stats(COUNTS))
+    with pytest.raises(InvalidInputError, match="image_stats.*128 cutouts.*target_stats"):
+        models.load_published(tmp_path/"weights.pth", image_stats=models.image_stats(COUNTS))
     with pytest.raises(InvalidInputError, match="128 cutouts"): models.image_stats(COUNTS[:127])
     with pytest.raises(InvalidInputError, match="128 cutouts"): models.image_stats(COUNTS[:, :4])
     with pytest.raises(InvalidInputError, match="NaN"): models.image_stats(COUNTS.log())
@@ -311,5 +320,6 @@ def test_published_weights_that_do_not_fit(tmp_path):
 
 
 def test_stretched_models_are_not_fed_linear_images(tmp_path):
-    models.save(conv3(), tmp_path/"w.safetensors", name="conv3", arguments={}, image_stats=(np.zeros(5), np.ones(5)), target_stats=TARGET_STATS, provenance=dict(stretch="asinh"))
+    models.save(conv3(), tmp_path/"w.safetensors", name="conv3", arguments={}, image_stats=(np.zeros(5), np.ones(5)),
+        target_stats=TARGET_STATS, provenance=dict(stretch="asinh"))
     with pytest.raises(InvalidInputError, match="asinh"): models.load(tmp_path/"w.safetensors").predict(COUNTS)

@@ -96,7 +96,8 @@ def test_what_a_stage_uses_is_declared():
     for stage in STAGES.values():
         cells = [c for c in json.loads(stage.notebook.read_text())["cells"] if c["cell_type"] == "code" and "#| eval: false" in "".join(c["source"])]
         source = "\n".join("".join(c["source"]) for c in cells)
-        sections = set(re.findall(r"run\.profile\.(\w+)\.", source)) | set(re.findall(r"\bp\.(\w+)\.", source) if "p, paths = run.profile" in source else [])
+        sections = set(re.findall(r"run\.profile\.(\w+)\.", source)) | set(
+            re.findall(r"\bp\.(\w+)\.", source) if "p, paths = run.profile" in source else [])
         assert sections <= set(stage.parameters), stage.name
         # the table of a search outlasts its stage, so that a longer one goes on from it, and is not made where there is one setting
         files = {f for f in re.findall(r"(?:run\.)?paths\.(\w+)", source) if f in _FILES} - {"vae_search"}

@@ -149,7 +149,8 @@ def test_prose_and_code_are_those_of_the_checkout_and_outputs_only_those_of_the_
     monkeypatch.syspath_prepend(ROOT/"docs")
     from build import take_outputs
     from nbformat import v4
-    def cells(prose, *codes): return v4.new_notebook(cells=[v4.new_markdown_cell(prose, id="prose"), *(v4.new_code_cell(c, id=f"c{k}") for k, c in enumerate(codes))])
+    def cells(prose, *codes):
+        return v4.new_notebook(cells=[v4.new_markdown_cell(prose, id="prose"), *(v4.new_code_cell(c, id=f"c{k}") for k, c in enumerate(codes))])
     executed, now = cells("old", "1 + 1", "f(2)"), cells("new", "1 + 1\n", "f(3)", "g()")
     for cell in executed.cells[1:]: cell.outputs = [v4.new_output("stream", text="out")]
     assert take_outputs(now, executed)
@@ -173,7 +174,8 @@ def test_reference_documents_parameters(site):
 def test_the_checks_find_what_is_wrong(tmp_path, browser):
     (tmp_path/"index.html").write_text("""<!doctype html><link rel="icon" href="data:,"><a href="other.html#nowhere">a</a><a href="gone.html">b</a>
         <a href="other.html#here">c</a><a href="https://example.org">d</a><img src="gone.png"><script>console.error("oh"); nothing()</script>""")
-    (tmp_path/"other.html").write_text('<!doctype html><link rel="icon" href="data:,"><h1 id="here">x</h1><script src="https://example.org/x.js"></script>')
+    (tmp_path/"other.html").write_text('<!doctype html><link rel="icon" href="data:,"><h1 id="here">x</h1>'
+        '<script src="https://example.org/x.js"></script>')
     assert broken_links(tmp_path) == ["index.html: other.html#nowhere has no such anchor", "index.html: gone.html does not exist",
         "index.html: gone.png does not exist", "other.html: https://example.org/x.js comes from the network"]
     found = " ".join(open_page(browser, tmp_path/"index.html"))
@@ -194,7 +196,8 @@ def test_a_folder_that_is_no_site_is_not_replaced(tmp_path, smoke_run):
 
 def test_readme_is_checked_against_the_landing_page(tmp_path):
     readme = tmp_path/"README.md"
-    def call(*arguments): return subprocess.run([sys.executable, str(ROOT/"docs"/"readme.py"), "--readme", str(readme), *arguments], capture_output=True, text=True)
+    def call(*arguments):
+        return subprocess.run([sys.executable, str(ROOT/"docs"/"readme.py"), "--readme", str(readme), *arguments], capture_output=True, text=True)
     assert call().returncode == 0 and call("--check").returncode == 0
     made = readme.read_text()
     assert made == (ROOT/"README.md").read_text()

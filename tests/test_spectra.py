@@ -6,8 +6,8 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpectraParameters
-from specpred.spectra import (DLOGLAM, LogGrid, RebinnedSpectra, SDSSSpectrum, build_store, deredden, extinction, fill, from_specutils, galactic_ebv, iterative_pca,
-    load_store, mask_bits, neighbour_covariance, noise_spikes, prepare, read_sdss, rebin, to_rest_frame)
+from specpred.spectra import (DLOGLAM, LogGrid, RebinnedSpectra, SDSSSpectrum, build_store, deredden, extinction, fill, from_specutils, galactic_ebv,
+    iterative_pca, load_store, mask_bits, neighbour_covariance, noise_spikes, prepare, read_sdss, rebin, to_rest_frame)
 
 REFERENCE = Path(__file__).parent/"reference"
 sys.path[:0] = [str(REFERENCE.parents[1]/"benchmarks")]
@@ -158,9 +158,9 @@ def test_what_was_not_measured_is_missing_and_not_zero():
     assert not out.missing[0][np.abs(loglam - 3.78) < 3e-4].any()  # one lost pixel of four is no gap
 
 
-@pytest.mark.parametrize("bad", [dict(redshift=np.nan), dict(redshift=-1.), dict(error="rms"), dict(ivar=np.ones(7)), dict(loglam0=np.nan), dict(loglam0=3800.),
-    dict(redshift=[0.1, 0.2]), dict(loglam0=[3.5, 3.5]), dict(flux=np.ones((2, 2, 4000))), dict(flux=np.ones((0, 4000))), dict(dloglam=0),
-    dict(min_coverage=np.nan), dict(min_coverage=2)])
+@pytest.mark.parametrize("bad", [dict(redshift=np.nan), dict(redshift=-1.), dict(error="rms"), dict(ivar=np.ones(7)), dict(loglam0=np.nan),
+    dict(loglam0=3800.), dict(redshift=[0.1, 0.2]), dict(loglam0=[3.5, 3.5]), dict(flux=np.ones((2, 2, 4000))), dict(flux=np.ones((0, 4000))),
+    dict(dloglam=0), dict(min_coverage=np.nan), dict(min_coverage=2)])
 def test_rebin_refuses(bad):
     arguments = dict(flux=np.ones(4000), ivar=None, loglam0=3.58, redshift=0.1) | bad
     with pytest.raises(InvalidInputError): rebin(**arguments)
@@ -188,7 +188,8 @@ def test_spike_rule_masks_sky_lines_and_spares_the_galaxys():
 def test_pca_equals_the_published_numbers():
     reference = np.load(REFERENCE/"iterative_pca.npz")
     found = iterative_pca(reference["X"], reference["M"], n_components=4, n_iter=12, norm="l2")
-    for name, value in dict(filled=found.filled, mu=found.mean, norms=found.norms).items(): np.testing.assert_allclose(value, reference[name], rtol=1e-5, atol=1e-8)
+    for name, value in dict(filled=found.filled, mu=found.mean, norms=found.norms).items():
+        np.testing.assert_allclose(value, reference[name], rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(found.eigenvalues, reference["evals"][:4], rtol=1e-5)
     garbage = np.where(reference["M"], np.nan, reference["X"])  # what stands in missing bins does not matter
     np.testing.assert_array_equal(iterative_pca(garbage, reference["M"], 4, 12).filled, found.filled)
@@ -262,7 +263,8 @@ def test_pca_names_rows_of_the_whole_table():
 
 def good_sample(n=40, bins=60):
     rng = np.random.default_rng(3)
-    return 3 + rng.standard_normal((n, 2)) @ np.cumsum(rng.standard_normal((2, bins)), 1)/10 + 0.01*rng.standard_normal((n, bins)), np.zeros((n, bins), bool)
+    return (3 + rng.standard_normal((n, 2)) @ np.cumsum(rng.standard_normal((2, bins)), 1)/10 + 0.01*rng.standard_normal((n, bins)),
+        np.zeros((n, bins), bool))
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -328,15 +330,16 @@ def some_spectrum(n=3000, seed=6):
     rng = np.random.default_rng(seed)
     ivar = np.where(rng.random(n) < 0.02, 0, rng.uniform(0.5, 2, n))
     bits = np.where(ivar == 0, mask_bits(["NODATA"]), 0).astype(np.uint32)
-    return SDSSSpectrum(rng.normal(10, 3, n).astype(np.float32), ivar.astype(np.float32), bits, 3.5812, 0.1234, 0, "GALAXY", "STARFORMING", 150.1, 2.2, 266, 51602, 17,
-        bits | mask_bits(["BRIGHTSKY"]), rng.normal(10, 1, n).astype(np.float32))
+    return SDSSSpectrum(rng.normal(10, 3, n).astype(np.float32), ivar.astype(np.float32), bits, 3.5812, 0.1234, 0, "GALAXY", "STARFORMING",
+        150.1, 2.2, 266, 51602, 17, bits | mask_bits(["BRIGHTSKY"]), rng.normal(10, 1, n).astype(np.float32))
 
 
 def write_spspec(path, spectrum, n_rows=5, **cards):
     from astropy.io import fits
     error = np.where(spectrum.ivar > 0, np.maximum(spectrum.ivar, 1e-9)**-0.5, 0)
     hdu = fits.PrimaryHDU(np.stack([spectrum.flux, 0*error, error, spectrum.and_mask, spectrum.model])[:n_rows].astype(np.float32))
-    hdu.header.update(dict(COEFF0=spectrum.loglam0, COEFF1=1e-4, Z=spectrum.redshift, RAOBJ=150.1, DECOBJ=2.2, PLATEID=266, MJD=51602, FIBERID=17, SPEC_CLN=2) | cards)
+    hdu.header.update(dict(COEFF0=spectrum.loglam0, COEFF1=1e-4, Z=spectrum.redshift, RAOBJ=150.1, DECOBJ=2.2,
+        PLATEID=266, MJD=51602, FIBERID=17, SPEC_CLN=2) | cards)
     hdu.writeto(path)
 
 
@@ -349,7 +352,8 @@ def test_files_of_the_old_layout(tmp_path):
         np.testing.assert_allclose(found.ivar, spectrum.ivar, rtol=1e-5)
         np.testing.assert_array_equal(found.and_mask, spectrum.and_mask)
         assert found.model is None and found.or_mask is None  # the data model does not know them
-        assert (found.loglam0, found.redshift, found.object_class, found.plate, found.mjd, found.fiberid, found.ra, found.dec) == (3.5812, 0.1234, "GALAXY", 266, 51602, 17, 150.1, 2.2)
+        assert (found.loglam0, found.redshift, found.object_class, found.plate, found.mjd, found.fiberid, found.ra, found.dec) == (
+            3.5812, 0.1234, "GALAXY", 266, 51602, 17, 150.1, 2.2)
     whole = (tmp_path/"spSpec-51602-0266-015.fit").read_bytes()
     (tmp_path/"cut.fit").write_bytes(whole[:20_000])
     write_spspec(tmp_path/"coarse.fit", spectrum, COEFF1=2e-4)
@@ -368,9 +372,11 @@ def test_there_and_back_to_specutils():
     assert theirs.flux.unit.is_equivalent(u.erg/u.s/u.cm**2/u.AA) and (theirs.mask == (spectrum.ivar == 0)).all()
     np.testing.assert_allclose(theirs.spectral_axis.to_value(u.nm)*10, spectrum.wavelength)
     back = from_specutils(theirs)
-    for name in SDSSSpectrum.__dataclass_fields__: np.testing.assert_allclose(getattr(back, name), getattr(spectrum, name), rtol=1e-6) if not isinstance(getattr(back, name), str) \
-        else (getattr(back, name) == getattr(spectrum, name))
-    plain = Spectrum(flux=np.array([1., 0, 2])*u.Jy, spectral_axis=6000*10**(DLOGLAM*np.arange(3))*u.AA, uncertainty=StdDevUncertainty([0.1, 0.2, 0.1]*u.Jy))
+    for name in SDSSSpectrum.__dataclass_fields__:
+        (np.testing.assert_allclose(getattr(back, name), getattr(spectrum, name), rtol=1e-6) if not isinstance(getattr(back, name), str)
+            else (getattr(back, name) == getattr(spectrum, name)))
+    plain = Spectrum(flux=np.array([1., 0, 2])*u.Jy, spectral_axis=6000*10**(DLOGLAM*np.arange(3))*u.AA,
+        uncertainty=StdDevUncertainty([0.1, 0.2, 0.1]*u.Jy))
     found = from_specutils(plain)
     per_jansky = 1e17*1e-23*2.99792458e18/6000**2
     np.testing.assert_allclose(found.flux[0], per_jansky, rtol=1e-4), np.testing.assert_allclose(found.ivar[0], (0.1*per_jansky)**-2, rtol=1e-4)
@@ -440,14 +446,15 @@ def write_lite(path, redshift, plate, mjd, fiberid, seed=0):
     whole = dict(PLATE=plate, MJD=mjd, FIBERID=fiberid, ZWARNING=0)
     table = lambda *columns: fits.BinTableHDU.from_columns([fits.Column(name, form, array=np.atleast_1d(value)) for name, form, value in columns])
     fits.HDUList([fits.PrimaryHDU(), table(*((k, "E", v) for k, v in pixels.items()), ("and_mask", "J", np.zeros(n, int))),
-        table(*((k, "D", v) for k, v in found.items()), *((k, "J", v) for k, v in whole.items()), ("CLASS", "6A", "GALAXY"), ("SUBCLASS", "6A", ""))]).writeto(path, overwrite=True)
+        table(*((k, "D", v) for k, v in found.items()), *((k, "J", v) for k, v in whole.items()),
+            ("CLASS", "6A", "GALAXY"), ("SUBCLASS", "6A", ""))]).writeto(path, overwrite=True)
 
 
 @pytest.fixture
 def sixteen(tmp_path):
     "Files of sixteen galaxies, their table, and parameters for a sample so small."
-    table = pd.DataFrame(dict(specobjid=2**60 + np.arange(16, dtype=np.uint64), plate=266, mjd=51602, fiberid=1 + np.arange(16), redshift=np.linspace(0.01, 0.2, 16),
-        has_spectrum=True, split=["train", "train", "train", "test"]*4, extinction_r=0.1))
+    table = pd.DataFrame(dict(specobjid=2**60 + np.arange(16, dtype=np.uint64), plate=266, mjd=51602, fiberid=1 + np.arange(16),
+        redshift=np.linspace(0.01, 0.2, 16), has_spectrum=True, split=["train", "train", "train", "test"]*4, extinction_r=0.1))
     for g in table.itertuples(): write_lite(tmp_path/f"spec-0266-51602-{g.fiberid:04d}.fits", g.redshift, 266, 51602, g.fiberid, g.fiberid)
     return table, tmp_path, SpectraParameters(n_components=2, n_iter=3, n_bins=900, loglam0=3.57, extinction="F99")
 
@@ -467,7 +474,8 @@ def test_what_is_wrong_with_one_row_costs_that_row_alone(sixteen):
 
 def test_catalogues_that_cannot_be(sixteen):
     table, folder, parameters = sixteen
-    for wrong, words in ((pd.concat([table, table[:1]]), "listed twice"), (table.drop(columns="redshift"), "no column redshift"), (table.drop(columns=["split", "mjd"]), "no column mjd, split")):
+    for wrong, words in ((pd.concat([table, table[:1]]), "listed twice"), (table.drop(columns="redshift"), "no column redshift"),
+            (table.drop(columns=["split", "mjd"]), "no column mjd, split")):
         with pytest.raises(InvalidInputError, match=words): build_store(wrong, folder, folder/"spectra.zarr", parameters, progress=False)
 
 

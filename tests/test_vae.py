@@ -38,12 +38,14 @@ def test_state_dict_has_the_published_keys_and_shapes():
 def test_network_and_loss_equal_the_published_numbers():
     reference = {k: torch.tensor(v) for k, v in np.load(REFERENCE/"infovae.npz").items()}
     vae = InfoVAE()
-    vae.load_state_dict({k: torch.tensor(np.random.default_rng(zlib.crc32(k.encode())).standard_normal(tuple(v.shape))/np.sqrt(max(1, np.prod(v.shape[1:]))),
-        dtype=torch.float32) for k, v in vae.state_dict().items()})
+    vae.load_state_dict({k: torch.tensor(np.random.default_rng(zlib.crc32(k.encode())).standard_normal(tuple(v.shape))
+        /np.sqrt(max(1, np.prod(v.shape[1:]))), dtype=torch.float32) for k, v in vae.state_dict().items()})
     with torch.no_grad():
         (mu, logvar), decoded = vae.encode(reference["x"]), vae.decode(reference["z"])
-    terms = infovae_loss(reference["x"], reference["w"], reference["decoded"], reference["mu"], reference["logvar"], reference["z"], reference["true"], 500., 0.2)
-    found = dict(mu=mu, logvar=logvar, decoded=decoded, mmd=mmd(reference["true"], reference["z"]), kld=kld(reference["mu"], reference["logvar"]), nll=terms.nll)
+    terms = infovae_loss(reference["x"], reference["w"], reference["decoded"], reference["mu"], reference["logvar"], reference["z"],
+        reference["true"], 500., 0.2)
+    found = dict(mu=mu, logvar=logvar, decoded=decoded, mmd=mmd(reference["true"], reference["z"]),
+        kld=kld(reference["mu"], reference["logvar"]), nll=terms.nll)
     for name, value in found.items(): torch.testing.assert_close(value, reference[name], rtol=1e-5, atol=1e-5, msg=name)
     expected = reference["nll"] + 0.8*reference["kld"] + (500 + 0.2 - 1)*reference["mmd"]*32*10
     torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=0)
@@ -124,7 +126,8 @@ def test_the_history_marks_the_epoch_whose_weights_are_kept():
     training = Training(vae := new_vae(50, parameters, 1), x, weights, parameters, 1)
     while not training.finished: training.step()
     training.history.append(training.history[-1] | dict(valid_total=training.best*0.9995))  # better, but by less than 0.1 %
-    assert training.table().kept.sum() == 1 and training.table().valid_total[training.table().kept].item() == training.best > training.table().valid_total.min()
+    assert (training.table().kept.sum() == 1
+        and training.table().valid_total[training.table().kept].item() == training.best > training.table().valid_total.min())
     history = fit(vae := new_vae(50, parameters, 1), x, weights, parameters, 1, progress=False)
     judge = Training(vae, x, weights, parameters, 1)
     from specpred.vae import _epoch
@@ -132,8 +135,9 @@ def test_the_history_marks_the_epoch_whose_weights_are_kept():
     assert again["total"] == pytest.approx(history[history.kept].valid_total.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("setting", (dict(epochs=0), dict(batch_size=0), dict(valid_fraction=0.), dict(valid_fraction=2.), dict(lr=-1.), dict(lr=float("nan")), dict(n_latents=0), dict(hidden=(5,)),
-    dict(hidden=(0, 3)), dict(n_trials=0), dict(alpha=2.), dict(lambda_=-1.), dict(n_targets=9), dict(stop_patience=0), dict(plateau_patience=-1), dict(trial_epochs=0)))
+@pytest.mark.parametrize("setting", (dict(epochs=0), dict(batch_size=0), dict(valid_fraction=0.), dict(valid_fraction=2.), dict(lr=-1.),
+    dict(lr=float("nan")), dict(n_latents=0), dict(hidden=(5,)), dict(hidden=(0, 3)), dict(n_trials=0), dict(alpha=2.), dict(lambda_=-1.),
+    dict(n_targets=9), dict(stop_patience=0), dict(plateau_patience=-1), dict(trial_epochs=0)))
 def test_settings_that_cannot_be_are_named(setting):
     with pytest.raises(InvalidInputError, match=f"{next(iter(setting))}="): dataclasses.replace(SMALL, **setting)
 
@@ -185,8 +189,9 @@ def test_bundle_refuses_wrong_input(model):
         with pytest.raises(InvalidInputError): call()
 
 
-@pytest.mark.parametrize("changes", (dict(mean=np.zeros(49)), dict(mean=np.full(50, np.nan)), dict(mean=["a"]*50), dict(target_std=np.zeros(3)), dict(target_std=np.full(3, np.nan)),
-    dict(target_std=-np.ones(3)), dict(components=np.ones(4)), dict(components=np.ones((3, 5))), dict(target_mean=np.full(3, np.inf)), dict(wavelength=None)))
+@pytest.mark.parametrize("changes", (dict(mean=np.zeros(49)), dict(mean=np.full(50, np.nan)), dict(mean=["a"]*50), dict(target_std=np.zeros(3)),
+    dict(target_std=np.full(3, np.nan)), dict(target_std=-np.ones(3)), dict(components=np.ones(4)), dict(components=np.ones((3, 5))),
+    dict(target_mean=np.full(3, np.inf)), dict(wavelength=None)))
 def test_parts_that_make_no_bundle(model, changes):
     parts = {name: getattr(model, name) for name in SpectrumModel._tensors}
     SpectrumModel(model.vae, **parts)
@@ -249,8 +254,9 @@ def published(tmp_path, model):
     return tmp_path
 
 
-@pytest.mark.parametrize("write", (torch.save, lambda m, f: torch.save(m, f, _use_new_zipfile_serialization=False), lambda m, f: f.write_bytes(pickle.dumps(m)),
-    lambda m, f: f.write_bytes(pickle.dumps(m, protocol=2))), ids=("zip", "legacy", "pickle", "pickle 2"))
+@pytest.mark.parametrize("write", (torch.save, lambda m, f: torch.save(m, f, _use_new_zipfile_serialization=False),
+    lambda m, f: f.write_bytes(pickle.dumps(m)), lambda m, f: f.write_bytes(pickle.dumps(m, protocol=2))),
+    ids=("zip", "legacy", "pickle", "pickle 2"))
 def test_published_autoencoder_in_every_format(published, model, write):
     write(model.vae, published/"vae.pkl")
     loaded = load_published(published/"vae.pkl")
@@ -265,15 +271,20 @@ def test_published_files_make_a_bundle(published, model):
     np.testing.assert_allclose(np.abs(bundle.encode(spectra())), np.abs(model.encode(spectra())), atol=1e-3)
     bundle.save(published/"bundle.safetensors")
     assert (SpectrumModel.load(published/"bundle.safetensors").encode(spectra()) == bundle.encode(spectra())).all()
-    by_path = SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")), str(published/"catalogue.csv"), wavelength=model.wavelength)
+    by_path = SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")),
+        str(published/"catalogue.csv"), wavelength=model.wavelength)
     assert (by_path.target_std == bundle.target_std).all()
     for wrong in ((np.zeros(3),), 5, (np.zeros(3), np.zeros(3)), (np.zeros(3), np.full(3, np.nan)), ([0]*2, [1]*2)):
-        with pytest.raises(InvalidInputError, match="target_"): SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")), wrong)
-    with pytest.raises(InvalidInputError, match=r"target_stats\('catalogue.csv'\)"): SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")))
+        with pytest.raises(InvalidInputError, match="target_"):
+            SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")), wrong)
+    with pytest.raises(InvalidInputError, match=r"target_stats\('catalogue.csv'\)"):
+        SpectrumModel.from_published(*(published/f for f in ("vae.pkl", "pca.pkl", "meanspec.npy")))
 
 
-@pytest.mark.parametrize("write", (lambda m, f: f.write_bytes(pickle.dumps(m)), torch.save, lambda m, f: torch.save(m, f, _use_new_zipfile_serialization=False),
-    lambda m, f: torch.save(torch.nn.ModuleDict({"encd": torch.nn.Linear(2, 2)}) and [m], f)), ids=("pickle", "zip", "legacy", "inside a list"))
+@pytest.mark.parametrize("write", (lambda m, f: f.write_bytes(pickle.dumps(m)), torch.save,
+    lambda m, f: torch.save(m, f, _use_new_zipfile_serialization=False),
+    lambda m, f: torch.save(torch.nn.ModuleDict({"encd": torch.nn.Linear(2, 2)}) and [m], f)),
+    ids=("pickle", "zip", "legacy", "inside a list"))
 def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, write):
     marker, file = tmp_path/"marker", tmp_path/"vae.pkl"
     write(Malicious(f"touch {marker}"), file)
@@ -304,16 +315,21 @@ def text(word): return b"X" + len(word).to_bytes(4, "little") + word.encode()
 
 def pca_with(array:bytes) -> bytes:
     "A pickled PCA whose arrays are all made by these opcodes."
-    return b"\x80\x02csklearn.decomposition._pca\nPCA\n)\x81}(" + b"".join(text(name) + array for name in ("components_", "mean_", "explained_variance_ratio_")) + b"ub."
+    return b"\x80\x02csklearn.decomposition._pca\nPCA\n)\x81}(" + b"".join(
+        text(name) + array for name in ("components_", "mean_", "explained_variance_ratio_")) + b"ub."
 
 DTYPE_OF_OBJECTS, EIGHT_BYTES = b"cnumpy\ndtype\n" + text("O") + b"\x85R", b"c_codecs\nencode\n" + text("AAAAAAAA") + text("latin1") + b"\x86R"
-ADDRESS = b"cnumpy\nndarray\n(K\x01\x85" + DTYPE_OF_OBJECTS + EIGHT_BYTES + b"tR"  # ndarray((1,), dtype("O"), b"AAAAAAAA"): an object at an address of the file's choice
-RECONSTRUCTED = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + text("b") + b"tR(K\x01%s" + b"cnumpy\ndtype\n" + text("%s") + b"\x85R\x89" + EIGHT_BYTES + b"tb")
+# ndarray((1,), dtype("O"), b"AAAAAAAA"): an object at an address of the file's choice
+ADDRESS = b"cnumpy\nndarray\n(K\x01\x85" + DTYPE_OF_OBJECTS + EIGHT_BYTES + b"tR"
+RECONSTRUCTED = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + text("b") + b"tR(K\x01%s"
+    + b"cnumpy\ndtype\n" + text("%s") + b"\x85R\x89" + EIGHT_BYTES + b"tb")
 ENORMOUS = b"cnumpy\nndarray\n(J\x00\xc2\xeb\x0b\x85" + text("b") + b"tR"  # 200 MB
 
 @pytest.mark.parametrize("array", (ADDRESS, ENORMOUS, RECONSTRUCTED.replace(b"%s", b"K\x01\x85", 1).replace(text("%s"), text("O")),
-    RECONSTRUCTED.replace(b"%s", b"J\x00\xc2\xeb\x0b\x85", 1).replace(text("%s"), text("f8")), b"cnumpy.core.numeric\n_frombuffer\n(" + EIGHT_BYTES + DTYPE_OF_OBJECTS + b"K\x01\x85" + text("C") + b"tR",
-    b"cnumpy.core.multiarray\nscalar\n" + DTYPE_OF_OBJECTS + EIGHT_BYTES + b"\x86R"), ids=("address", "enormous", "objects", "too few bytes", "buffer", "scalar"))
+    RECONSTRUCTED.replace(b"%s", b"J\x00\xc2\xeb\x0b\x85", 1).replace(text("%s"), text("f8")),
+    b"cnumpy.core.numeric\n_frombuffer\n(" + EIGHT_BYTES + DTYPE_OF_OBJECTS + b"K\x01\x85" + text("C") + b"tR",
+    b"cnumpy.core.multiarray\nscalar\n" + DTYPE_OF_OBJECTS + EIGHT_BYTES + b"\x86R"),
+    ids=("address", "enormous", "objects", "too few bytes", "buffer", "scalar"))
 def test_arrays_that_numpy_would_take_on_trust_are_refused(tmp_path, array):
     "In a process of its own, which numpy would crash or which may use no more than 100 MB beyond what it has."
     (tmp_path/"pca.pkl").write_bytes(pca_with(array))
@@ -336,7 +352,8 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
     for size, stride in (((10**6,), (0,)), ((2,), (10**6,)), ((10**6,), (1,))):
         class Enlarged(torch.nn.Parameter):
             def __reduce_ex__(self, protocol):
-                return torch._utils._rebuild_tensor_v2, (torch.storage.TypedStorage(wrap_storage=torch.zeros(3).untyped_storage(), dtype=torch.float32, _internal=True), 0, size, stride, False, {})
+                return torch._utils._rebuild_tensor_v2, (torch.storage.TypedStorage(
+                    wrap_storage=torch.zeros(3).untyped_storage(), dtype=torch.float32, _internal=True), 0, size, stride, False, {})
         network.mu.register_parameter("bias", Enlarged(torch.zeros(4)))
         torch.save(network, tmp_path/"vae.pkl")
         with pytest.raises(WeightsError, match="larger than its storage"): load_published(tmp_path/"vae.pkl")
@@ -375,7 +392,8 @@ def test_mutated_pickles_end_in_our_errors(published):
         assert components.shape == (3, 4) and centre.shape == (4,) and fraction.shape == (3,)
 
 
-@pytest.mark.parametrize("table,message", (("ra,dec\n1,2\n", "VAE1"), ("VAE1,VAE3\n1,2\n3,4\n", "VAE1"), ("VAE1,VAE2\n1,x\n3,4\n", "must be finite"), ("VAE1\n1\n1\n", "no standard deviation")))
+@pytest.mark.parametrize("table,message", (("ra,dec\n1,2\n", "VAE1"), ("VAE1,VAE3\n1,2\n3,4\n", "VAE1"),
+    ("VAE1,VAE2\n1,x\n3,4\n", "must be finite"), ("VAE1\n1\n1\n", "no standard deviation")))
 def test_a_catalogue_without_targets_is_refused(tmp_path, table, message):
     (tmp_path/"catalogue.csv").write_text(table)
     with pytest.raises(InvalidInputError, match=message): target_stats(tmp_path/"catalogue.csv")
