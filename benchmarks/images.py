@@ -13,7 +13,8 @@ from interleaved import medians, setting, write
 from specpred.images import open_images, pack_arrays
 
 BATCH = 64  # galaxies asked for at once
-CODECS = {"zstd 3, bytes sorted": ("zstd", 3, blosc.SHUFFLE), "zstd 3, bits sorted": ("zstd", 3, blosc.BITSHUFFLE), "lz4 5, bits sorted": ("lz4", 5, blosc.BITSHUFFLE)}
+CODECS = {"zstd 3, bytes sorted": ("zstd", 3, blosc.SHUFFLE), "zstd 3, bits sorted": ("zstd", 3, blosc.BITSHUFFLE),
+    "lz4 5, bits sorted": ("lz4", 5, blosc.BITSHUFFLE)}
 
 
 def npy_files(folder, flux):
@@ -72,7 +73,8 @@ def measure_codecs(images, chosen):
     seconds = medians({key: functools.partial(unpack, pieces) for key, pieces in packed.items()}, chosen)
     blosc.set_nthreads(threads)
     return ["| codec of the half-precision store | blocks | kB a galaxy | decoded in one thread, galaxies/s |", "|---|---|---|---|",
-        *(f"| {name} | {blocks} | {np.mean(list(map(len, pieces)))/1e3:.0f} | {len(rows)/seconds[name, blocks]:.0f} |" for (name, blocks), pieces in packed.items())]
+        *(f"| {name} | {blocks} | {np.mean(list(map(len, pieces)))/1e3:.0f} | {len(rows)/seconds[name, blocks]:.0f} |"
+            for (name, blocks), pieces in packed.items())]
 
 
 if __name__ == "__main__":

@@ -603,7 +603,8 @@ def read_rows(
         raise InvalidInputError(f"rows are a list of positions from 0 to {len(self) - 1}; got {rows.dtype} of shape {rows.shape}")
     if out is None: out = np.empty((len(rows), *self.shape[1:]), np.float32)
     if out.shape != (len(rows), *self.shape[1:]) or out.dtype not in (np.float16, np.float32) or not out.flags.c_contiguous:
-        raise InvalidInputError(f"out must be a contiguous array {(len(rows), *self.shape[1:])} of half or single precision; it is {out.shape} of {out.dtype}")
+        raise InvalidInputError(f"out must be a contiguous array {(len(rows), *self.shape[1:])} of half or single precision; "
+            f"it is {out.shape} of {out.dtype}")
     def some(positions):
         stored, single, space = np.empty(self.shape[1:], self.dtype), np.empty(self.shape[1:], np.float32), self._space()
         for k in positions:
