@@ -245,9 +245,7 @@ def _open_group(path:Path):
         raise DamagedFileError(f"{path} is not an image store: {error}; rerun 03_images") from None
 
 # %% ../nbs/03_images.ipynb #cb7cd7aa
-_SHARD_FILE = "flux/c/{}/0/0/0"
-
-def _shard_file(folder:Path, shard:int) -> Path: return folder/_SHARD_FILE.format(shard)
+def _shard_file(folder:Path, shard:int) -> Path: return folder/f"flux/c/{shard}/0/0/0"
 
 def _checksum(path:Path) -> int:
     "CRC-32C of a file, read a piece at a time."
@@ -500,9 +498,10 @@ def _threads(process:int, n:int) -> ThreadPoolExecutor: return ThreadPoolExecuto
 
 def _share_out(work, items):
     "Calls `work` with every n-th of the items in each of n threads, and waits for all of them. Within such a thread it calls `work` with all items."
-    n = min(usable_cores(), len(items))
+    cores = usable_cores()
+    n = min(cores, len(items))
     if n < 2 or hasattr(_local, "busy"): return work(items)
-    tasks = [_threads(os.getpid(), usable_cores()).submit(work, items[k::n]) for k in range(n)]
+    tasks = [_threads(os.getpid(), cores).submit(work, items[k::n]) for k in range(n)]
     wait(tasks)
     for task in tasks: task.result()
 
@@ -573,7 +572,7 @@ def _fill(self:ImageStore, row:int, out:np.ndarray, space:np.ndarray):
         out[:] = 0
         return
     packed = space[:length]
-    with open(f"{self.path}/{_SHARD_FILE.format(shard)}", "rb", buffering=0) as file: arrived = os.preadv(file.fileno(), [packed], begin)
+    with open(_shard_file(self.path, shard), "rb", buffering=0) as file: arrived = os.preadv(file.fileno(), [packed], begin)
     if arrived != length or google_crc32c.value(packed[:-4]) != int.from_bytes(packed[-4:].tobytes(), "little"):
         raise self._damage(shard, f"the checksum of galaxy {self.specobjid[row]} is wrong")
     blosc.decompress(packed[:-4], out)
