@@ -15,7 +15,9 @@ from pathlib import Path
 
 import nbformat
 
-from specpred.config import PROFILES, STAGES, InvalidInputError, MissingInputError, SpecpredError, atomic_path, get_paths, repo_root
+from specpred.config import (PROFILES, InvalidInputError, MissingInputError, SpecpredError,
+    get_paths, repo_root)
+from specpred.stages import STAGES, atomic_path
 from specpred.runner import last_executed
 
 DOCS = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ from pathlib import Path
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
-from specpred.config import atomic_path
+from specpred.stages import atomic_path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- made from nbs/index.ipynb by docs/readme.py: edit the notebook, not this file -->\n\n"

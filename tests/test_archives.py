@@ -14,8 +14,8 @@ from specpred.archives import (BANDS, FAULTS, ArchiveClient, ArchiveURLs, Downlo
     _fetch_all, _files_of_survey, _miniature_survey, _miniature_spectrum, catalogue_query, check_cutout, check_spectrum, cutout_params,
     describe_download, download, fetch_catalogue, losses, open_fits, plan_download, read_cutout_names, read_skyserver_csv, read_table, serve,
     spectrum_name, spectrum_path, specobjid_of_position, split_by_sky)
-from specpred.config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, ProfileError, SpecpredError,
-    SpectraParameters, get_profile)
+from specpred.config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError,
+    MissingInputError, ProfileError, SpecpredError, SpectraParameters, get_profile)
 
 SIZE = 24
 

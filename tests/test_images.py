@@ -153,10 +153,10 @@ def test_a_store_without_images_that_are_zero_reads_them_as_zero(three_shards):
 
 def test_what_is_no_store_is_said_to_be_none(tmp_path):
     (tmp_path/"a.zarr").mkdir()
-    with pytest.raises(DamagedFileError, match="rerun 03_images"): images.open_images(tmp_path/"a.zarr")
+    with pytest.raises(DamagedFileError, match="rerun 11_images"): images.open_images(tmp_path/"a.zarr")
     (tmp_path/"a.zarr/zarr.json").write_text("[]")
-    with pytest.raises(DamagedFileError, match="rerun 03_images"): images.open_images(tmp_path/"a.zarr")
-    with pytest.raises(MissingInputError, match="03_images makes it"): images.open_images(tmp_path/"none.zarr")
+    with pytest.raises(DamagedFileError, match="rerun 11_images"): images.open_images(tmp_path/"a.zarr")
+    with pytest.raises(MissingInputError, match="11_images makes it"): images.open_images(tmp_path/"none.zarr")
     with pytest.raises(MissingInputError, match="no cutout"): images.read_cutout(tmp_path/"none.fits")
     with pytest.raises(InvalidInputError, match="no galaxy has all five images"):
         images.pack_images(np.array([], np.uint64), tmp_path, tmp_path/"b.zarr", 8)
@@ -207,7 +207,7 @@ def test_a_damaged_shard_is_named_and_the_others_can_be_read(three_shards, spoil
 def test_damaged_columns_are_noticed(three_shards, spoil):
     store, _ = three_shards
     spoil(store/"noise/c/0/0")
-    with pytest.raises(DamagedFileError, match="column.* of .*a.zarr .*rerun 03_images"): images.open_images(store)
+    with pytest.raises(DamagedFileError, match="column.* of .*a.zarr .*rerun 11_images"): images.open_images(store)
 
 
 def test_a_truncated_description_is_noticed(three_shards):

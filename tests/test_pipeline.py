@@ -7,7 +7,8 @@ import pytest
 import torch
 from astropy.table import Table
 from safetensors.torch import load_file
-from specpred.config import _FILES, IMAGE_MODELS, STAGES, get_paths, get_profile
+from specpred.config import _FILES, IMAGE_MODELS, get_paths, get_profile
+from specpred.stages import STAGES
 from specpred.models import MODELS
 
 FIGURES = ("gallery", "losses", "latents", "results")
@@ -77,14 +78,14 @@ def test_a_second_run_skips_everything(copied_run):
 
 
 def test_a_notebook_that_was_lost_in_an_interruption_is_made_again(copied_run):
-    (notebook,) = copied_run.runs.glob("*/07_models.ipynb")
+    (notebook,) = copied_run.runs.glob("*/18_models.ipynb")
     notebook.rename(notebook.with_suffix(".running.ipynb")), notebook.with_suffix(".html").unlink()
     (page,) = copied_run.runs.glob("*/00_config.html")
     page.unlink()
     done = reproduce(copied_run)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines() if " MB " in line] == ["07_models"]
-    assert page.exists() and len(list(copied_run.runs.glob("*/07_models.html"))) == 1 and not list(copied_run.runs.glob("*/*.running.ipynb"))
+    assert [line.split()[0] for line in done.stdout.splitlines() if " MB " in line] == ["18_models"]
+    assert page.exists() and len(list(copied_run.runs.glob("*/18_models.html"))) == 1 and not list(copied_run.runs.glob("*/*.running.ipynb"))
 
 
 def test_profiles_know_all_models():
@@ -110,7 +111,7 @@ def test_a_changed_result_reruns_its_stage_only(copied_run):
     done = reproduce(copied_run)
     assert done.returncode == 0, done.stdout + done.stderr
     reran = [line.split()[0] for line in done.stdout.splitlines() if " MB " in line]
-    assert reran == ["10_figures"] and (copied_run.figures/"losses.png").read_bytes().startswith(b"\x89PNG")
+    assert reran == ["21_figures"] and (copied_run.figures/"losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_same_seed_gives_the_same_numbers_from_nothing(copied_run, smoke_run):
@@ -130,14 +131,14 @@ def test_the_same_seed_gives_the_same_numbers_from_nothing(copied_run, smoke_run
 def test_a_failing_cell_is_named_and_the_next_call_goes_on(copied_run):
     good = copied_run.catalogue.read_bytes()
     pd.DataFrame({"specobjid": [1]}).to_parquet(copied_run.catalogue)
-    failed = reproduce(copied_run, "--from", "03_images")
+    failed = reproduce(copied_run, "--from", "11_images")
     assert failed.returncode == 1
-    for word in ("03_images failed", "has_images", "AttributeError", ".failed.ipynb"): assert word in failed.stderr
+    for word in ("11_images failed", "has_images", "AttributeError", ".failed.ipynb"): assert word in failed.stderr
     assert "Traceback" not in failed.stderr
     copied_run.catalogue.write_bytes(good)
-    done = reproduce(copied_run, "--from", "03_images")
+    done = reproduce(copied_run, "--from", "11_images")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines() if " MB " in line] == ["03_images"]
+    assert [line.split()[0] for line in done.stdout.splitlines() if " MB " in line] == ["11_images"]
 
 
 def test_an_interrupted_run_says_so_and_leaves_nothing_half_made(tmp_path):
@@ -146,7 +147,7 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_half_made(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     signal.signal(signal.SIGINT, before)
-    assert running.stdout.readline().startswith("00_config")  # so 01_mock_survey is under way
+    assert running.stdout.readline().startswith("00_config")  # so 07_mock_survey is under way
     time.sleep(2)
     running.send_signal(signal.SIGINT)
     stdout, stderr = running.communicate(timeout=60)
@@ -169,7 +170,7 @@ def test_wrong_arguments_get_one_clear_line(arguments, message, tmp_path):
 
 
 def test_a_stage_without_its_inputs_says_what_to_run(tmp_path):
-    done = specpred("reproduce", "--profile", "smoke", "--only", "05_vae", "--data-dir", tmp_path)
+    done = specpred("reproduce", "--profile", "smoke", "--only", "16_vae", "--data-dir", tmp_path)
     assert done.returncode == 1 and "MissingInputError" in done.stderr and "specpred reproduce" in done.stderr
 
 
@@ -193,7 +194,7 @@ def test_predict_from_cutouts(smoke_run, tmp_path):
 def test_info(smoke_run):
     done = specpred("info", "--data-dir", smoke_run.root.parent)
     assert done.returncode == 0 and "torch" in done.stdout
-    for name in ("smoke", "demo", "mock", "paper", "11_predict"): assert name in done.stdout
+    for name in ("smoke", "demo", "mock", "paper", "22_predict"): assert name in done.stdout
 
 
 def test_help_needs_no_heavy_import():

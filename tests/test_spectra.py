@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
-from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpectraParameters
+from specpred.config import (DamagedFileError, InvalidInputError, MissingInputError,
+    SpectraParameters)
 from specpred.spectra import (DLOGLAM, LogGrid, RebinnedSpectra, SDSSSpectrum, build_store, deredden, extinction, fill, from_specutils, galactic_ebv,
     iterative_pca, load_store, mask_bits, neighbour_covariance, noise_spikes, prepare, read_sdss, rebin, to_rest_frame)
 
@@ -492,7 +493,7 @@ def test_a_damaged_store_is_noticed(sixteen, spoil, chunk):
     else:
         content[len(content)//2] ^= 8
         file.write_bytes(content)
-    with pytest.raises(DamagedFileError, match="04_spectra makes it anew"): load_store(folder/"spectra.zarr")
+    with pytest.raises(DamagedFileError, match="12_spectra makes it anew"): load_store(folder/"spectra.zarr")
 
 
 def test_missing_and_damaged_files(tmp_path):

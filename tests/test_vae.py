@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 
-from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpecpredError, VAEParameters, WeightsError
+from specpred.config import (DamagedFileError, InvalidInputError, MissingInputError, SpecpredError,
+    VAEParameters, WeightsError)
 from specpred.vae import (InfoVAE, SpectrumModel, Training, bin_weights, fit, infovae_loss, kld, latent_pca, load_latent_pca, load_published, mmd, new_vae,
     plot_traversals, search, target_stats)
 
