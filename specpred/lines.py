@@ -9,7 +9,7 @@ import numpy as np, pandas as pd
 from scipy.ndimage import gaussian_filter1d
 from scipy.special import ndtr
 from .config import InvalidInputError
-from .mock_survey import FineBasis, StellarLibrary
+from .populations import FineBasis, StellarLibrary
 from .spectra import LogGrid
 
 # %% auto #0

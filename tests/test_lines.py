@@ -174,7 +174,7 @@ def test_missing_bands_are_nan():
 
 
 def test_starlight_is_found_under_the_lines_and_takes_none_of_them():
-    from specpred.mock_survey import StellarLibrary, FineBasis
+    from specpred.populations import FineBasis, StellarLibrary
     library = StellarLibrary.load()
     fine = FineBasis.of(library)
     young, old = (np.abs(np.log(library.age/a)).argmin() for a in (3e8, 8e9))

@@ -412,7 +412,7 @@ def test_dust_is_undone_and_signal_to_noise_stays(law, ebv, seed):
 
 
 def test_the_law_is_the_mocks_own():
-    from specpred.mock_survey import milky_way_curve
+    from specpred.populations import milky_way_curve
     loglam = np.linspace(3.585, 3.96, 200)
     np.testing.assert_allclose(extinction(loglam, 0.2, "CCM89"), 0.2*milky_way_curve(10**loglam), atol=0.002)
 
