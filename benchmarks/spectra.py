@@ -71,13 +71,14 @@ def make_files(folder, n):
     import numpy as np, pandas as pd
     from astropy.io import fits
     from specpred.config import MockParameters
-    from specpred.mock_survey import make_survey, spectrum_path
+    from specpred.formats import spectrum_path
+    from specpred.mock_survey import make_survey
     from specpred.spectra import spectrum_file
     survey = make_survey(MockParameters(n_galaxies=1, n_spectra_only=60, galaxies_per_side=1, stamp_size=48), folder/"mock", 1, n_jobs=1, progress=False)
     (folder/"spectra").mkdir()
     contents = []
     for g in survey.itertuples():
-        path = folder/"mock"/"sas"/spectrum_path(g.plate, g.mjd, g.fiberid)
+        path = folder/"mock"/"sas"/spectrum_path("26", g.plate, g.mjd, g.fiberid)
         with fits.open(path) as hdus:  # where plate, night and fibre are
             places = {name.lower(): hdus[2].fileinfo()["datLoc"] + hdus[2].data.dtype.fields[name][1] for name in ("PLATE", "MJD", "FIBERID")}
         contents.append((path.read_bytes(), places))
