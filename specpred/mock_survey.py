@@ -22,15 +22,15 @@ from tqdm.auto import tqdm
 from .config import InvalidInputError, MockParameters, random_generator
 from .formats import (DLOGLAM, SPZLINES, SDSSSpectrum, mask_bits, sdss_spectrum_bytes,
     skycell_bytes, skycell_path, skycell_wcs, specobjid_of_spectrum, spectrum_path)
-from .mock_galaxies import (KM_S_PER_PIXEL, LOGLAM, SDSS_EXTINCTION, draw_galaxies,
-    fibre_spectrum, galaxy_image, gaussian_lines, make_light, pixel_of, sdss_wdisp)
+from .mock_galaxies import (KM_S_PER_PIXEL, LOGLAM, SDSS_EXTINCTION, FibreSpectrum,
+    draw_galaxies, fibre_spectrum, galaxy_image, gaussian_lines, make_light, pixel_of, sdss_wdisp)
 from .populations import FineBasis, StellarLibrary
 from .stages import atomic_path
 from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
-__all__ = ['PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG', 'SUBCELLS', 'MAIN_GALAXY', 'TRUTH_LINES', 'BLOCK', 'NightSky',
-           'night_sky', 'sdss_variance', 'ObservedSpectrum', 'observe_spectrum', 'measure_lines', 'subclass_of',
+__all__ = ['TRUTH_LINES', 'PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG', 'SUBCELLS', 'MAIN_GALAXY', 'BLOCK', 'NightSky',
+           'night_sky', 'sdss_variance', 'ObservedSpectrum', 'observe_spectrum', 'true_lines', 'draw_subclass',
            'Conditions', 'draw_conditions', 'layout_skycells', 'draw_survey', 'make_skycell', 'SpectraBlock',
            'make_spectra', 'skip_if_orphaned', 'make_survey', 'true_spectra']
 
@@ -116,50 +116,41 @@ def observe_spectrum(
     return ObservedSpectrum(observed, ivar, and_mask, or_mask | and_mask,
         sky.continuum*sky.brightness)
 
-# %% ../nbs/07_mock_survey.ipynb #6ace5004
-def _spzline_fluxes(line_wavelength, line_flux):
-    "(29) True fluxes of `SPZLINES`, 0 for those that the stellar library lacks."
-    wave = np.array(list(SPZLINES.values()))
-    distance = np.abs(line_wavelength - wave[:, None])
-    return np.where(distance.min(1) < 0.6, line_flux[distance.argmin(1)], 0)
+# %% ../nbs/07_mock_survey.ipynb #d5821d7b
+# lines of the truth table and their names in SDSS's table SPZLINE
+TRUTH_LINES = dict(oii_3727="[O_II] 3725", oii_3730="[O_II] 3727", hbeta="H_beta",
+    oiii_5007="[O_III] 5007", halpha="H_alpha", nii_6585="[N_II] 6583", sii_6718="[S_II] 6716",
+    sii_6733="[S_II] 6730")
 
-def measure_lines(
-    line_flux,  # (29) true fluxes of `SPZLINES`, 1e-17 erg/s/cm2
-    flux,  # (P) noiseless spectrum on `LOGLAM`
-    variance,  # (P)
+def true_lines(
+    line_wavelength,  # (L) of the stellar library, Angstrom
+    spectrum:FibreSpectrum,
+) -> dict[str, float]:  # by name in `TRUTH_LINES`
+    "Fluxes of lines through the fibre, 1e-17 erg/s/cm2."
+    return {name: spectrum.lines[np.abs(line_wavelength - SPZLINES[line]).argmin()]
+        for name, line in TRUTH_LINES.items()}
+
+# %% ../nbs/07_mock_survey.ipynb #fdb9bd08
+def draw_subclass(
+    lines:dict[str, float],  # of `true_lines`
+    spectrum:FibreSpectrum,
+    variance,  # (P) of its pixels
     galaxy,  # row of the galaxies' table
     rng:np.random.Generator,
-) -> dict[str, np.ndarray]:  # columns of the table SPZLINE, arrays of 29
-    """Fluxes, equivalent widths (observed, Angstrom) and continuum of `SPZLINES` with the errors of
-    fits to the observed spectrum, which are -1 where it does not reach."""
-    observed = np.array(list(SPZLINES.values()))*(1 + galaxy.redshift)
-    pixel = np.clip(np.round(pixel_of(observed)).astype(int), 20, len(LOGLAM) - 21)[:, None]
-    sigma = np.hypot(galaxy.sigma_gas/KM_S_PER_PIXEL, sdss_wdisp(observed))
-    level = np.median(flux[pixel + np.arange(-20, 21)], axis=1)
-    pixel_error = np.sqrt(np.median(variance[pixel + np.arange(-3, 4)], axis=1))
-    error = pixel_error*observed*np.log(10)*DLOGLAM*np.sqrt(2*np.sqrt(np.pi)*sigma)
-    area = line_flux + error*rng.normal(size=len(observed))
-    inside = (observed > 10**LOGLAM[25]) & (observed < 10**LOGLAM[-25])
-    level = np.where(inside, level, 1)
-    fits = dict(LINEAREA=(area, error), LINEEW=(area/level, error/level),
-        LINECONTLEVEL=(level, pixel_error/np.sqrt(40)))
-    columns = dict(LINESIGMA=np.full(len(observed), galaxy.sigma_gas))
-    for name, (value, its_error) in fits.items():
-        columns[name] = np.where(inside, value, 0)
-        columns[f"{name}_ERR"] = np.where(inside, its_error, -1)
-    return columns
-
-# %% ../nbs/07_mock_survey.ipynb #22173648
-def subclass_of(
-    lines:dict[str, np.ndarray],  # of `measure_lines`
 ) -> str:
     """SDSS's subclass of a galaxy: STARFORMING when four lines are seen (3 sigma), STARBURST when
-    H alpha also has more than 50 Angstrom."""
-    names = ["H_beta", "[O_III] 5007", "[N_II] 6583", "H_alpha"]
-    four = [list(SPZLINES).index(name) for name in names]
-    area, error = lines["LINEAREA"][four], lines["LINEAREA_ERR"][four]
-    if not ((area > 3*error) & (error > 0)).all(): return ""
-    return "STARBURST" if lines["LINEEW"][four[-1]] > 50 else "STARFORMING"
+    H alpha also has an observed equivalent width of more than 50 Angstrom."""
+    names = ["hbeta", "oiii_5007", "nii_6585", "halpha"]
+    in_table = [list(SPZLINES).index(TRUTH_LINES[name]) for name in names]
+    observed = np.array(list(SPZLINES.values()))[in_table]*(1 + galaxy.redshift)
+    pixel = np.round(pixel_of(observed)).astype(int)[:, None]
+    sigma = np.hypot(galaxy.sigma_gas/KM_S_PER_PIXEL, sdss_wdisp(observed))
+    pixel_error = np.sqrt(np.median(variance[pixel + np.arange(-3, 4)], axis=1))
+    error = pixel_error*observed*np.log(10)*DLOGLAM*np.sqrt(2*np.sqrt(np.pi)*sigma)
+    area = [lines[name] for name in names] + error*rng.normal(size=len(SPZLINES))[in_table]
+    if not (area > 3*error).all(): return ""
+    continuum = np.median(spectrum.flux[pixel[-1] + np.arange(-20, 21)])
+    return "STARBURST" if area[-1] > 50*continuum else "STARFORMING"
 
 # %% ../nbs/07_mock_survey.ipynb #92921e05
 # seconds of an exposure and usual number of exposures
@@ -338,11 +329,8 @@ def make_skycell(
             cards=[("MJD-OBS", conditions.mjd), ("HIERARCH CHIP.SEEING", seeing, "FWHM, pixels")])
         with atomic_path(path) as part: part.write_bytes(content)
 
-# %% ../nbs/07_mock_survey.ipynb #d9b39ce8
+# %% ../nbs/07_mock_survey.ipynb #fe5f952b
 MAIN_GALAXY = 64  # the bit of SDSS's main galaxy sample in primTarget
-TRUTH_LINES = dict(oii_3727="[O_II] 3725", oii_3730="[O_II] 3727", hbeta="H_beta",
-    oiii_5007="[O_III] 5007", halpha="H_alpha", nii_6585="[N_II] 6583", sii_6718="[S_II] 6716",
-    sii_6733="[S_II] 6730")
 
 @functools.cache
 def _library():
@@ -350,25 +338,25 @@ def _library():
     library = StellarLibrary.load()
     return library, FineBasis.of(library)
 
-def _observe_galaxy(folder, galaxy, flux, line_flux, seed):
+def _observe_galaxy(folder, galaxy, spectrum, lines, seed):
     "Writes a spectrum unless it is there; returns what SDSS's pipeline measures, and true lines."
     rng = random_generator(seed, "mock", galaxy.Index, "spectrum")
-    observed = observe_spectrum(flux, rng, galaxy.depth)
-    lines = measure_lines(line_flux, flux, sdss_variance(flux, galaxy.depth), galaxy, rng)
-    s_n = np.median(flux*np.sqrt(observed.ivar))
+    observed = observe_spectrum(spectrum.flux, rng, galaxy.depth)
+    variance = sdss_variance(spectrum.flux, galaxy.depth)
+    subclass = draw_subclass(lines, spectrum, variance, galaxy, rng)
+    s_n = np.median(spectrum.flux*np.sqrt(observed.ivar))
     z_err = 8e-5/(1 + s_n)
     measured = dict(z_observed=galaxy.redshift + z_err*rng.normal(), z_err=z_err,
-        subclass=subclass_of(lines), s_n=s_n)
+        subclass=subclass, s_n=s_n)
     path = folder/spectrum_path("26", galaxy.plate, galaxy.mjd, galaxy.fiberid)
     if not path.is_file():
-        content = _spectrum_content(galaxy, measured, observed, flux, lines)
+        content = _spectrum_content(galaxy, measured, observed, spectrum.flux)
         with atomic_path(path) as part: part.write_bytes(content)
-    by_name = dict(zip(SPZLINES, line_flux, strict=True))
-    return measured | {f"flux_{name}": by_name[line] for name, line in TRUTH_LINES.items()}
+    return measured | {f"flux_{name}": flux for name, flux in lines.items()}
 
-# %% ../nbs/07_mock_survey.ipynb #660bf342
-def _spectrum_content(galaxy, measured, observed, model, lines):
-    "The file of an observed spectrum: the part of `LOGLAM` that its plate covers."
+# %% ../nbs/07_mock_survey.ipynb #59205bcb
+def _spectrum_content(galaxy, measured, observed, model):
+    "The file of an observed spectrum, of the pixels that its plate covers; without fits of lines."
     pixels = slice(galaxy.first_pixel, galaxy.last_pixel)
     columns = {name: values[pixels] for name, values in observed._asdict().items()}
     sky = columns.pop("sky")
@@ -380,9 +368,10 @@ def _spectrum_content(galaxy, measured, observed, model, lines):
     specobj = dict(Z_ERR=z_err, Z_ERR_NOQSO=z_err, VDISP=galaxy.sigma_stars,
         PRIMTARGET=MAIN_GALAXY, LEGACY_TARGET1=MAIN_GALAXY)
     return sdss_spectrum_bytes(spectrum, int(galaxy.bestobjid), sdss_wdisp(spectrum.wavelength),
-        sky, lines | dict(LINEZ_ERR=z_err), specobj)
+        sky, lines=dict.fromkeys(["LINEAREA_ERR", "LINEEW_ERR", "LINECONTLEVEL_ERR"], -1),
+        specobj=specobj)
 
-# %% ../nbs/07_mock_survey.ipynb #9c5b98af
+# %% ../nbs/07_mock_survey.ipynb #c35f82cd
 class SpectraBlock(NamedTuple):
     truth: pd.DataFrame  # the galaxies with their light, measured redshift and lines
     noiseless: np.ndarray  # (N, P) float32 spectra on `LOGLAM`
@@ -399,9 +388,9 @@ def make_spectra(
     noiseless, measured = np.empty((len(galaxies), len(LOGLAM)), np.float32), []
     for k, galaxy in enumerate(light.galaxies.itertuples()):
         spectrum = fibre_spectrum(fine, light, k)
-        lines = _spzline_fluxes(fine.line_wavelength, spectrum.lines)
+        lines = true_lines(fine.line_wavelength, spectrum)
         noiseless[k] = spectrum.flux
-        measured.append(_observe_galaxy(folder, galaxy, spectrum.flux, lines, seed))
+        measured.append(_observe_galaxy(folder, galaxy, spectrum, lines, seed))
     truth = light.galaxies.join(pd.DataFrame(measured, index=galaxies.index))
     return SpectraBlock(truth, noiseless)
 
