@@ -255,9 +255,9 @@ def _statistics(self:ChannelDeconv, x, X, rest):
     self.num_batches_tracked += 1
     return mean, deconv, rest_mean, var
 
-# %% ../nbs/17_deconv.ipynb #da9bd42d
+# %% ../nbs/17_deconv.ipynb #76146ab0
 @patch
-def forward(self:ChannelDeconv, x:Tensor) -> Tensor:
+def forward(self:ChannelDeconv, x:Tensor) -> Tensor:  # noqa: F811
     self._check(x, x.dim() in (2, 4) and x.shape[1] >= self.block,
         f"(N, C) or (N, C, H, W) with C ≥ {self.block}")
     n_whole = x.shape[1] - x.shape[1] % self.block
@@ -296,7 +296,7 @@ class Delinear(_Whitening, nn.Linear):
 
 # %% ../nbs/17_deconv.ipynb #9718e6e2
 @patch
-def forward(self:Delinear, x:Tensor) -> Tensor:
+def forward(self:Delinear, x:Tensor) -> Tensor:  # noqa: F811
     self._check(x, x.dim() > 0 and x.shape[-1] == self.in_features, f"(…, {self.in_features})")
     mean, deconv = self.running_mean, self.running_deconv
     with torch.autocast(x.device.type, enabled=False):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/appendix_deconv_fast.ipynb #79fe94de
+# %% ../nbs/appendix_deconv_fast.ipynb #fd6e12de
 class _NewtonSchulz(torch.autograd.Function):
     "The twelve products, and as gradient the derivative of the steps along the incoming one."
     @staticmethod
@@ -29,7 +29,7 @@ class _NewtonSchulz(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         saved, n_iter = ctx.saved_tensors, len(ctx.saved_tensors)//2
-        dM = (grad + grad.mT)/2
+        dM, dZ = (grad + grad.mT)/2, None
         for step in range(n_iter):
             M, Z = saved[2*step:2*step + 2]
             dZ = 1.5*dZ - 0.5*(dZ @ M + Z @ dM) if step else -0.5*dM

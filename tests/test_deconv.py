@@ -84,7 +84,7 @@ def published_inverse_square_root(cov, n_iter):
 
 
 def formula(layer, x):
-    "W C^(-1/2) (x - mean) + b in training: every patch is whitened, then multiplied by the weights."
+    "W C^(-1/2) (x - mean) + b in training: each patch is whitened, then multiplied by the weights."
     geometry = layer.kernel_size, layer.dilation, layer.padding
     stride = [layer.sampling_stride*s for s in layer.stride]
     shape = layer.groups, layer.num_features, layer.in_channels//(layer.groups*layer.block)
@@ -271,7 +271,7 @@ def test_a_covariance_that_overflows_is_not_averaged_in(name, scale):
     layer = build()
     layer(x_of(0, shape))
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    with pytest.raises(InvalidInputError, match="covariance overflows: the values of the input reach"):
+    with pytest.raises(InvalidInputError, match="covariance overflows: the values of the input"):
         layer(x_of(0, shape)*scale)
     assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())
 
