@@ -17,7 +17,8 @@ from .config import (DamagedFileError, InvalidInputError, MissingInputError, Pat
 from .plotting import RED
 from .stages import atomic_path
 from .plotting import mark_lines
-from .images import BANDS, central_crop, composite, read_galaxy
+from .surveys import PS1
+from .images import central_crop, composite, read_galaxy
 from .training import predict_targets, transform_of
 from .vae import SpectrumModel
 
@@ -86,7 +87,7 @@ def write_cube(
 ):
     "Writes a calibrated *grizy* image as one FITS file that `specpred predict` reads."
     from astropy.io import fits
-    header = fits.Header({"BUNIT": "nJy", "BANDS": BANDS})
+    header = fits.Header({"BUNIT": "nJy", "BANDS": "".join(PS1.bands)})
     with atomic_path(path) as part: fits.writeto(part, np.asarray(flux, np.float32), header)
 
 def read_cube(path) -> np.ndarray:
@@ -97,7 +98,7 @@ def read_cube(path) -> np.ndarray:
             header, flux = hdu.header, np.asarray(hdu.data, np.float32)
     except Exception as error:
         raise DamagedFileError(f"{path} is not a FITS file with a three-dimensional image: {type(error).__name__}: {error}") from None
-    if flux.shape[0] != len(BANDS) or header.get("BANDS") != BANDS or str(header.get("BUNIT")).lower() != "njy":
+    if flux.shape[0] != len(PS1.bands) or header.get("BANDS") != "".join(PS1.bands) or str(header.get("BUNIT")).lower() != "njy":
         raise DamagedFileError(f"{path} has shape {flux.shape}, BANDS = {header.get('BANDS')!r}, BUNIT = {header.get('BUNIT')!r}; "
             "expected (5, height, width), BANDS = 'grizy' and BUNIT = 'nJy' (see specpred.predict.write_cube)")
     return np.nan_to_num(flux, nan=0., posinf=0., neginf=0.)
@@ -110,10 +111,10 @@ def name_galaxies(
     galaxies, single = {}, {}
     for path in map(Path, cutouts):
         if not path.exists(): raise MissingInputError(f"{path} does not exist")
-        if path.is_file() and path.stem in BANDS: single.setdefault(path.resolve().parent, set()).add(path.stem)
+        if path.is_file() and path.stem in PS1.bands: single.setdefault(path.resolve().parent, set()).add(path.stem)
         else: _add(galaxies, path.resolve().name if path.is_dir() else path.stem, path)
     for folder, bands in single.items():
-        if missing := [b for b in BANDS if b not in bands]:
+        if missing := [b for b in PS1.bands if b not in bands]:
             raise MissingInputError(f"of the galaxy in {folder} these bands were not given: {', '.join(missing)}")
         _add(galaxies, folder.name, folder)
     return galaxies

@@ -19,7 +19,7 @@ from fastai.vision.data import get_grid
 from .config import (InvalidInputError, Paths, TrainingParameters, WeightsError,
     random_generator, seed_everything)
 from .stages import atomic_path, versions
-from .images import BANDS, Augmentation, GrizyImage, ImageStore, ImageTransform, augment, fit_transform
+from .images import Augmentation, Draws, GalaxyImage, ImageStore, ImageTransform, augment, fit_transform
 from .models import MODELS, save
 
 # %% auto #0
@@ -91,17 +91,18 @@ class ImageReader:
         self.images, self.row = images, {int(s): int(r) for s, r in zip(specobjids, rows)}
         self.kept = dict(zip(self.row, images.read_rows(rows))) if place else {}
 
-    def __call__(self, row) -> GrizyImage:
+    def __call__(self, row) -> GalaxyImage:
         specobjid = int(row.specobjid)
-        return GrizyImage(torch.as_tensor(self.kept[specobjid] if self.kept else self.images.read_rows([self.row[specobjid]])[0]))
+        flux = self.kept[specobjid] if self.kept else self.images.read_rows([self.row[specobjid]])[0]
+        return GalaxyImage(flux, bands=self.images.bands)
 
 # %% ../nbs/19_training.ipynb #3f4c3124
 class Stretch(Transform):
     "Batch transform between nJy and network input, see `ImageTransform`."
     order = 5
     def __init__(self, transform:ImageTransform): self.transform = transform
-    def encodes(self, x:GrizyImage): return self.transform(x)
-    def decodes(self, x:GrizyImage): return self.transform.inverse(x)
+    def encodes(self, x:GalaxyImage): return self.transform(x)
+    def decodes(self, x:GalaxyImage): return self.transform.inverse(x)
 
 def grizyImageBlock(
     transform:ImageTransform,  # fitted on training galaxies
@@ -177,21 +178,18 @@ class ImageSource:
         keep:bool | None = None,  # in memory; None: when it fits
     ):
         self.images, self.rows, self.transform = images, images.rows(specobjids), transform
-        self.device, self.dtype = torch.device(device or default_device()), getattr(torch, images.dtype)
+        self.device, self.dtype = torch.device(device or default_device()), getattr(torch, images.pixels.dtype.name)
         shape = (len(self.rows), *images.shape[1:])
         place, self.reason = choose_memory(int(np.prod(shape))*self.dtype.itemsize, self.device)
         if keep is not None: place, self.reason = (place or torch.device("cpu")) if keep else None, f"asked to {'keep' if keep else 'read'} images"
-        self.values, self.memory = torch.empty(shape, dtype=self.dtype, device=place) if place else None, BatchMemory(images.dtype)
+        self.values, self.memory = torch.empty(shape, dtype=self.dtype, device=place) if place else None, BatchMemory(images.pixels.dtype.name)
         for k in range(0, len(self.rows) if place else 0, 256): self.values[k:k + 256] = self.read(np.arange(k, min(k + 256, len(self.rows))))
 
     def read(self, positions) -> torch.Tensor:
         "(n, 5, size, size) network input of galaxies by their position, read from the store."
-        def convert(flux):
-            # half precision ends at 65504, which a saturated star may exceed
-            return np.clip(self.transform.apply_(flux), -6e4, 6e4, out=flux)
-        out = self.memory((len(positions), *self.images.shape[1:]))
-        self.images.read_rows(self.rows[positions], convert, out.numpy())
-        return out
+        values = self.transform(self.images.read_rows(self.rows[positions]))
+        # half precision ends at 65504, which a saturated star may exceed
+        return torch.from_numpy(values).clamp_(-6e4, 6e4).to(self.dtype)
 
 # %% ../nbs/19_training.ipynb #70ce1c86
 @patch
@@ -274,9 +272,9 @@ def __iter__(self:BatchLoader):
         for k, part in enumerate(parts):
             images, rows = ahead.popleft().result()
             if k + 2 < len(parts): ahead.append(reader.submit(take, parts[k + 2]))
-            out = self.memory((len(part), *images.shape[1:])) if images.device.type == "cpu" else None
-            batch = GrizyImage(augment(images, rows, {name: values[part] for name, values in drawn.items()}, out))
-            del images, out
+            batch = augment(images, rows, Draws(*(values[part] for values in drawn)))
+            batch = GalaxyImage(batch, bands=self.source.images.bands)
+            del images
             yield (batch,) if self.targets is None else (batch, self.targets[part].to(self.device))
             del batch
     self.epoch += 1
@@ -285,7 +283,7 @@ def __iter__(self:BatchLoader):
 @patch
 def decode_batch(self:BatchLoader, b, max_n=9, full=True) -> list:
     "The galaxies of a batch one by one, images in nJy."
-    images = GrizyImage(self.source.transform.inverse(b[0][:max_n]))
+    images = GalaxyImage(self.source.transform.inverse(b[0][:max_n]), bands=self.source.images.bands)
     return [(image, *(values[k] for values in b[1:])) for k, image in enumerate(images)]
 
 @patch
@@ -486,11 +484,13 @@ def _save_trained(learn, name, weights, transform, residuals, target_stats, imag
     provenance = dict(seed=seed, epochs=parameters.epochs, image_size=images.shape[-1], stretch=transform.stretch, softening=transform.softening,
         residual_covariance=np.cov(residuals.T).tolist(), residual_mean=residuals.mean(0).tolist(), versions=versions())
     save(learn.model, weights, name=name, arguments=dict(c_in=5, n_out=residuals.shape[1]), image_stats=dict(mean=transform.mean, std=transform.std),
-        target_stats=target_stats, channels=BANDS, provenance=provenance)
+        target_stats=target_stats, channels="".join(images.bands), provenance=provenance)
 
 # %% ../nbs/19_training.ipynb #cd1ffe7f
 def transform_of(trained) -> ImageTransform:
     "The image transform of a `TrainedModel` that `train_models` wrote. Raises `WeightsError` for weights from elsewhere."
-    try: return ImageTransform(trained.provenance["stretch"], tuple(trained.provenance["softening"]), *trained.image_stats)
+    mean, std = trained.image_stats
+    try:
+        return ImageTransform(stretch=trained.provenance["stretch"], softening=trained.provenance["softening"], mean=mean, std=std)
     except KeyError as error: raise WeightsError(f"these weights do not say their {error}, so how their images were stretched is unknown") from None
     except (InvalidInputError, TypeError) as error: raise WeightsError(f"these weights do not say how their images were stretched: {error}") from None
