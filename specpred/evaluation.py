@@ -11,7 +11,8 @@ from .config import Paths
 from .images import find_rows
 from .lines import LINES, measure_spectra
 from .mock_survey import true_spectra
-from .spectra import LogGrid, load_store, rebin
+from .eigenspectra import load_store
+from .spectra import LogGrid, rebin
 from .training import target_columns
 from .vae import SpectrumModel
 
