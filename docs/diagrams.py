@@ -1,6 +1,8 @@
-"""Three pictures that are drawn from the code: the pipeline, the network, and which module imports which.
+"""Three pictures that are drawn from the code: the pipeline, the network, and which module imports
+which.
 
-`make figures` calls this; the pictures lie in figures/ and are shown on the landing page and in the site."""
+`make figures` calls this; the pictures lie in figures/ and are shown on the landing page and in the
+site."""
 import ast
 import re
 from pathlib import Path
@@ -33,7 +35,8 @@ def box(ax, x, y, width, height, text, color, **kwargs):
 
 
 def needed_stages():
-    "For each stage that writes files, the stages whose files it reads, without those that another one implies."
+    """For each stage that writes files, the stages whose files it reads, without those that another
+    one implies."""
     paths = get_paths("demo", "data")
     makers = {getattr(paths, name): stage for stage in STAGES.values() for name in stage.writes}
     needs = {}
@@ -46,14 +49,17 @@ def needed_stages():
     reached = {}
     for name, direct in needs.items():
         reached[name] = direct.union(*(reached[other] for other in direct))
-    implied = {name: set().union(*(reached[other] for other in direct)) for name, direct in needs.items()}
+    implied = {
+        name: set().union(*(reached[other] for other in direct)) for name, direct in needs.items()
+    }
     return {name: direct - implied[name] for name, direct in needs.items()}
 
 
 def draw_pipeline():
     "The stages from left to right, each to the right of those that it needs."
     needs, column = needed_stages(), {}
-    for name, direct in needs.items(): column[name] = 1 + max((column[n] for n in direct), default=-1)
+    for name, direct in needs.items():
+        column[name] = 1 + max((column[n] for n in direct), default=-1)
     rows = {name: [n for n in column if column[n] == column[name]] for name in column}
     place = {}
     for name in column:
@@ -65,14 +71,19 @@ def draw_pipeline():
         box(ax, x, y, 1.3, 0.5, TITLES.get(name, name[3:]), BLUE, fontsize=11)
         for other in needs[name]:
             start = place[other][0] + 0.68, place[other][1]
-            ax.add_patch(FancyArrowPatch(start, (x - 0.68, y), arrowstyle="-|>", mutation_scale=11, color="0.4"))
+            ax.add_patch(
+                FancyArrowPatch(
+                    start, (x - 0.68, y), arrowstyle="-|>", mutation_scale=11, color="0.4"
+                )
+            )
     ax.set(xlim=(-0.8, 1.7*max(column.values()) + 0.8), ylim=(-1, 1), aspect="equal")
     ax.axis("off")
     return figure
 
 
 def layer_shapes(size=224):
-    "Title, channels, side and whether it is deconvolved of the hybrid's layers, from a forward pass."
+    """Title, channels, side and whether it is deconvolved of the hybrid's layers, from a forward
+    pass."""
     shapes = []
     model = xresnet18_hybrid().eval()
     images = torch.zeros(1, model[0][0].in_channels, size, size)
@@ -99,7 +110,8 @@ def draw_network():
     box(ax, n, 0, 0.6, 0.8, "6\nlatents", GREEN, fontsize=9)
     box(ax, n + 1.2, 0, 0.9, 0.8, "decoder\n(VAE)", SKY, fontsize=9)
     box(ax, n + 2.5, 0, 1, 0.8, "spectrum\n1000 bins", GREEN, fontsize=9)
-    for x in (n - 0.62, n + 0.5, n + 1.78): ax.annotate("", (x + 0.25, 0), (x, 0), arrowprops=dict(arrowstyle="-|>", color="0.4"))
+    for x in (n - 0.62, n + 0.5, n + 1.78):
+        ax.annotate("", (x + 0.25, 0), (x, 0), arrowprops=dict(arrowstyle="-|>", color="0.4"))
     ax.text(0, -1.75, "image", ha="center")
     ax.text(2, -1.75, "deconvolutions", ha="center", color="#8a6000")
     ax.text((3 + n)/2, -1.75, "residual blocks", ha="center", color="#20678c")
@@ -140,7 +152,13 @@ def draw_modules():
             ax.add_patch(FancyArrowPatch(
                 (0, y), (0, place[other]), connectionstyle="arc3,rad=0.5", color=BLUE, alpha=0.5,
                 arrowstyle="-|>", mutation_scale=7, lw=0.8))
-    ax.text(-3, 1, "arrows lead to what a module imports;\nconfig, stages and plotting are left out", fontsize=7, color="0.4")
+    ax.text(
+        -3,
+        1,
+        "arrows lead to what a module imports;\nconfig, stages and plotting are left out",
+        fontsize=7,
+        color="0.4",
+    )
     ax.set(xlim=(-3, 3.5), ylim=(-len(modules), 2))
     ax.axis("off")
     return figure
@@ -148,7 +166,8 @@ def draw_modules():
 
 def draw(folder:Path):
     "Writes all three."
-    for name, picture in dict(pipeline=draw_pipeline, network=draw_network, modules=draw_modules).items():
+    pictures = dict(pipeline=draw_pipeline, network=draw_network, modules=draw_modules)
+    for name, picture in pictures.items():
         with atomic_path(folder/f"{name}.png") as part: picture().savefig(part, dpi=110)
 
 
