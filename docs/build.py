@@ -22,7 +22,7 @@ from specpred.runner import last_executed
 
 DOCS = Path(__file__).resolve().parent
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(.*?)\s*$")
-CHAPTER_NOTEBOOKS = """# Notebooks
+NOTEBOOKS = """# Notebooks
 
 The chapters are numbered in the order in which they are read and run. Each defines a part of the
 library, shows it at work and, where it is a stage of the pipeline, ends with running it.
@@ -42,7 +42,7 @@ notebook that the module's page names. A module imports only from those above it
 
 {modules}
 """
-LINK = re.compile(r"\[([^\]]*)\]\((\w+)\.ipynb\)")
+CHAPTER_LINK = re.compile(r"\[([^\]]*)\]\((\w+)\.ipynb\)")
 LINK = re.compile(r"(\]\(|\bsrc=\"|\bhref=\")([^)\s\"#:]+)(?=[)\s\"#])")
 
 
@@ -54,7 +54,8 @@ def newest_profile(data_dir):
         folder = get_paths("demo", data_dir).root.parent
         raise MissingInputError(
             f"The site shows executed notebooks, and there are none in {folder}. "
-            "Run `make demo` first (or `specpred reproduce --profile smoke`, which takes a few minutes)."
+            "Run `make demo` first (or `specpred reproduce --profile smoke`, "
+            "which takes a few minutes)."
         )
     return max(ran, key=ran.get)
 
@@ -109,7 +110,8 @@ def run_note(nb, stage, paths):
     text = f"Outputs of the profile `{paths.root.name}`" + "".join(f", `{c}`" for c in changes)
     if facts:
         seconds = max(1, round(facts["wall_time_s"]))
-        text += f", run on {facts['finished'][:10]} in {seconds} s with {facts['peak_memory_mb']} MB of memory"
+        text += f", run on {facts['finished'][:10]} in {seconds} s "
+        text += f"with {facts['peak_memory_mb']} MB of memory"
     return nbformat.v4.new_markdown_cell(f"{{.run-note}}\n{text}.")
 
 
@@ -291,7 +293,8 @@ def build(profile, data_dir, out):
     ]
     pages = [p for p in out.rglob("*.html") if "_static" not in p.parts]
     print(
-        f"{len(pages)} pages, {len(sources.executed)} notebooks with outputs of the profile {profile}"
+        f"{len(pages)} pages, {len(sources.executed)} notebooks with "
+        f"outputs of the profile {profile}"
         + (f" (without outputs: {', '.join(waiting)})" if waiting else "")
         + (
             f" (code changed since they ran, cells without outputs: {', '.join(sources.changed)})"

@@ -189,7 +189,8 @@ def test_pages_show_the_outputs_of_the_run(site, smoke_run):
         printed = [
             line.strip()
             for c in cells
-            if c["cell_type"] == "code" and not any(line.startswith("#| hide") for line in c["source"])
+            if c["cell_type"] == "code"
+            and not any(line.startswith("#| hide") for line in c["source"])
             for o in c["outputs"]
             if o.get("name") == "stdout"
             for line in o["text"]
