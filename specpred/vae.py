@@ -4,7 +4,7 @@
 
 # %% ../nbs/16_vae.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, dataclasses, hashlib, io, json, math, pickle, re, time, warnings, zipfile
+import contextlib, hashlib, io, json, math, pickle, re, time, warnings, zipfile
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, InvalidInputError, MissingInputError, SpecpredError,
-    VAEParameters, WeightsError, random_generator)
+    VAEParameters, WeightsError, random_generator, replace)
 from .stages import atomic_path
 
 # %% auto #0
@@ -177,7 +177,7 @@ class Training:
         self.optimizer = torch.optim.Adam(vae.parameters(), lr=parameters.lr, fused=True)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, patience=parameters.plateau_patience)
         self.history, self.best, self.waited, self.best_state = [], math.inf, 0, None
-        same = dataclasses.asdict(parameters) | dict(epochs=None, seed=seed, n_bins=vae.n_bins)  # more epochs go on from fewer
+        same = parameters.model_dump(mode="json") | dict(epochs=None, seed=seed, n_bins=vae.n_bins)  # more epochs go on from fewer
         self.fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode() + x.tobytes() + weights.tobytes()).hexdigest()
 
     @property
@@ -281,7 +281,7 @@ def random_configurations(
     while len(found) < parameters.n_trials:
         outer = round(log_uniform(smallest, 2000))
         inner = round(log_uniform(smallest, max(outer, smallest)))
-        found.append(dataclasses.replace(parameters, hidden=(outer, inner), lambda_=log_uniform(1, 1e5)))
+        found.append(replace(parameters, hidden=(outer, inner), lambda_=log_uniform(1, 1e5)))
     return found
 
 # %% ../nbs/16_vae.ipynb #5fb31b16
@@ -298,10 +298,10 @@ def search(
     configurations, known, rows = random_configurations(parameters, seed), _finished_trials(table), []
     if len(configurations) == 1: return parameters, pd.DataFrame(columns=_TRIAL)
     # a trial is the same, whatever the number of the others: a search that is made longer keeps what it has
-    alone = dataclasses.replace(parameters, n_trials=1)
+    alone = replace(parameters, n_trials=1)
     judge = Training(new_vae(x.shape[1], alone, seed), x, weights, alone, seed)
     for number, configuration in enumerate(tqdm(configurations, desc="settings", unit="trial", disable=not progress)):
-        vae, short = new_vae(x.shape[1], configuration, seed), dataclasses.replace(configuration, n_trials=1, epochs=parameters.trial_epochs)
+        vae, short = new_vae(x.shape[1], configuration, seed), replace(configuration, n_trials=1, epochs=parameters.trial_epochs)
         key = f"{judge.fingerprint[:16]}-{hashlib.sha256(repr(short).encode()).hexdigest()[:16]}"
         rows.append(known.get(key) or dict(trial=number, key=key) | _trial(vae, x, weights, short, seed, judge))
         if table is not None and key not in known:
