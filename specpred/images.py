@@ -49,7 +49,7 @@ class Galaxy(NamedTuple):
     mask: np.ndarray  # (bands, size, size) bool, True where there are no data
     exptime: np.ndarray  # (bands,) float32, seconds
 
-# %% ../nbs/11_images.ipynb #c59a3085
+# %% ../nbs/11_images.ipynb #0deb37ff
 def read_galaxy(
     folder:str | Path,  # holds a file <band>.fits for each band
     size:int,  # side of the images, pixels
@@ -62,7 +62,7 @@ def read_galaxy(
     if missing := [file.name for file in files.values() if not file.is_file()]:
         raise MissingInputError(f"{folder} has no {', '.join(missing)}; "
             f"a galaxy of {survey.name} needs the bands {', '.join(survey.bands)}")
-    cutouts = {band: read_cutout(file) for band, file in files.items()}
+    cutouts = {band: read_cutout(file, survey) for band, file in files.items()}
     _check_cutouts(cutouts, folder)
     exptime = np.array([c.exptime for c in cutouts.values()], np.float32)
     counts = central_crop(np.stack([c.counts for c in cutouts.values()]), size)
@@ -453,23 +453,25 @@ class ImageTransform(Settings):
         return self
 
 # %% ../nbs/11_images.ipynb #0477567d
+def _stretch(flux, stretch:str, softening):
+    "Images before standardisation, arrays or tensors."
+    xp = torch if isinstance(flux, torch.Tensor) else np
+    if stretch == "linear": return flux
+    if stretch == "asinh": return xp.arcsinh(flux/softening)
+    rms = (flux**2).mean((-3, -2, -1))[..., None, None, None]**.5
+    return flux/(rms + (rms == 0))  # an empty image stays empty
+
 @patch
-def _numbers(self:ImageTransform, images:torch.Tensor) -> list[torch.Tensor]:
-    "Softening, mean and std, to be broadcast against the images."
-    if not images.is_floating_point():
+def _numbers(self:ImageTransform, images) -> list:
+    "Softening, mean and std, of the images' kind, to be broadcast against them."
+    if "float" not in str(images.dtype):
         raise InvalidInputError(f"images are floating-point numbers, not {images.dtype}")
     if images.shape[-3] != len(self.mean):
         raise InvalidInputError(f"expected {len(self.mean)} bands in axis -3, "
             f"got shape {tuple(images.shape)}")
-    numbers = (self.softening, self.mean, self.std)
-    return [images.new_tensor(values)[:, None, None] for values in numbers]
-
-def _stretch(flux:torch.Tensor, stretch:str, softening:torch.Tensor) -> torch.Tensor:
-    "Images before standardisation."
-    if stretch == "asinh": return (flux/softening).asinh_()
-    if stretch == "linear": return flux.clone()
-    rms = flux.square().mean((-3, -2, -1), keepdim=True).sqrt()
-    return flux/torch.where(rms > 0, rms, 1)  # an empty image stays empty
+    numbers = np.array([self.softening, self.mean, self.std])[..., None, None]
+    if isinstance(images, torch.Tensor): return list(torch.as_tensor(numbers).to(images))
+    return list(numbers.astype(images.dtype))
 
 # %% ../nbs/11_images.ipynb #5f31a2df
 @patch
@@ -477,24 +479,21 @@ def __call__(self:ImageTransform,
     flux,  # (..., bands, height, width) nJy, array or tensor
 ):
     "Network input of the same kind and shape."
-    images = torch.as_tensor(flux)
-    softening, mean, std = self._numbers(images)
-    values = _stretch(images, self.stretch, softening).sub_(mean).div_(std)
-    return values if isinstance(flux, torch.Tensor) else values.numpy()
+    softening, mean, std = self._numbers(flux)
+    return (_stretch(flux, self.stretch, softening) - mean)/std
 
 @patch
 def inverse(self:ImageTransform,
     values,  # (..., bands, height, width) network input, array or tensor
 ):
     'Back to nJy; with the stretch "image" to an image of typical brightness.'
-    images = torch.as_tensor(values)
-    softening, mean, std = self._numbers(images)
-    flux = images*std + mean
-    if self.stretch == "asinh": flux = flux.sinh_()
-    if self.stretch != "linear": flux = flux*softening
-    return flux if isinstance(values, torch.Tensor) else flux.numpy()
+    softening, mean, std = self._numbers(values)
+    stretched = values*std + mean
+    if self.stretch == "linear": return stretched
+    if self.stretch == "image": return stretched*softening
+    return (torch if isinstance(values, torch.Tensor) else np).sinh(stretched)*softening
 
-# %% ../nbs/11_images.ipynb #e14c7418
+# %% ../nbs/11_images.ipynb #18cf7b6f
 def fit_transform(
     flux:np.ndarray,  # (N, bands, height, width) nJy, training galaxies only
     noise:np.ndarray,  # (N, bands) noise a pixel, nJy
@@ -514,8 +513,7 @@ def fit_transform(
     softening = factor*np.median(noise, axis=0).astype(np.float32)
     if stretch == "image":
         softening[:] = np.median(np.sqrt(np.mean(flux**2, axis=(1, 2, 3))))
-    images = torch.from_numpy(flux)
-    stretched = _stretch(images, stretch, torch.from_numpy(softening)[:, None, None]).numpy()
+    stretched = _stretch(flux, stretch, softening[:, None, None])
     mean, std = (f(stretched, axis=(0, 2, 3), dtype=np.float64) for f in (np.mean, np.std))
     return ImageTransform(stretch=stretch, softening=softening.tolist(), mean=mean.tolist(),
         std=std.tolist())

@@ -187,9 +187,9 @@ class ImageSource:
 
     def read(self, positions) -> torch.Tensor:
         "(n, 5, size, size) network input of galaxies by their position, read from the store."
-        flux = torch.from_numpy(self.images.read_rows(self.rows[positions]))
+        values = self.transform(self.images.read_rows(self.rows[positions]))
         # half precision ends at 65504, which a saturated star may exceed
-        return self.transform(flux).clamp_(-6e4, 6e4).to(self.dtype)
+        return torch.from_numpy(values).clamp_(-6e4, 6e4).to(self.dtype)
 
 # %% ../nbs/19_training.ipynb #70ce1c86
 @patch
