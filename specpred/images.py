@@ -49,7 +49,7 @@ class Galaxy(NamedTuple):
     mask: np.ndarray  # (bands, size, size) bool, True where there are no data
     exptime: np.ndarray  # (bands,) float32, seconds
 
-# %% ../nbs/11_images.ipynb #c59a3085
+# %% ../nbs/11_images.ipynb #0deb37ff
 def read_galaxy(
     folder:str | Path,  # holds a file <band>.fits for each band
     size:int,  # side of the images, pixels
@@ -62,7 +62,7 @@ def read_galaxy(
     if missing := [file.name for file in files.values() if not file.is_file()]:
         raise MissingInputError(f"{folder} has no {', '.join(missing)}; "
             f"a galaxy of {survey.name} needs the bands {', '.join(survey.bands)}")
-    cutouts = {band: read_cutout(file) for band, file in files.items()}
+    cutouts = {band: read_cutout(file, survey) for band, file in files.items()}
     _check_cutouts(cutouts, folder)
     exptime = np.array([c.exptime for c in cutouts.values()], np.float32)
     counts = central_crop(np.stack([c.counts for c in cutouts.values()]), size)
