@@ -22,12 +22,17 @@ from .config import DamagedFileError, InvalidInputError, MissingInputError, Weig
 from .stages import atomic_path
 
 # %% auto #0
-__all__ = ['WeightsFile', 'write_weights', 'read_weights', 'tensor_shapes', 'check_keys', 'load_state', 'fingerprint',
+__all__ = ['Stats', 'WeightsFile', 'write_weights', 'read_weights', 'tensor_shapes', 'check_keys', 'load_state', 'fingerprint',
            'save_checkpoint', 'load_checkpoint', 'Record', 'published_image_tensors', 'RecordReader', 'PickledFile',
            'published_vae_tensors', 'LatentAxes', 'published_pca']
 
-# %% ../nbs/15_weights.ipynb #48c16ffa
+# %% ../nbs/15_weights.ipynb #d1780d6b
 _ENTRY = "specpred"  # of the metadata in a safetensors file
+
+class Stats(NamedTuple):
+    "Mean and standard deviation, one of each per band or per target."
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 class WeightsFile(NamedTuple):
     "Contents of a weights file."
@@ -99,16 +104,18 @@ def check_keys(
              for kind, keys in differences.items() if keys]
     if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")
 
-# %% ../nbs/15_weights.ipynb #620b9d07
+# %% ../nbs/15_weights.ipynb #d0b5bfeb
 def load_state(
-    model:nn.Module,  # to be filled
+    model:nn.Module,  # to be filled; one on the meta device takes the tensors themselves
     tensors:dict[str, Tensor],  # a state_dict
     source:str = "these weights",  # where they are from, for the message
 ) -> nn.Module:
-    "The model with these weights. Raises `WeightsError` where names or shapes differ."
+    "The model with these weights. Raises `WeightsError` where names or shapes differ, or for NaN."
     problem = f"{source} do not belong to this {type(model).__name__}"
     check_keys(tensor_shapes(model.state_dict()), tensor_shapes(tensors), problem)
-    model.load_state_dict(tensors)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise WeightsError(f"{source} hold NaN or infinite numbers")
+    model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
     return model
 
 # %% ../nbs/15_weights.ipynb #53933bc4
@@ -285,7 +292,7 @@ def published_vae_tensors(
                 for name, value in part.state["_parameters"].items() if value is not None}
     return _extract(path, "InfoVAE", parameters)
 
-# %% ../nbs/15_weights.ipynb #20711337
+# %% ../nbs/15_weights.ipynb #50ab101a
 class LatentAxes(NamedTuple):
     "Principal axes of latents."
     components: np.ndarray  # (n_targets, n_latents), orthonormal rows
@@ -304,7 +311,7 @@ def published_pca(
         n, n_latents = axes.components.shape
         shapes = axes.centre.shape, axes.fraction.shape
         if shapes != ((n_latents,), (n,)) or fitted["whiten"]:
-            raise WeightsError(f"{n} components of {n_latents} latents; shapes of mean and fractions "
-                f"{shapes}; whiten={fitted['whiten']}")
+            raise WeightsError(f"{n} components of {n_latents} latents; shapes of mean and "
+                f"fractions {shapes}; whiten={fitted['whiten']}")
         return axes
     return _extract(path, "fitted PCA", axes)
