@@ -104,7 +104,7 @@ class ArchiveClient:
         wait:tuple = (1.0, 30.0),  # first and longest pause between attempts, seconds
         bad_attempts:int = 3,  # how often a file is asked for that arrives damaged
     ):
-        ArchiveParameters(concurrency=concurrency, attempts=attempts, timeout=timeout, wait=wait, bad_attempts=bad_attempts)  # refuses what has no sense
+        ArchiveParameters(concurrency=concurrency, attempts=attempts, timeout=timeout, wait=wait)  # refuses what has no sense
         self.concurrency, self.attempts, self.timeout, self.wait, self.bad_attempts = concurrency, attempts, timeout, wait, bad_attempts
         self._hosts, self._lock, self.stopping = {}, threading.Lock(), threading.Event()
         # identity: a compressed answer could unpack to any size, and Content-Length would not be the file's
@@ -1030,7 +1030,6 @@ def sky_blocks(
 ) -> np.ndarray:
     "Block number of each position, (N,) int64. All blocks have the same area. Raises `InvalidInputError`."
     ra, dec = np.atleast_1d(np.asarray(ra, float)), np.atleast_1d(np.asarray(dec, float))
-    ArchiveParameters(block_deg=block_deg)  # refuses what has no sense
     if ra.shape != dec.shape or not (np.isfinite(ra) & (np.abs(dec) <= 90)).all():
         raise InvalidInputError("ra and dec have to be finite degrees, as many of one as of the other, dec from -90 to 90.")
     n_rings = max(1, round(180/block_deg))
@@ -1075,7 +1074,6 @@ def split_by_sky(
 ) -> tuple:
     """(block, split): the block number of each position and its split, "train", "valid" or "test", both (N,). Whole blocks are in one split.
     Blocks that reach south of declination -30 degrees are train. Raises `InvalidInputError` where there are too few blocks."""
-    ArchiveParameters(split=tuple(fractions), block_deg=block_deg)  # refuses what has no sense
     block, fractions = sky_blocks(ra, dec, block_deg), np.asarray(fractions, float)
     inside = np.atleast_1d(np.asarray(dec, float)) > PS1_SOUTH
     blocks, index = np.unique(block, return_inverse=True)
@@ -1083,7 +1081,7 @@ def split_by_sky(
     free, needed = np.flatnonzero(~fixed), np.flatnonzero(fractions[1:]) + 1
     if inside.any() and len(free) < len(needed) + (not sizes[fixed].any()):
         raise InvalidInputError(f"The galaxies lie in {len(free)} blocks of sky, too few for {1 + len(needed)} splits. "
-            f"Choose a smaller archives.block_deg than {block_deg:g}.")
+            f"Choose smaller blocks than {block_deg:g} degrees.")
     wanted, split, numbers = fractions*sizes.sum(), np.zeros(len(blocks), np.int64), np.array([sizes[fixed].sum(), 0.0, 0.0])
     for n_dealt, b in enumerate(random_generator(seed, "split").permutation(free)):
         # every split gets one block first, however few there are
@@ -1669,10 +1667,11 @@ def _split(catalogue:pd.DataFrame, parameters:ArchiveParameters, seed:int) -> pd
     "The catalogue with block and split; a table of one's own in which nothing can be fitted, for want of spectra or of blocks of sky, is all test."
     try:
         if parameters.table and not (catalogue.plate > 0).any(): raise InvalidInputError("no row names a spectrum")
-        block, split = split_by_sky(catalogue.ra, catalogue.dec, parameters.split, parameters.block_deg, seed)
+        train, *valid, test = parameters.split
+        block, split = split_by_sky(catalogue.ra, catalogue.dec, (train, sum(valid), test), 2.0, seed)
     except InvalidInputError:
         if not parameters.table: raise
-        block, split = sky_blocks(catalogue.ra, catalogue.dec, parameters.block_deg), "test"
+        block, split = sky_blocks(catalogue.ra, catalogue.dec, 2.0), "test"
     return catalogue.assign(block=block, split=split)
 
 def _one_file_each(catalogue:pd.DataFrame):
@@ -1699,7 +1698,7 @@ def client_for(
     parameters:ArchiveParameters,
 ) -> ArchiveClient:
     "The client that a profile asks for."
-    return ArchiveClient(parameters.concurrency, parameters.attempts, parameters.timeout, parameters.wait, parameters.bad_attempts)
+    return ArchiveClient(parameters.concurrency, parameters.attempts, parameters.timeout, parameters.wait)
 
 def _fetched(catalogue:pd.DataFrame, size:int, release:str, raw:Path, state:DownloadState, client:ArchiveClient, urls, progress:bool) -> pd.DataFrame:
     "Downloads what is missing; returns the catalogue with what became of it, which takes its place in `raw`."

@@ -5,7 +5,7 @@
 # %% ../nbs/07_mock_survey.ipynb #d33aac5b
 from __future__ import annotations
 import functools, io, json, os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import galsim, h5py, joblib, numpy as np, pandas as pd
 from astropy.cosmology import FlatLambdaCDM
@@ -1016,7 +1016,7 @@ def _spectra_task(k, *arguments):
 # %% ../nbs/07_mock_survey.ipynb #aa55a524
 def _claim_folder(folder, parameters, seed):
     "Marks the folder as this survey's, so that the files of two surveys never mix."
-    claim, wanted = folder/"survey.json", asdict(parameters) | dict(seed=seed)
+    claim, wanted = folder/"survey.json", parameters.model_dump(mode="json") | dict(seed=seed)
     if claim.is_file() and json.loads(claim.read_text()) != wanted:
         raise InvalidInputError(f"{folder} holds a mock survey with other parameters or another seed. Remove it, or choose another folder.")
     for left_over in folder.rglob(".*.tmp"):

@@ -6,12 +6,14 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'COLOURS', 'LINE_MARKS', 'mark_lines']
 
 # %% ../nbs/02_plotting.ipynb #68b2cd2f
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+RED, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, "k")  # of several curves, in this order
 
 # %% ../nbs/02_plotting.ipynb #c81e8fb6
-LINE_MARKS = {"[O II]": 3728.48, "Ca K": 3934.78, r"H$\delta$": 4102.89, "G": 4305.61, r"H$\beta$": 4862.68, "[O III]": 5008.24,
-    "Mg": 5176.63, "Na D": 5894.6, r"H$\alpha$": 6564.61, "[S II]": 6725.48}  # vacuum Angstrom
+LINE_MARKS = {"[O II]": 3728.48, "Ca K": 3934.78, r"H$\delta$": 4102.89, "G": 4305.61,
+    r"H$\beta$": 4862.68, "[O III]": 5008.24, "Mg": 5176.63, "Na D": 5894.6,
+    r"H$\alpha$": 6564.61, "[S II]": 6725.48}  # vacuum Angstrom
 
 def mark_lines(
     ax,  # a matplotlib axes over rest-frame wavelength in Angstrom
@@ -21,4 +23,5 @@ def mark_lines(
     for name, wavelength in LINE_MARKS.items():
         ax.axvline(wavelength, color="0.88", lw=.7, zorder=0)
         if names:
-            ax.annotate(name, (wavelength, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=6, color="0.35", rotation=60)
+            ax.annotate(name, (wavelength, 1.01), xycoords=("data", "axes fraction"), rotation=60,
+                ha="center", va="bottom", fontsize=6, color="0.35")

@@ -446,9 +446,6 @@ def make_loaders(
     progress:bool = True,  # say where the images are kept
 ) -> DataLoaders:
     "The loaders that the profile asks for. Raises `InvalidInputError` for settings that do not go together."
-    if parameters.loader == "fastai":
-        if parameters.max_shift: raise InvalidInputError("training.max_shift is for training.loader=batches; fastai's loader does not move images")
-        return image_loaders(images, table, transform, parameters.batch_size)
     dls = batch_loaders(images, table, transform, parameters.batch_size, Augmentation(max_shift=parameters.max_shift))
     if progress: print(dls.train.source.reason)
     return dls

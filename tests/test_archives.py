@@ -61,7 +61,7 @@ def server():
 N_GALAXIES, N_KILLS = (int(os.environ.get(f"SPECPRED_{name}", n)) for name, n in (("GALAXIES", 500), ("KILLS", 20)))
 # 10 % of the requests fail; a 404 cannot be told from a lasting one, so that it is none of those that pass
 FAULTY = Faults(passing=0.07, lasting=0.03, seed=11, kinds=FAULTS[:-1], latency=0.05, retry_after=0.05)
-PATIENT = dict(attempts=12, wait=(0.01, 0.05), bad_attempts=8)
+PATIENT = dict(attempts=12, wait=(0.01, 0.05))
 REASONS = {"truncated": "truncated", "page": "a web page", "band": "another band", "empty": "empty",
     "corrupted": "a damaged header", "missing": "not found"}
 
@@ -175,7 +175,7 @@ def test_good_files_stay_when_other_numbers_change(survey, tmp_path):
     with serve(survey[0]) as urls:
         first = download(ArchiveParameters(**vars(urls)), raw, SIZE, 1)
         stamp = {p: p.stat().st_mtime_ns for p in raw.rglob("*.fits")}
-        again = download(ArchiveParameters(**vars(urls), split=(0.5, 0.25, 0.25)), raw, SIZE, 1)
+        again = download(ArchiveParameters(**vars(urls), split=(0.5, 0.125, 0.125, 0.25)), raw, SIZE, 1)
         assert stamp == {p: p.stat().st_mtime_ns for p in raw.rglob("*.fits")}
         assert again.drop(columns="split").equals(first.drop(columns="split")) and not again.split.equals(first.split)
         download(ArchiveParameters(**vars(urls)), raw, SIZE + 2, 1)  # another size is another cutout
@@ -306,7 +306,7 @@ def test_an_archive_that_is_closed_already_for_lists_is_asked_no_more(large, ser
     large_table = pd.read_parquet(large[0]/"skyserver/SpecObj.parquet")[["ra", "dec"]]
     large_table.to_csv(tmp_path/"own.csv", index=False)
     with pytest.raises(ArchiveError, match="PS1 gives nothing any more: list of files, closed"):
-        download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv", concurrency=2), tmp_path/"raw", SIZE, 1, progress=False)
+        download(ArchiveParameters(skyserver_url=server.url, sas_url=server.url, ps1_url=server.url, table=f"{tmp_path}/own.csv", concurrency=2), tmp_path/"raw", SIZE, 1, progress=False)
     assert len(asked) <= 20
 
 
@@ -340,7 +340,7 @@ def test_what_an_archive_says_is_printed_without_its_control_characters(server, 
     server.answer = lambda handler: handler.send(400, b"no\x1b[2J\r\n\x07\xe2\x80\xaemore")
     survey[1][["ra", "dec"]].head(2).to_csv(tmp_path/"own.csv", index=False)
     with pytest.raises(ArchiveError) as raised:
-        download(ArchiveParameters(*[server.url]*3, table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
+        download(ArchiveParameters(skyserver_url=server.url, sas_url=server.url, ps1_url=server.url, table=f"{tmp_path}/own.csv"), tmp_path/"raw", SIZE, 1, progress=False)
     with DownloadState(tmp_path/"raw/state.sqlite") as state:
         state.database.execute("UPDATE file SET error = 'so\x1b[31m\nit: goes' WHERE name LIKE '%/g.fits'")
     said = describe_download(tmp_path/"raw")
@@ -416,9 +416,9 @@ def test_the_bar_of_a_download_that_goes_on_starts_where_that_was(survey, tmp_pa
     assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 271, 271), (225, 271, 271)]
 
 
-@pytest.mark.parametrize("change", ["archives.wait=1", "archives.wait=5,1", "archives.wait=-1,-2", "archives.attempts=0", "archives.bad_attempts=0",
+@pytest.mark.parametrize("change", ["archives.wait=1", "archives.wait=5,1", "archives.wait=-1,-2", "archives.attempts=0", 
     "archives.timeout=-1", "archives.concurrency=0", "archives.concurrency=-4", "images.size=-5", "images.size=0", "archives.n_max=0",
-    "archives.split=0.5,0.5", "archives.block_deg=0", "archives.release=../x", "archives.ps1_url=foo", "seed=-1"])
+    "archives.split=0.5,0.5", "archives.nside=0", "archives.release=../x", "archives.ps1_url=foo", "seed=-1"])
 def test_a_setting_that_nothing_can_be_downloaded_with_is_named(survey, tmp_path, change):
     with pytest.raises(ProfileError, match=f"Cannot set {change.partition('=')[0]}="): get_profile("paper", [change])
 
@@ -599,7 +599,7 @@ def test_lists_of_files_that_lead_elsewhere_are_not_followed(server, survey, tmp
     pd.DataFrame(dict(ra=[row.ra], dec=[row.dec])).to_csv(tmp_path/"own.csv", index=False)
     listing = f"projcell subcell ra dec filter mjd type filename shortname badflag\n1405 053 1 1 g 5 stack {name} {name.rpartition('/')[2]} 0\n".encode()
     server.answer = lambda handler: (asked.append(handler.path.partition("?")[0]), handler.send(200, listing))
-    here = ArchiveParameters(server.url, server.url, server.url, table=str(tmp_path/"own.csv"), bad_attempts=2, wait=(0.01, 0.02))
+    here = ArchiveParameters(skyserver_url=server.url, sas_url=server.url, ps1_url=server.url, table=str(tmp_path/"own.csv"), wait=(0.01, 0.02))
     with pytest.raises(ArchiveError, match="list of files, a foreign file name"): download(here, tmp_path/"raw", SIZE, 1, progress=False)
     assert asked == ["/ps1filenames.py"]*2
     assert {p.name for p in (tmp_path/"raw").iterdir()} == {"source.json", "state.sqlite"}

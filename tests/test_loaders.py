@@ -88,10 +88,9 @@ def test_a_learner_takes_them_as_they_are(sample, keep, tmp_path):
     plt.close("all")
 
 
-@pytest.mark.parametrize("loader", ["batches", "fastai"])
-def test_an_interrupted_training_ends_with_the_same_weights(sample, loader, tmp_path):
+def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path):
     images, table, transform = sample
-    parameters = TrainingParameters(epochs=3, batch_size=8, loader=loader, max_shift=int(loader == "batches"))
+    parameters = TrainingParameters(epochs=3, batch_size=8, max_shift=1)
     dls = lambda: make_loaders(images, table, transform, parameters, progress=False)
     whole, history = train_model("conv3", dls(), parameters, 0, tmp_path/"whole.pt", progress=False)
 
@@ -211,8 +210,3 @@ def test_loaders_of_what_does_not_fit_are_refused(sample):
     for split in ("train", "valid"):
         with pytest.raises(InvalidInputError, match=f"is in {split}"): batch_loaders(images, table[table.split != split], transform)
     with pytest.raises(InvalidInputError, match="nothing to learn"): batch_loaders(images, table[["specobjid", "split"]], transform)
-
-
-def test_wrong_settings_of_the_loader_are_refused(sample):
-    with pytest.raises(InvalidInputError, match="max_shift"): make_loaders(*sample, TrainingParameters(loader="fastai", max_shift=1))
-    with pytest.raises(InvalidInputError, match="loader='torch': expected one of batches, fastai"): TrainingParameters(loader="torch")

@@ -1,12 +1,12 @@
 "specpred.vae: the published numbers, training that survives interruption, and files that are what they claim to be."
-import dataclasses, io, json, pickle, subprocess, sys, zlib
+import io, json, pickle, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 
 from specpred.config import (DamagedFileError, InvalidInputError, MissingInputError, SpecpredError,
-    VAEParameters, WeightsError)
+    VAEParameters, WeightsError, replace)
 from specpred.vae import (InfoVAE, SpectrumModel, Training, bin_weights, fit, infovae_loss, kld, latent_pca, load_latent_pca, load_published, mmd, new_vae,
     plot_traversals, search, target_stats)
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_something_else_is_not_used(tmp_path, content):
 
 def test_training_stops_when_nothing_improves_and_keeps_the_best_epoch():
     flux = spectra()
-    parameters = dataclasses.replace(SMALL, epochs=100, lr=1e-9, stop_patience=3)
+    parameters = replace(SMALL, epochs=100, lr=1e-9, stop_patience=3)
     assert len(fit(new_vae(50, parameters, 1), flux - flux.mean(0), np.full(flux.shape, 1e4), parameters, 1, progress=False)) == 4
 
 
@@ -123,7 +123,7 @@ def test_the_history_marks_the_epoch_whose_weights_are_kept():
     "The losses of the weights that come back are those of that row, which need not be the smallest."
     flux = spectra()
     x, weights = flux - flux.mean(0), np.full(flux.shape, 1e4)
-    parameters = dataclasses.replace(SMALL, epochs=60, lr=1e-3, lambda_=5.)
+    parameters = replace(SMALL, epochs=60, lr=1e-3, lambda_=5.)
     training = Training(vae := new_vae(50, parameters, 1), x, weights, parameters, 1)
     while not training.finished: training.step()
     training.history.append(training.history[-1] | dict(valid_total=training.best*0.9995))  # better, but by less than 0.1 %
@@ -140,7 +140,7 @@ def test_the_history_marks_the_epoch_whose_weights_are_kept():
     dict(lr=float("nan")), dict(n_latents=0), dict(hidden=(5,)), dict(hidden=(0, 3)), dict(n_trials=0), dict(alpha=2.), dict(lambda_=-1.),
     dict(n_targets=9), dict(stop_patience=0), dict(plateau_patience=-1), dict(trial_epochs=0)))
 def test_settings_that_cannot_be_are_named(setting):
-    with pytest.raises(InvalidInputError, match=f"{next(iter(setting))}="): dataclasses.replace(SMALL, **setting)
+    with pytest.raises(InvalidInputError, match=f"{next(iter(setting))}="): replace(SMALL, **setting)
 
 
 @pytest.mark.parametrize("arguments", (dict(hidden=(3, 4, 5)), dict(dropout=3), dict(n_bins=0), dict(hidden=(0, 3)), dict(n_latents=2.5)))
@@ -157,7 +157,7 @@ def test_training_names_bad_rows(spoil, words):
 
 def test_a_loss_that_explodes_is_reported():
     flux = spectra()
-    parameters = dataclasses.replace(SMALL, lr=1e9)
+    parameters = replace(SMALL, lr=1e9)
     with pytest.raises(SpecpredError, match="vae.lr"): fit(new_vae(50, parameters, 1), flux, np.full(flux.shape, 1e4), parameters, 1, progress=False)
 
 
@@ -404,7 +404,7 @@ def test_a_catalogue_without_targets_is_refused(tmp_path, table, message):
 def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     flux = spectra()
     x, weights = flux - flux.mean(0), np.full(flux.shape, 1e4)
-    parameters = dataclasses.replace(SMALL, n_trials=4, trial_epochs=2)
+    parameters = replace(SMALL, n_trials=4, trial_epochs=2)
     best, whole = search(x, weights, parameters, 1, tmp_path/"whole.csv", progress=False)
     assert len(whole) == 4 and whole.lambda_.nunique() == 4 and whole.score.notna().all()
     assert (best.lambda_, *best.hidden) == tuple(whole.loc[whole.score.idxmin(), ["lambda_", "outer", "inner"]])
@@ -417,12 +417,12 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): search(x, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
     again, resumed = search(x, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
     assert len(calls) == 5 and again == best and resumed.drop(columns="key").equals(whole.drop(columns="key"))
-    longer = search(x, weights, dataclasses.replace(parameters, n_trials=5), 1, tmp_path/"cut.csv", progress=False)[1]
+    longer = search(x, weights, replace(parameters, n_trials=5), 1, tmp_path/"cut.csv", progress=False)[1]
     assert len(calls) == 6 and longer[:4].equals(resumed)  # a longer search keeps what it has
     search(x + 0.01, weights, parameters, 1, tmp_path/"cut.csv", progress=False)
     assert len(calls) == 10  # other spectra: the old trials do not count
-    only, none = search(x, weights, dataclasses.replace(parameters, n_trials=1), 1, tmp_path/"cut.csv", progress=False)
-    assert len(calls) == 10 and only == dataclasses.replace(parameters, n_trials=1) and len(none) == 0  # nothing to choose from
+    only, none = search(x, weights, replace(parameters, n_trials=1), 1, tmp_path/"cut.csv", progress=False)
+    assert len(calls) == 10 and only == replace(parameters, n_trials=1) and len(none) == 0  # nothing to choose from
 
 
 @pytest.mark.parametrize("axis,n", (("target", 3), ("latent", 4)))
