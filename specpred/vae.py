@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, InvalidInputError, MissingInputError, SpecpredError,
     VAEParameters, WeightsError, random_generator, replace)
@@ -24,7 +26,7 @@ from .weights import (LatentAxes, Stats, fingerprint, load_checkpoint, load_stat
     published_pca, published_vae_tensors, read_weights, save_checkpoint, write_weights)
 
 # %% auto #0
-__all__ = ['InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'valid_loss', 'fit',
+__all__ = ['InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit',
            'random_configurations', 'Trial', 'search', 'latent_pca', 'SpectrumModel', 'load_published', 'target_stats',
            'plot_traversals']
 
@@ -150,15 +152,16 @@ def new_vae(
         torch.manual_seed(_torch_seed(seed, "weights"))
         return InfoVAE(n_bins, parameters.n_latents, parameters.hidden)
 
-# %% ../nbs/16_vae.ipynb #050d535e
+# %% ../nbs/16_vae.ipynb #ce457f72
 def _batch_loss(vae, x, weights, parameters, generator) -> InfoVAELoss:
+    "Loss of a batch, with two draws of its latents."
     mu, logvar = vae.encode(x)
-    def draw(): return mu + torch.randn(mu.shape, generator=generator)*(0.5*logvar).exp()
-    decoded, z = vae.decode(draw()), draw()
+    first, second = mu + (0.5*logvar).exp()*torch.randn(2, *mu.shape, generator=generator)
     prior = torch.randn(200, mu.shape[1], generator=generator)
-    return infovae_loss(x, weights, decoded, mu, logvar, z, prior,
+    return infovae_loss(x, weights, vae.decode(first), mu, logvar, second, prior,
         parameters.lambda_, parameters.alpha)
 
+# %% ../nbs/16_vae.ipynb #3b658477
 def _epoch(vae, spectra, parameters, generator, optimizer=None) -> InfoVAELoss:
     """Terms of the loss per spectrum, as numbers; the discrepancy is the mean of the batches. With
     an optimizer the order is random and each batch is followed by a step."""
@@ -190,9 +193,8 @@ class Training:
         if (weights < 0).any(): raise InvalidInputError("weights must not be negative.")
         self.vae, self.parameters, self.seed = vae, parameters, seed
         self.train, self.valid = _divide(x, weights, parameters.valid_fraction, seed)
-        self.optimizer = torch.optim.Adam(vae.parameters(), lr=parameters.lr, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, patience=parameters.plateau_patience)
+        self.optimizer = Adam(vae.parameters(), lr=parameters.lr, fused=True)
+        self.scheduler = ReduceLROnPlateau(self.optimizer, patience=parameters.plateau_patience)
         self.history, self.best_epoch, self.best_weights = [], 0, None
         # a training may be prolonged: the number of epochs is not part of its identity
         settings = parameters.model_dump(mode="json", exclude={"epochs"})
@@ -216,7 +218,8 @@ def step(self:Training):
     lr = self.optimizer.param_groups[0]["lr"]
     draws = torch.Generator().manual_seed(_torch_seed(self.seed, "epoch", epoch))
     train = _epoch(self.vae, self.train, self.parameters, draws, self.optimizer)
-    valid = valid_loss(self.vae, self.valid, self.parameters)
+    # the same draws each time, so that luck does not decide which epoch is best
+    valid = _epoch(self.vae, self.valid, self.parameters, torch.Generator().manual_seed(0))
     if not math.isfinite(train.total + valid.total):
         raise SpecpredError(f"The loss is {train.total} in epoch {epoch}. Lower vae.lr (now {lr}).")
     self.scheduler.step(valid.total)
@@ -227,69 +230,54 @@ def step(self:Training):
     seconds = time.perf_counter() - started
     self.history.append({"epoch": epoch, "lr": lr, **losses, "seconds": seconds})
 
-def valid_loss(
-    vae:InfoVAE,
-    spectra,  # held back: spectra and weights, tensors (N, n_bins)
-    parameters:VAEParameters,  # whose loss it is
-) -> InfoVAELoss:
-    "Terms of the loss, with the same draws in each epoch: luck does not decide which is best."
-    return _epoch(vae, spectra, parameters, torch.Generator().manual_seed(0))
-
 # %% ../nbs/16_vae.ipynb #5f31a2df
 @patch(as_prop=True)
 def finished(self:Training) -> bool:
     "Whether all epochs are done, or nothing has improved for too long."
-    idle = len(self.history) - 1 - self.best_epoch
-    return len(self.history) >= self.parameters.epochs or idle >= self.parameters.stop_patience
+    done, patience = len(self.history), self.parameters.stop_patience
+    return done >= self.parameters.epochs or done > self.best_epoch + patience
+
+_MODULES, _RECORD = ("vae", "optimizer", "scheduler"), ("history", "best_epoch", "best_weights")
 
 @patch
-def checkpoint(self:Training,
-    path,  # of the file
-):
+def checkpoint(self:Training, path):
     "Writes all that is needed to continue."
-    save_checkpoint(path, self.fingerprint, dict(vae=self.vae.state_dict(),
-        optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
-        history=self.history, best_epoch=self.best_epoch, best_weights=self.best_weights))
+    state = {name: getattr(self, name).state_dict() for name in _MODULES}
+    state |= {name: getattr(self, name) for name in _RECORD}
+    save_checkpoint(path, self.fingerprint, state)
 
 @patch
-def restore(self:Training,
-    path,  # of a checkpoint
-) -> bool:
+def restore(self:Training, path):
     "Continues from a checkpoint, if there is one and it belongs to this training."
     state = load_checkpoint(path, self.fingerprint)
-    if state is None: return False
-    for name in ("vae", "optimizer", "scheduler"): getattr(self, name).load_state_dict(state[name])
-    for name in ("history", "best_epoch", "best_weights"): setattr(self, name, state[name])
-    return True
+    if state is None: return
+    for name in _MODULES: getattr(self, name).load_state_dict(state[name])
+    for name in _RECORD: setattr(self, name, state[name])
 
 # %% ../nbs/16_vae.ipynb #c4336849
+@_one_thread()
 def fit(
-    vae:InfoVAE,  # trained in place; ends with the weights that are kept, in evaluation mode
+    vae:InfoVAE,  # trained in place; ends with the weights that are kept
     x,  # (N, n_bins) normalised training spectra, mean subtracted
     weights,  # (N, n_bins) see `bin_weights`
     parameters:VAEParameters,
     seed:int,
-    checkpoint = None,  # file to continue from, written every `save_every` seconds
-    save_every:float = 10.,
+    checkpoint = None,  # file to continue from, written every ten seconds
     progress:bool = True,
 ) -> pd.DataFrame:
-    """Trains an autoencoder and returns its history, one row an epoch, losses per spectrum; `kept`
-    marks the epoch whose weights were kept. Raises `InvalidInputError` for spectra that are not
-    finite, `SpecpredError` when the loss diverges."""
+    """Trains an autoencoder. Returns one row an epoch, losses per spectrum; `kept` marks the epoch
+    whose weights were kept. Raises `InvalidInputError` for spectra that are not finite,
+    `SpecpredError` when the loss diverges."""
     training, saved = Training(vae, x, weights, parameters, seed), time.monotonic()
     if checkpoint: training.restore(checkpoint)
-    bar = tqdm(total=parameters.epochs, initial=len(training.history), desc="autoencoder",
-        unit="epoch", disable=not progress)
-    with _one_thread(), bar:
-        while not training.finished:
-            training.step()
-            bar.update()
-            bar.set_postfix(valid=f"{training.history[-1]['valid_total']:.1f}")
-            if checkpoint and (training.finished or time.monotonic() - saved >= save_every):
-                training.checkpoint(checkpoint)
-                saved = time.monotonic()
+    left = range(len(training.history), parameters.epochs)
+    for _ in tqdm(left, desc="autoencoder", unit="epoch", disable=not progress):
+        if training.finished: break
+        training.step()
+        if checkpoint and (training.finished or time.monotonic() - saved > 10):
+            training.checkpoint(checkpoint)
+            saved = time.monotonic()
     vae.load_state_dict(training.best_weights)
-    vae.eval()
     history = pd.DataFrame(training.history)
     return history.assign(kept=history.epoch == training.best_epoch)
 
@@ -327,7 +315,7 @@ def _trial(x, weights, configuration, parameters, seed) -> Trial:
     short = replace(configuration, epochs=parameters.trial_epochs)
     history = fit(vae, x, weights, short, seed, progress=False)
     held_back = Training(vae, x, weights, parameters, seed).valid
-    with _one_thread(): loss = valid_loss(vae, held_back, parameters)
+    loss = _epoch(vae, held_back, parameters, torch.Generator().manual_seed(0))
     return Trial(configuration.lambda_, *configuration.hidden, len(history), loss.nll, loss.kld,
         loss.mmd, loss.total)
 
@@ -370,8 +358,7 @@ def latent_pca(
 # %% ../nbs/16_vae.ipynb #29500f6b
 @dataclass
 class SpectrumModel:
-    """Normalised spectra (N, n_bins) to standardised targets (N, n_targets) and back. Raises
-    `InvalidInputError` for parts that do not fit together."""
+    "Normalised spectra to standardised targets and back. Raises `InvalidInputError`."
     vae: InfoVAE
     wavelength: np.ndarray  # (n_bins,) vacuum Angstrom
     mean: np.ndarray  # (n_bins,) mean normalised spectrum, which the autoencoder does not see
@@ -519,7 +506,7 @@ def target_stats(
     columns = catalogue.filter(regex=r"^VAE\d+$")
     targets = _numbers(columns, (None, None), "targets of the catalogue")
     if not targets.size or not targets.std(0).all():
-        raise InvalidInputError(f"{len(targets)} rows of targets, in columns VAE1, VAE2, …, have no "
+        raise InvalidInputError(f"{len(targets)} rows of targets, columns VAE1, VAE2, …, have no "
             f"standard deviation; the columns are {', '.join(map(str, catalogue.columns))}.")
     return Stats(targets.mean(0), targets.std(0))
 
