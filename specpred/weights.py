@@ -104,9 +104,9 @@ def check_keys(
              for kind, keys in differences.items() if keys]
     if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")
 
-# %% ../nbs/15_weights.ipynb #d0b5bfeb
+# %% ../nbs/15_weights.ipynb #8ee9f8f4
 def load_state(
-    model:nn.Module,  # to be filled; one on the meta device takes the tensors themselves
+    model:nn.Module,  # to be filled; one on the meta device moves to the CPU
     tensors:dict[str, Tensor],  # a state_dict
     source:str = "these weights",  # where they are from, for the message
 ) -> nn.Module:
@@ -115,7 +115,8 @@ def load_state(
     check_keys(tensor_shapes(model.state_dict()), tensor_shapes(tensors), problem)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise WeightsError(f"{source} hold NaN or infinite numbers")
-    model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
+    if next(model.parameters()).is_meta: model.to_empty(device="cpu")
+    model.load_state_dict(tensors)
     return model
 
 # %% ../nbs/15_weights.ipynb #53933bc4

@@ -3,7 +3,6 @@ import json
 import pickle
 import zlib
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
