@@ -14,7 +14,15 @@ from specpred.images import Augmentation, open_images, pack_arrays, turn
 from specpred.models import MODELS, load, predict_batches
 from specpred.surveys import SDSS
 from specpred.training import (
-    GalaxySet, batch_loaders, make_sample, memory_for, rmse, target_columns, train_model, train_models)
+    GalaxySet,
+    batch_loaders,
+    make_sample,
+    memory_for,
+    rmse,
+    target_columns,
+    train_model,
+    train_models,
+)
 
 STATS = np.zeros(6), np.ones(6)
 
@@ -30,7 +38,9 @@ def sample(tmp_path_factory):
     targets = rng.normal(size=(40, 6)).astype("f4")
     targets[:, 0] = np.log(flux.mean((1, 2, 3)))
     latents = pd.DataFrame(targets, columns=[f"target_{k}" for k in range(1, 7)])
-    return make_sample(open_images(folder), latents.assign(specobjid=np.arange(100, 140), split=split))
+    return make_sample(
+        open_images(folder), latents.assign(specobjid=np.arange(100, 140), split=split)
+    )
 
 
 def loaders(sample, **options):
@@ -125,7 +135,9 @@ def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path):
 def test_a_checkpoint_of_another_training_is_not_taken_up(sample, tmp_path):
     def train(lr, checkpoint):
         parameters = TrainingParameters(epochs=1, batch_size=7, lr=lr)
-        return train_model("conv3", loaders(sample), parameters, 0, tmp_path/checkpoint, progress=False)
+        return train_model(
+            "conv3", loaders(sample), parameters, 0, tmp_path/checkpoint, progress=False
+        )
     train(1e-2, "shared")
     after, alone = train(1e-3, "shared"), train(1e-3, "alone")
     assert same_weights(after.learn.model.state_dict(), alone.learn.model.state_dict())
@@ -147,7 +159,10 @@ def test_weights_of_other_bands_say_so(tmp_path):
     latents = pd.DataFrame(dict(specobjid=np.arange(24), target_1=np.log(flux.mean((1, 2, 3)))))
     latents["split"] = np.resize(["train", "valid", "calib", "train"], 24)
     sample = make_sample(open_images(tmp_path/"images"), latents)
-    parameters, paths = TrainingParameters(models=("conv3",), epochs=1, batch_size=4), Paths(tmp_path)
+    parameters, paths = (
+        TrainingParameters(models=("conv3",), epochs=1, batch_size=4),
+        Paths(tmp_path),
+    )
     train_models(sample, ([0.], [1.]), parameters, 0, paths, progress=False)
     trained = load(paths.weights("conv3", 0))
     assert trained.survey == SDSS and trained.channels == SDSS.bands
