@@ -1,8 +1,9 @@
-"""A training step (forward and backward) of FastDeconv beside nn.Conv2d and beside the published arithmetic in plain autograd."""
+"""A training step (forward and backward) of FastDeconv beside nn.Conv2d and the published steps."""
 import torch
+from interleaved import arguments, label, ratio, rounds, setting, write
+from plain_deconv import with_published_steps
 from torch import nn
-from interleaved import arguments, medians, setting, write
-from plain_deconv import PlainDeconv
+
 from specpred.deconv import FastDeconv
 
 CASES = (("32 → 32, 3 × 3, 112 × 112", (32, 32, 3), 1, 112, True),
@@ -20,19 +21,29 @@ def training_step(layer, x, bf16):
     return step
 
 
-if __name__ == "__main__":
+def measure(sizes, stride, side, needs_gradient, chosen):
+    "Seconds in each round of the convolution, the published steps and the library's."
+    x = torch.randn(chosen.batch, sizes[0], side, side, generator=torch.Generator().manual_seed(0))
+    # correlated, as images are
+    x = (x + x.roll(1, -1) + x.roll(1, -2) + 0.5*x.roll(1, 1)).to(chosen.device)
+    if chosen.bf16: x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(needs_gradient)
+    layers = [kind(*sizes, stride=stride, padding=1).to(chosen.device)
+              for kind in (nn.Conv2d, FastDeconv, FastDeconv)]
+    if chosen.compile: layers = [torch.compile(layer) for layer in layers]
+    conv, published, ours = (training_step(layer, x, chosen.bf16) for layer in layers)
+    steps = dict(conv=conv, published=with_published_steps(published), ours=ours)
+    return rounds(steps, chosen)
+
+
+def main():
     chosen = arguments(__doc__, repeats=15)
-    rows = ["| layer | `Conv2d`, ms | published arithmetic | FastDeconv | published / `Conv2d` | FastDeconv / `Conv2d` |", "|---|---|---|---|---|---|"]
-    for title, sizes, stride, side, needs_gradient in CASES:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(chosen.batch, sizes[0], side, side, generator=generator)
-        x = (x + x.roll(1, -1) + x.roll(1, -2) + 0.5*x.roll(1, 1)).to(chosen.device)  # correlated, as images are
-        if chosen.bf16: x = x.contiguous(memory_format=torch.channels_last)
-        layers = {kind: kind(*sizes, stride=stride, padding=1).to(chosen.device) for kind in (nn.Conv2d, PlainDeconv, FastDeconv)}
-        run = {kind: torch.compile(layer) if chosen.compile else layer for kind, layer in layers.items()}
-        x.requires_grad_(needs_gradient)
-        time = medians({kind: training_step(layer, x, chosen.bf16) for kind, layer in run.items()}, chosen)
-        conv, plain, ours = (1e3*time[kind] for kind in (nn.Conv2d, PlainDeconv, FastDeconv))
-        rows.append(f"| {title} | {conv:.1f} | {plain:.1f} | {ours:.1f} | {plain/conv:.2f} | **{ours/conv:.2f}** |")
-    write(f"Layers: a training step{', bf16' if chosen.bf16 else ''}{', compiled' if chosen.compile else ''}, {chosen.device}",
-        [setting(chosen), "", *rows])
+    rows = ["| layer | published steps / `Conv2d` | `FastDeconv` / `Conv2d` |", "|---|---|---|"]
+    for title, *case in CASES:
+        seconds = measure(*case, chosen)
+        published, ours = (ratio(seconds[name], seconds["conv"]) for name in ("published", "ours"))
+        rows.append(f"| {title} | {published:.2f} | **{ours:.2f}** |")
+    write(f"Layers: a training step{label(chosen)}", [setting(chosen), "", *rows])
+
+
+if __name__ == "__main__": main()

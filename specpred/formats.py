@@ -112,22 +112,26 @@ def _read_bytes(
     except FileNotFoundError: raise MissingInputError(f"There is no file {source}.") from None
     except OSError as error: raise DamagedFileError(f"{source} cannot be read: {error}") from error
 
-# %% ../nbs/04_formats.ipynb #5854be83
+# %% ../nbs/04_formats.ipynb #143f7594
 _CARD = np.dtype([("keyword", "S8"), ("value", "S72")])
 _COUNTS = [b"NAXIS   ", b"ZNAXIS  ", b"TFIELDS "]
+_AXES = (b"NAXIS", b"ZNAXIS", b"ZTILE")
+_SIZES = [b"BITPIX  ", b"ZBITPIX ", b"PCOUNT  ", b"GCOUNT  "]
+_SIZES += [(b"%b%d" % (name, axis)).ljust(8) for name in _AXES for axis in range(1, 10)]
 
 def _check_beginning(content:bytes):
-    "Raises `DamagedFileError` for other files, cut off files, and impossible numbers of axes."
+    "Raises `DamagedFileError` for other files, cut off files, and impossible sizes in headers."
     if content[:2000].lstrip()[:1] == b"<": raise DamagedFileError("a web page, no FITS file")
     if content[:9] != b"SIMPLE  =": raise DamagedFileError("no FITS file")
     if len(content) % 2880:
         raise DamagedFileError(f"truncated: {len(content)} bytes are no multiple of 2880")
     cards = np.frombuffer(content, _CARD)
-    for value in cards["value"][np.isin(cards["keyword"], _COUNTS)]:
-        if re.match(rb"= *\d{4,}", value):
-            raise DamagedFileError("a damaged header: more than 999 axes or columns")
+    for keywords, form in ((_COUNTS, rb"= *\d{1,3} "), (_SIZES, rb"= *-?\d{1,15} ")):
+        for keyword, value in cards[np.isin(cards["keyword"], keywords)].tolist():
+            if not re.match(form, value):
+                raise DamagedFileError(f"a damaged header: {keyword.decode()} is {value[2:40]}")
 
-# %% ../nbs/04_formats.ipynb #d7878070
+# %% ../nbs/04_formats.ipynb #d648491d
 _HEADER = re.compile(rb"(?:[A-Z0-9_ -]{8}[ -~]{72})*")
 
 def _check_units(hdus:fits.HDUList, content:bytes, n_units:int | None):
@@ -137,7 +141,7 @@ def _check_units(hdus:fits.HDUList, content:bytes, n_units:int | None):
     for hdu in islice(hdus, n_units):
         place = hdu.fileinfo()
         if not _HEADER.fullmatch(content, place["hdrLoc"], place["datLoc"]):
-            raise DamagedFileError("a damaged header: it has characters that belong into none")
+            raise DamagedFileError("a damaged header: other than printable characters")
         end = place["datLoc"] + place["datSpan"]
         if place["datSpan"] < 0 or end > len(content):
             raise DamagedFileError(f"truncated: {len(content)} bytes of {end} or more")
@@ -150,7 +154,7 @@ def _check_checksums(hdus:fits.HDUList):
         if 0 in (hdu.verify_datasum(), hdu.verify_checksum()):
             raise DamagedFileError("another checksum than its header says")
 
-# %% ../nbs/04_formats.ipynb #b0df91ff
+# %% ../nbs/04_formats.ipynb #fdae810d
 _COMPRESSIONS = ("RICE_1", "GZIP_1", "GZIP_2", "NOCOMPRESS")
 
 def _unpacked(hdu, max_bytes:int):
@@ -159,8 +163,8 @@ def _unpacked(hdu, max_bytes:int):
     header = hdu.header
     if not header.get("ZIMAGE"): return hdu
     axes = range(1, header["ZNAXIS"] + 1)
-    n_pixels = [math.prod(header.get(f"{key}{i}", 1) for i in axes) for key in ("ZNAXIS", "ZTILE")]
-    if not 0 < max(n_pixels)*abs(header["ZBITPIX"])//8 <= max_bytes:
+    shape, tile = ([header.get(f"{key}{i}", 1) for i in axes] for key in ("ZNAXIS", "ZTILE"))
+    if min(*shape, *tile) < 1 or 8*max(math.prod(shape), math.prod(tile)) > max_bytes:
         raise DamagedFileError(f"a compressed image that unpacks to more than {max_bytes >> 20} MB")
     if header["ZCMPTYPE"] not in _COMPRESSIONS:
         raise DamagedFileError(f"another compression: {header['ZCMPTYPE']}")
