@@ -492,7 +492,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'specpred.lines._measure_block': ('lines.html#_measure_block', 'specpred/lines.py'),
                                 'specpred.lines._normal_equations': ('lines.html#_normal_equations', 'specpred/lines.py'),
                                 'specpred.lines._parabola': ('lines.html#_parabola', 'specpred/lines.py'),
-                                'specpred.lines._scaled_errors': ('lines.html#_scaled_errors', 'specpred/lines.py'),
                                 'specpred.lines._templates_in': ('lines.html#_templates_in', 'specpred/lines.py'),
                                 'specpred.lines._try_width': ('lines.html#_try_width', 'specpred/lines.py'),
                                 'specpred.lines._variance': ('lines.html#_variance', 'specpred/lines.py'),
