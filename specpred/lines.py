@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import ndtr
 from .config import InvalidInputError
 from .formats import air_to_vacuum
-from .mock_survey import FineBasis, StellarLibrary
+from .populations import FineBasis, StellarLibrary
 from .spectra import GRID, to_rest_frame
 
 # %% auto #0
