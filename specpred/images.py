@@ -245,7 +245,7 @@ def _pack(specobjids, items, store, survey, settings, source, n_jobs, progress) 
     with only_one(store, "packing of images"), Parallel(n_jobs=n_jobs) as parallel:
         pixels, table = _open_partial(partial_store, specobjids, survey, settings, source)
         waiting = np.flatnonzero(~table.usable)
-        for start in tqdm(range(0, len(waiting), BLOCK), unit="block", disable=not progress):
+        for start in tqdm(range(0, len(waiting), BLOCK), "packing", disable=not progress):
             rows = waiting[start:start + BLOCK]
             galaxies = parallel(delayed(items[row])() for row in rows)
             for row, galaxy in zip(rows, galaxies, strict=True): pixels[row] = galaxy.pixels
