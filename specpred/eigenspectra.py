@@ -18,7 +18,7 @@ from scipy.linalg import eigh
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, InvalidInputError, MissingInputError,
     SpectraParameters)
-from .formats import SDSSSpectrum, read_sdss, spectrum_name, spectrum_path
+from .formats import SDSSSpectrum, read_sdss, spectrum_name
 from specpred.spectra import (LogGrid, RebinnedSpectra, galactic_ebv, list_few, plausible_ebv,
     prepare)
 from .stages import atomic_path

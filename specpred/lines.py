@@ -378,8 +378,9 @@ def hdelta_a(
     NaN where less than 80 % of a band was measured or a side band is not positive; the error is NaN
     where errors are unknown."""
     flux, weight, edges = spectra.flux, spectra.weight, 10**spectra.edges
-    blue, red = (_band_mean(flux, weight, edges, HDELTA_A_BANDS[band]) for band in ("blue", "red"))
-    x0, x1 = (air_to_vacuum(HDELTA_A_BANDS[band]).mean() for band in ("blue", "red"))
+    sides = [HDELTA_A_BANDS[name] for name in ("blue", "red")]
+    blue, red = (_band_mean(flux, weight, edges, band) for band in sides)
+    x0, x1 = air_to_vacuum(sides).mean(1)
     x = np.clip(((edges[:, 1:] + edges[:, :-1])/2 - x0)/(x1 - x0), 0, 1)
     positive = np.where((blue.mean > 0) & (red.mean > 0), 1, np.nan)
     level = (blue.mean*positive)[:, None]*(1 - x) + red.mean[:, None]*x
