@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.spectral_norm import SpectralNorm
 from .config import InvalidInputError, WeightsError
 from .deconv import FastDeconv
+from .images import ImageTransform, central_crop
 from .surveys import PS1, ImagingSurvey
 from .weights import (Stats, check_keys, load_state, published_image_tensors, read_weights,
     tensor_shapes, write_weights)
@@ -29,7 +30,7 @@ from .weights import (Stats, check_keys, load_state, published_image_tensors, re
 __all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34',
            'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
            'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'n_params', 'fuse', 'TrainedModel', 'save', 'load',
-           'checked_images', 'image_stats', 'load_published']
+           'checked_images', 'predict_targets', 'image_stats', 'load_published']
 
 # %% ../nbs/18_models.ipynb #30d667b8
 def _deconvolved(layer:ConvLayer) -> nn.Sequential:
@@ -190,7 +191,8 @@ def fuse(
 
 # %% ../nbs/18_models.ipynb #13ab3b07
 def _stats(stats, n, what) -> Stats:
-    "A pair of mean and standard deviation as `Stats` of `n` finite means and positive deviations."
+    "A pair or dict of mean and std as `Stats` of `n` finite means and positive deviations."
+    if isinstance(stats, dict): stats = stats.get("mean"), stats.get("std")
     try: mean, std = (tuple(np.asarray(values, float).ravel().tolist()) for values in stats)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{what} must be a pair of mean and std, got {stats!r}.") from error
@@ -293,7 +295,30 @@ def checked_images(
         raise InvalidInputError("the images hold NaN or infinite pixels; set those to 0")
     return images
 
+# %% ../nbs/18_models.ipynb #35ca148b
+@torch.no_grad()
+def predict_targets(
+    model:nn.Module,
+    batches,  # iterable of images (n, channels, size, size), arrays or tensors, e.g. of a store
+    transform:ImageTransform,  # from images to the model's input
+) -> np.ndarray:
+    "(N, n_targets) float32 standardised targets predicted from images, a batch at a time."
+    device = next(model.parameters()).device
+    model.eval()
+    inputs = (transform(torch.as_tensor(flux, device=device)) for flux in batches)
+    return torch.cat([model(x) for x in inputs]).cpu().numpy()
+
 # %% ../nbs/18_models.ipynb #70ce1c86
+@patch(as_prop=True)
+def transform(self:TrainedModel) -> ImageTransform:
+    "From images in the model's order of channels to its input; linear unless trained otherwise."
+    mean, std = self.image_stats
+    softening = self.provenance.get("softening", (1.,)*len(mean))
+    stretch = self.provenance.get("stretch", "linear")
+    try: return ImageTransform(stretch=stretch, softening=softening, mean=mean, std=std)
+    except (InvalidInputError, ValueError) as error:
+        raise WeightsError(f"The stretch of {self.name}'s images is unknown: {error}") from error
+
 @patch
 def in_channel_order(self:TrainedModel,
     images,  # (N, bands, height, width) array or tensor, in the survey's order of bands
@@ -301,24 +326,26 @@ def in_channel_order(self:TrainedModel,
     "The images with their bands in the order that the model expects."
     return images[:, [self.survey.bands.index(band) for band in self.channels]]
 
-# %% ../nbs/18_models.ipynb #19335c51
+# %% ../nbs/18_models.ipynb #8ec4570a
 @patch
-@torch.no_grad()
-def predict(self:TrainedModel,
-    images,  # (N, bands, height, width) in the survey's order; linear, in the unit of `image_stats`
+def predict_targets(self:TrainedModel,
+    images,  # (N, bands, height, width) in the survey's order and the unit of the training images
     batch_size:int = 256,  # images on the device at once
 ) -> np.ndarray:
-    """Targets (N, n_out) on their own scale, for a model whose input is standardised and not
-    stretched. Raises `InvalidInputError` for a model that needs a stretch, and for images as
-    `checked_images` does."""
-    if (stretch := self.provenance.get("stretch", "linear")) != "linear":
-        raise InvalidInputError(f"{self.name} needs {stretch}-stretched images: specpred.predict")
-    device = next(self.model.parameters()).device
-    mean, std = (torch.tensor(s, device=device)[:, None, None] for s in self.image_stats)
-    images = torch.from_numpy(self.in_channel_order(checked_images(images, self.survey)))
-    y = [self.model((batch.to(device) - mean)/std) for batch in images.split(batch_size)]
-    target_mean, target_std = np.array(self.target_stats, np.float32)
-    return torch.cat(y).cpu().numpy()*target_std + target_mean
+    "Standardised targets (N, n_out). Raises `InvalidInputError`, see `checked_images`."
+    images = checked_images(images, self.survey)
+    images = central_crop(images, self.provenance.get("image_size", min(images.shape[2:])))
+    batches = torch.from_numpy(self.in_channel_order(images)).split(batch_size)
+    return predict_targets(self.model, batches, self.transform)
+
+@patch
+def predict(self:TrainedModel,
+    images,  # (N, bands, height, width) in the survey's order and the unit of the training images
+    batch_size:int = 256,  # images on the device at once
+) -> np.ndarray:
+    "Targets (N, n_out) on their own scale. Raises `InvalidInputError`, see `checked_images`."
+    mean, std = np.array(self.target_stats, np.float32)
+    return self.predict_targets(images, batch_size)*std + mean
 
 # %% ../nbs/18_models.ipynb #f1bc106a
 PUBLISHED_CHANNELS = tuple(reversed(PS1.bands))  # bands in the order of the published weights
