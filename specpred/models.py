@@ -30,7 +30,7 @@ from .weights import (Stats, check_keys, load_state, published_image_tensors, re
 __all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34',
            'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
            'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'n_params', 'fuse', 'TrainedModel', 'save', 'load',
-           'checked_images', 'predict_targets', 'image_stats', 'load_published']
+           'checked_images', 'predict_batches', 'image_stats', 'load_published']
 
 # %% ../nbs/18_models.ipynb #30d667b8
 def _deconvolved(layer:ConvLayer) -> nn.Sequential:
@@ -295,9 +295,9 @@ def checked_images(
         raise InvalidInputError("the images hold NaN or infinite pixels; set those to 0")
     return images
 
-# %% ../nbs/18_models.ipynb #35ca148b
+# %% ../nbs/18_models.ipynb #df969b85
 @torch.no_grad()
-def predict_targets(
+def predict_batches(
     model:nn.Module,
     batches,  # iterable of images (n, channels, size, size), arrays or tensors, e.g. of a store
     transform:ImageTransform,  # from images to the model's input
@@ -319,31 +319,25 @@ def transform(self:TrainedModel) -> ImageTransform:
     except (InvalidInputError, ValueError) as error:
         raise WeightsError(f"The stretch of {self.name}'s images is unknown: {error}") from error
 
-@patch
-def in_channel_order(self:TrainedModel,
-    images,  # (N, bands, height, width) array or tensor, in the survey's order of bands
-):
-    "The images with their bands in the order that the model expects."
-    return images[:, [self.survey.bands.index(band) for band in self.channels]]
-
-# %% ../nbs/18_models.ipynb #8ec4570a
+# %% ../nbs/18_models.ipynb #21b45478
 @patch
 def predict_targets(self:TrainedModel,
     images,  # (N, bands, height, width) in the survey's order and the unit of the training images
     batch_size:int = 256,  # images on the device at once
 ) -> np.ndarray:
-    "Standardised targets (N, n_out). Raises `InvalidInputError`, see `checked_images`."
+    """Standardised targets (N, n_out), from the centre of the images where these are larger than
+    those of the training. Raises `InvalidInputError` for smaller images and as `checked_images`."""
     images = checked_images(images, self.survey)
     images = central_crop(images, self.provenance.get("image_size", min(images.shape[2:])))
-    batches = torch.from_numpy(self.in_channel_order(images)).split(batch_size)
-    return predict_targets(self.model, batches, self.transform)
+    images = images[:, [self.survey.bands.index(band) for band in self.channels]]
+    return predict_batches(self.model, torch.from_numpy(images).split(batch_size), self.transform)
 
 @patch
 def predict(self:TrainedModel,
     images,  # (N, bands, height, width) in the survey's order and the unit of the training images
     batch_size:int = 256,  # images on the device at once
 ) -> np.ndarray:
-    "Targets (N, n_out) on their own scale. Raises `InvalidInputError`, see `checked_images`."
+    "Targets (N, n_out) on their own scale. Raises as `predict_targets`."
     mean, std = np.array(self.target_stats, np.float32)
     return self.predict_targets(images, batch_size)*std + mean
 
