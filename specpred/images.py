@@ -49,7 +49,7 @@ class Galaxy(NamedTuple):
     mask: np.ndarray  # (bands, size, size) bool, True where there are no data
     exptime: np.ndarray  # (bands,) float32, seconds
 
-# %% ../nbs/11_images.ipynb #c59a3085
+# %% ../nbs/11_images.ipynb #0deb37ff
 def read_galaxy(
     folder:str | Path,  # holds a file <band>.fits for each band
     size:int,  # side of the images, pixels
@@ -62,7 +62,7 @@ def read_galaxy(
     if missing := [file.name for file in files.values() if not file.is_file()]:
         raise MissingInputError(f"{folder} has no {', '.join(missing)}; "
             f"a galaxy of {survey.name} needs the bands {', '.join(survey.bands)}")
-    cutouts = {band: read_cutout(file) for band, file in files.items()}
+    cutouts = {band: read_cutout(file, survey) for band, file in files.items()}
     _check_cutouts(cutouts, folder)
     exptime = np.array([c.exptime for c in cutouts.values()], np.float32)
     counts = central_crop(np.stack([c.counts for c in cutouts.values()]), size)
@@ -245,7 +245,7 @@ def _pack(specobjids, items, store, survey, settings, source, n_jobs, progress) 
     with only_one(store, "packing of images"), Parallel(n_jobs=n_jobs) as parallel:
         pixels, table = _open_partial(partial_store, specobjids, survey, settings, source)
         waiting = np.flatnonzero(~table.usable)
-        for start in tqdm(range(0, len(waiting), BLOCK), unit="block", disable=not progress):
+        for start in tqdm(range(0, len(waiting), BLOCK), "packing", disable=not progress):
             rows = waiting[start:start + BLOCK]
             galaxies = parallel(delayed(items[row])() for row in rows)
             for row, galaxy in zip(rows, galaxies, strict=True): pixels[row] = galaxy.pixels
@@ -447,9 +447,10 @@ class ImageTransform(Settings):
     @model_validator(mode="after")
     def _check(self):
         if not len(self.softening) == len(self.mean) == len(self.std) > 0:
-            raise ValueError("softening, mean and std need one number a band")
+            raise InvalidInputError("softening, mean and std need one number a band")
         positive = self.std + (self.softening if self.stretch == "asinh" else ())
-        if min(positive) <= 0: raise ValueError("std and the softening of asinh must be above 0")
+        if min(positive) <= 0:
+            raise InvalidInputError("std and the softening of asinh must be above 0")
         return self
 
 # %% ../nbs/11_images.ipynb #0477567d
@@ -493,7 +494,7 @@ def inverse(self:ImageTransform,
     if self.stretch == "image": return stretched*softening
     return (torch if isinstance(values, torch.Tensor) else np).sinh(stretched)*softening
 
-# %% ../nbs/11_images.ipynb #18cf7b6f
+# %% ../nbs/11_images.ipynb #0f6453da
 def fit_transform(
     flux:np.ndarray,  # (N, bands, height, width) nJy, training galaxies only
     noise:np.ndarray,  # (N, bands) noise a pixel, nJy
@@ -511,6 +512,8 @@ def fit_transform(
     if not np.isfinite(flux).all():
         raise InvalidInputError("some pixels are not finite; put 0 where there are no data")
     softening = factor*np.median(noise, axis=0).astype(np.float32)
+    if stretch == "asinh" and softening.min() <= 0:
+        raise InvalidInputError(f"asinh needs noise in every band; the softening is {softening}")
     if stretch == "image":
         softening[:] = np.median(np.sqrt(np.mean(flux**2, axis=(1, 2, 3))))
     stretched = _stretch(flux, stretch, softening[:, None, None])
