@@ -126,7 +126,7 @@ def test_any_positions_in_any_format_become_a_catalogue(tmp_path_factory, positi
     ("ra,dec,z\n1,2,99\n", "'z', row 1"), ("RAJ2000,dec\n-9999,2\n", "'RAJ2000', row 1"),
     ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"),
     ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"),
-    ("ra,dec,fiber\n1,2,9\n", "has fiber, and no column 'plate'"), ("rra,dec\n1,2\n", "is it 'rra'"),
+    ("ra,dec,fiber\n1,2,9\n", "'fiber', row 1"), ("rra,dec\n1,2\n", "is it 'rra'"),
     ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"), ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
     ("ra,dec\n1,2,3\n", "own.csv: row 1 has 3 fields"), ("ra,dec\n", "no rows"), ("", "own.csv: not CSV"),
     ("ra,dec,ra\n1,2,1\n", "two columns have the same name"), ("ra;dec\n1;2\n", "separate columns by commas"),
@@ -171,7 +171,7 @@ def test_tables_of_other_kinds_are_refused(tmp_path):
     write(tmp_path, f'<!DOCTYPE x [<!ENTITY a "ha">{entities}]><VOTABLE>&i;</VOTABLE>', "laughs.xml")
     write(tmp_path, "<html>", "page.fits")
     write(tmp_path, "ra,dec", "own.txt")
-    for name, kind, message in (("floats.parquet", InvalidInputError, "column 'specobjid'.*float64"),
+    for name, kind, message in (("floats.parquet", InvalidInputError, "'specobjid', row 1"),
             ("page.fits", DamagedFileError, "a web page"), ("own.txt", InvalidInputError, "ending"),
             ("km.fits", InvalidInputError, "column 'ra'.*km"), ("laughs.xml", DamagedFileError, "votable"),
             ("none.csv", MissingInputError, "no table")):

@@ -180,7 +180,7 @@ IDENTITY = (266, 51602, 17)
 
 
 @pytest.mark.parametrize("content, cause", [(b"<html>busy</html>", "a web page"), (SPECTRUM[:100_007], "truncated"),
-    (SPECTRUM[:2880*20], "truncated"), (SPECTRUM + b"\x01"*2880, "damaged contents"),
+    (SPECTRUM[:2880*20], "truncated"), (SPECTRUM + b"\x01"*2880, "a damaged header"),
     (with_card(SPECTRUM, "NAXIS2", 999999999999), "truncated"), (with_card(SPECTRUM, "TFIELDS", 99999999999), "a damaged header"),
     (SPECTRUM[:200] + bytes(b ^ 0x15 for b in SPECTRUM[200:900]) + SPECTRUM[900:], "a damaged header"),
     (sdss_spectrum_bytes(dataclasses.replace(some_spectrum(), fiberid=18)), "another spectrum"),
