@@ -86,11 +86,12 @@ def make_files(folder, n):
     import numpy as np
     import pandas as pd
     from specpred.config import MockParameters
-    from specpred.formats import read_sdss, sdss_spectrum_bytes, spectrum_name
-    from specpred.mock_survey import make_survey, spectrum_path
+    from specpred.formats import (read_sdss, sdss_spectrum_bytes, spectrum_name,
+        spectrum_path)
+    from specpred.mock_survey import make_survey
     few = MockParameters(n_galaxies=1, n_spectra_only=59, galaxies_per_side=1, stamp_size=48)
     survey = make_survey(few, folder/"mock", 1, n_jobs=1, progress=False)
-    paths = [spectrum_path(g.plate, g.mjd, g.fiberid) for g in survey.itertuples()]
+    paths = [spectrum_path("26", g.plate, g.mjd, g.fiberid) for g in survey.itertuples()]
     spectra = [read_sdss(folder/"mock"/"sas"/path) for path in paths]
     (folder/"spectra").mkdir()
     splits = ("train", "train", "train", "valid", "test")

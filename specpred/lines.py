@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import ndtr
 from .config import InvalidInputError
 from .formats import air_to_vacuum
-from .mock_survey import FineBasis, StellarLibrary
+from .populations import FineBasis, StellarLibrary
 from .spectra import GRID, to_rest_frame
 
 # %% auto #0
@@ -90,14 +90,14 @@ def of(cls:RestFrameSpectra,
     missing = np.zeros(flux.shape, bool) if missing is None else np.atleast_2d(missing)
     loglam0 = np.atleast_1d(np.asarray(loglam0, float))
     shapes = flux.shape, sigma.shape, missing.shape
-    if flux.ndim != 2 or not flux.size or len(set(shapes)) > 1 or missing.dtype != bool:
+    if len(set(shapes)) > 1 or flux.ndim != 2 or not flux.size or missing.dtype != bool:
         raise InvalidInputError("flux, error and missing (booleans) must be spectra, one a row, of "
             f"one shape; got {shapes}, {missing.dtype}.")
-    per_spectrum = loglam0.shape in ((1,), flux.shape[:1])
-    if not per_spectrum or not (abs(loglam0 - 3.6) < 0.6).all() or not 0 < dloglam < 0.01:
-        raise InvalidInputError("loglam0 is log10 of the first bin's wavelength in Angstrom, "
-            f"one or one a spectrum, 3 to 4.2, dloglam below 0.01; got {loglam0[:3]}, {dloglam}.")
-    if (sigma < 0).any(): raise InvalidInputError("error has negative elements.")
+    per_spectrum = len(loglam0) in (1, len(flux)) and ((3 < loglam0) & (loglam0 < 4.2)).all()
+    if not per_spectrum or not 0 < dloglam < 0.01 or (sigma < 0).any():
+        raise InvalidInputError("Give log10 of the first bin's wavelength in Angstrom, 3 to 4.2, "
+            "for all or each, bins below 0.01 dex and no negative errors; got "
+            f"{loglam0[:3]}, {dloglam}.")
     measured = ~missing & np.isfinite(flux) & np.isfinite(sigma) & (sigma > 0)
     weight = np.divide(1, sigma**2, where=measured, out=np.zeros(flux.shape))
     return cls(np.where(measured, flux, 0), weight, loglam0, dloglam, error is not None)
@@ -138,13 +138,9 @@ def stellar_templates(
 def _templates_in(edges, n:int) -> np.ndarray:
     "Means of the templates in bins with `edges` (M, B + 1), log10: (M, B, n); 0 beyond their ends."
     running = stellar_templates(n)
-    last = running.shape[1] - 2
-    position = (edges - _START)/_STEP
-    left = np.clip(np.floor(position).astype(int), 0, last)
-    integral = running[:, left] + (running[:, left + 1] - running[:, left])*(position - left)
-    mean = np.diff(integral, axis=-1)/np.diff(10**edges, axis=1)
-    inside = (position[:, :-1] >= 0) & (position[:, 1:] <= last + 1)
-    return np.moveaxis(np.where(inside, mean, 0), 0, -1)
+    known = _START + _STEP*np.arange(running.shape[1])
+    integral = np.stack([np.interp(edges, known, one, np.nan, np.nan) for one in running], -1)
+    return np.nan_to_num(np.diff(integral, axis=1)/np.diff(10**edges, axis=1)[..., None])
 
 # %% ../nbs/14_lines.ipynb #8342fee1
 # strong emission lines, vacuum Angstrom
@@ -188,6 +184,7 @@ class _Window(NamedTuple):
     flux: np.ndarray  # (N, B) above the continuum
     weight: np.ndarray  # (N, B)
     continuum: np.ndarray  # (N, B)
+    known_errors: bool
 
 def _window(spectra:RestFrameSpectra, continuum, lo:float, hi:float, lines) -> _Window:
     "The bins between two wavelengths, Angstrom."
@@ -198,13 +195,13 @@ def _window(spectra:RestFrameSpectra, continuum, lo:float, hi:float, lines) -> _
     inside = (bins >= 0) & (bins < spectra.flux.shape[1])
     flux, weight, continuum = (np.where(inside, np.take_along_axis(x, bins*inside, 1), 0)
         for x in (spectra.flux, spectra.weight, continuum))
-    return _Window(lines, edges, flux - continuum, weight, continuum)
+    return _Window(lines, edges, flux - continuum, weight, continuum, spectra.known_errors)
 
-# %% ../nbs/14_lines.ipynb #afce182e
+# %% ../nbs/14_lines.ipynb #6932502d
 class WindowFit(NamedTuple):
     "Fit of k columns, some lines and a straight line, to N spectra."
     coefficients: np.ndarray  # (N, k) fluxes of the lines, then the straight line's two
-    covariance: np.ndarray  # (N, k, k)
+    covariance: np.ndarray  # (N, k, k), from the scatter where errors are unknown
     chi2: np.ndarray  # (N,)
     measured: np.ndarray  # (N, lines) bool
     columns: np.ndarray  # (N, B, k)
@@ -239,7 +236,10 @@ def _fit_window(window:_Window, sigma) -> WindowFit:
     stiffness = scale*(1e-13 + 1e6*np.hstack([~measured, too_few, too_few]))
     covariance = np.linalg.inv(matrix + stiffness[..., None]*np.eye(columns.shape[-1]))
     coefficients = (covariance @ right)[..., 0]
-    chi2 = (weight*window.flux**2).sum(1) - (coefficients*right[..., 0]).sum(1)
+    chi2 = np.maximum((weight*window.flux**2).sum(1) - (coefficients*right[..., 0]).sum(1), 0)
+    if not window.known_errors:
+        free = np.maximum((weight > 0).sum(1) - columns.shape[-1], 1)
+        covariance *= (chi2/free)[:, None, None]
     return WindowFit(coefficients, covariance, chi2, measured & ~too_few, columns, weight)
 
 # %% ../nbs/14_lines.ipynb #f380bfaa
@@ -248,7 +248,7 @@ _WIDTHS = np.geomspace(50, 500, 12)  # km/s, trial widths
 def _try_width(windows, sigma) -> np.ndarray:
     "chi2 of each window, and how many of its bins were fitted: (2, windows, N)."
     fits = [_fit_window(window, sigma) for window in windows]
-    return np.stack([(np.maximum(fit.chi2, 0), (fit.weight > 0).sum(1)) for fit in fits], 1)
+    return np.stack([(fit.chi2, (fit.weight > 0).sum(1)) for fit in fits], 1)
 
 def _chi2_unit(windows, trials) -> np.ndarray:
     """Smallest chi2 per degree of freedom among trials (widths, 2, windows, N), for unknown errors:
@@ -264,11 +264,11 @@ def _parabola(low, middle, high) -> np.ndarray:
     minimum = np.divide(low - high, 2*curvature, out=np.zeros_like(low), where=curvature > 0)
     return np.clip(minimum, -1, 1)
 
-# %% ../nbs/14_lines.ipynb #9bfe9e0c
-def _best_width(windows, known_errors:bool) -> np.ndarray:
+# %% ../nbs/14_lines.ipynb #0d69df2f
+def _best_width(windows) -> np.ndarray:
     "Common width of the lines of each spectrum, km/s, (N)."
     trials = np.stack([_try_width(windows, sigma) for sigma in _WIDTHS])
-    unit = np.ones(trials.shape[2:]) if known_errors else _chi2_unit(windows, trials)
+    unit = 1. if windows[0].known_errors else _chi2_unit(windows, trials)
 
     def badness(trial, sigma):
         chi2, bins = trial
@@ -324,19 +324,13 @@ def fit_lines(
     spectra = replace(spectra, weight=np.where(np.isnan(continuum), 0, spectra.weight))
     windows = [_window(spectra, np.nan_to_num(continuum), *ends, lines)
         for ends, lines in LINE_WINDOWS.items()]
-    sigma, any_measured, table = _best_width(windows, spectra.known_errors), False, {}
+    sigma, any_measured, table = _best_width(windows), False, {}
     for window in windows:
         fit = _fit_window(window, sigma)
-        if not spectra.known_errors: fit = _scaled_errors(fit)
         any_measured = any_measured | fit.measured.any(1)
         for name in dict.fromkeys(line.name for line in window.lines if line.name):
             table |= _line_columns(name, window, fit)
     return pd.DataFrame(table | dict(sigma=np.where(any_measured, sigma, np.nan)))
-
-def _scaled_errors(fit:WindowFit) -> WindowFit:
-    "The fit with errors from the scatter around it."
-    free = np.maximum((fit.weight > 0).sum(1) - fit.columns.shape[-1], 1)
-    return fit._replace(covariance=fit.covariance*(np.maximum(fit.chi2, 0)/free)[:, None, None])
 
 # %% ../nbs/14_lines.ipynb #e6e412ca
 # Angstrom, air: Balogh et al. (1999, ApJ 527, 54), Worthey & Ottaviani (1997, ApJS 111, 377)
@@ -381,22 +375,22 @@ def hdelta_a(
 ) -> tuple[np.ndarray, np.ndarray]:  # index and error (N), Angstrom
     """The H delta index of Worthey & Ottaviani (1997), Angstrom, positive for absorption.
 
-    NaN where less than 80 % of a band was measured; the error is NaN where errors are unknown."""
-    edges = 10**spectra.edges
-    blue, line, red = (_band_mean(spectra.flux, spectra.weight, edges, band)
-        for band in HDELTA_A_BANDS.values())
-    x0, x1 = (air_to_vacuum(HDELTA_A_BANDS[band]).mean() for band in ("blue", "red"))
-    x = ((edges[:, 1:] + edges[:, :-1])/2 - x0)/(x1 - x0)  # 0 in the blue band, 1 in the red one
-    level = blue.mean[:, None] + (red.mean - blue.mean)[:, None]*x
-    # outside of the band the straight line does not matter, and may be negative
-    level = np.where(line.share == 0, 1, np.where(level > 0, level, np.nan))
+    NaN where less than 80 % of a band was measured or a side band is not positive; the error is NaN
+    where errors are unknown."""
+    flux, weight, edges = spectra.flux, spectra.weight, 10**spectra.edges
+    sides = [HDELTA_A_BANDS[name] for name in ("blue", "red")]
+    blue, red = (_band_mean(flux, weight, edges, band) for band in sides)
+    x0, x1 = air_to_vacuum(sides).mean(1)
+    x = np.clip(((edges[:, 1:] + edges[:, :-1])/2 - x0)/(x1 - x0), 0, 1)
+    positive = np.where((blue.mean > 0) & (red.mean > 0), 1, np.nan)
+    level = (blue.mean*positive)[:, None]*(1 - x) + red.mean[:, None]*x
+    line = _band_mean(flux/level, weight*level**2, edges, HDELTA_A_BANDS["line"])
     width = np.ptp(air_to_vacuum(HDELTA_A_BANDS["line"]))
-    by_flux = -width*line.share/level  # derivatives of the index
-    by_level = -by_flux*spectra.flux/level
-    index = width + (by_flux*spectra.flux).sum(1)
-    variance = (by_flux**2*_variance(spectra.weight)).sum(1) \
-        + (blue.error*(by_level*(1 - x)).sum(1))**2 + (red.error*(by_level*x).sum(1))**2
-    return index, np.sqrt(variance if spectra.known_errors else np.full_like(variance, np.nan))
+    by_level = line.share*flux/level**2  # derivative of the mean
+    blue_part, red_part = ((by_level*part).sum(1) for part in (1 - x, x))
+    variance = line.error**2 + (blue_part*blue.error)**2 + (red_part*red.error)**2
+    error = width*np.sqrt(variance)
+    return width*(1 - line.mean), error if spectra.known_errors else np.full_like(error, np.nan)
 
 # %% ../nbs/14_lines.ipynb #1fb3f7dd
 def measure_spectra(

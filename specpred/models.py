@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.spectral_norm import SpectralNorm
 from .config import InvalidInputError, WeightsError
 from .deconv import FastDeconv
+from .images import ImageTransform, central_crop
 from .surveys import PS1, ImagingSurvey
 from .weights import (Stats, check_keys, load_state, published_image_tensors, read_weights,
     tensor_shapes, write_weights)
@@ -29,7 +30,7 @@ from .weights import (Stats, check_keys, load_state, published_image_tensors, re
 __all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34',
            'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
            'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'n_params', 'fuse', 'TrainedModel', 'save', 'load',
-           'checked_images', 'image_stats', 'load_published']
+           'checked_images', 'predict_batches', 'image_stats', 'load_published']
 
 # %% ../nbs/18_models.ipynb #30d667b8
 def _deconvolved(layer:ConvLayer) -> nn.Sequential:
@@ -294,31 +295,55 @@ def checked_images(
     return images
 
 # %% ../nbs/18_models.ipynb #70ce1c86
+@patch(as_prop=True)
+def transform(self:TrainedModel) -> ImageTransform:
+    """Between images, bands in the model's order, and network input. Raises `WeightsError` where
+    the weights file does not say how its images were stretched."""
+    stretch = self.provenance.get("stretch", "linear")
+    softening = self.provenance.get("softening", [1.]*len(self.channels))
+    mean, std = self.image_stats
+    try: return ImageTransform(stretch=stretch, softening=softening, mean=mean, std=std)
+    except InvalidInputError as error:
+        raise WeightsError(f"The stretch of {self.name}'s images is unknown: {error}") from error
+
+# %% ../nbs/18_models.ipynb #988690f3
+@torch.no_grad()
+def predict_batches(
+    model:nn.Module,
+    batches,  # iterable of images (n, bands, size, size), e.g. `ImageStore.batches`
+    transform:ImageTransform,
+) -> np.ndarray:
+    "(N, n_targets) float32 standardised targets predicted from images, a batch at a time."
+    device = next(model.parameters()).device
+    model.eval()
+    inputs = (transform(torch.as_tensor(flux, device=device)) for flux in batches)
+    return np.concatenate([model(x).cpu().numpy() for x in inputs])
+
+# %% ../nbs/18_models.ipynb #e3e438bb
 @patch
-def in_channel_order(self:TrainedModel,
-    images,  # (N, bands, height, width) array or tensor, in the survey's order of bands
-):
-    "The images with their bands in the order that the model expects."
-    return images[:, [self.survey.bands.index(band) for band in self.channels]]
+def predict_targets(self:TrainedModel,
+    images,  # (N, bands, height, width) in the survey's order, in the unit of `image_stats`
+    batch_size:int = 256,  # images on the device at once
+) -> np.ndarray:
+    """Standardised targets (N, n_out), from the centre of the images where these are larger than
+    those of the training. Raises `InvalidInputError` as `checked_images` does and for smaller
+    images, `WeightsError` as `transform` does."""
+    images = checked_images(images, self.survey)
+    images = central_crop(images, self.provenance.get("image_size", min(images.shape[-2:])))
+    order = [self.survey.bands.index(band) for band in self.channels]
+    starts = range(0, max(len(images), 1), batch_size)
+    batches = (images[start:start + batch_size, order] for start in starts)
+    return predict_batches(self.model, batches, self.transform)
 
 # %% ../nbs/18_models.ipynb #19335c51
 @patch
-@torch.no_grad()
 def predict(self:TrainedModel,
-    images,  # (N, bands, height, width) in the survey's order; linear, in the unit of `image_stats`
+    images,  # (N, bands, height, width) in the survey's order, in the unit of `image_stats`
     batch_size:int = 256,  # images on the device at once
 ) -> np.ndarray:
-    """Targets (N, n_out) on their own scale, for a model whose input is standardised and not
-    stretched. Raises `InvalidInputError` for a model that needs a stretch, and for images as
-    `checked_images` does."""
-    if (stretch := self.provenance.get("stretch", "linear")) != "linear":
-        raise InvalidInputError(f"{self.name} needs {stretch}-stretched images: specpred.predict")
-    device = next(self.model.parameters()).device
-    mean, std = (torch.tensor(s, device=device)[:, None, None] for s in self.image_stats)
-    images = torch.from_numpy(self.in_channel_order(checked_images(images, self.survey)))
-    y = [self.model((batch.to(device) - mean)/std) for batch in images.split(batch_size)]
-    target_mean, target_std = np.array(self.target_stats, np.float32)
-    return torch.cat(y).cpu().numpy()*target_std + target_mean
+    "Targets (N, n_out) on their own scale. Raises as `predict_targets`."
+    mean, std = np.array(self.target_stats, np.float32)
+    return self.predict_targets(images, batch_size)*std + mean
 
 # %% ../nbs/18_models.ipynb #f1bc106a
 PUBLISHED_CHANNELS = tuple(reversed(PS1.bands))  # bands in the order of the published weights

@@ -30,7 +30,7 @@ from .vae import SpectrumModel
 __all__ = ['GaussianErrors', 'PredictedSpectra', 'Predictor', 'write_cube', 'read_cube', 'name_galaxies', 'read_image',
            'write_table', 'plot_prediction', 'find_weights', 'predict_files', 'read_images', 'write_predictions']
 
-# %% ../nbs/22_predict.ipynb #5c2f439a
+# %% ../nbs/22_predict.ipynb #ebc03724
 @dataclass(frozen=True)
 class GaussianErrors:
     "Errors of predicted targets, the same for every galaxy: a normal distribution."
@@ -52,7 +52,8 @@ class GaussianErrors:
         except KeyError as error:
             raise WeightsError(
                 f"The weights of {trained.name} do not say their {error}, which an error band "
-                "needs: they are not from 19_training. Without a decoder, `Predictor` gives the targets."
+                "needs: they are not from 19_training. Without a decoder, `Predictor` gives "
+                "the targets."
             ) from None
 
     def draw(self, targets:np.ndarray, n:int) -> np.ndarray:

@@ -1,7 +1,10 @@
 """The inputs and weights behind the arrays in tests/reference/ (see its README.md)."""
-import json, zlib
+import json
+import zlib
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 
 REFERENCE = Path(__file__).parent/"reference"
 
@@ -13,7 +16,8 @@ def fill(module):
         n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(tuple(value.shape))
         if key.endswith("num_batches_tracked"): a = np.zeros(value.shape)
         elif key.endswith("running_var"): a = 1 + 0.1*np.abs(n)
-        elif key.endswith("running_deconv"): a = np.broadcast_to(np.eye(value.shape[-1]), value.shape) + 0.005*(n + np.swapaxes(n, -1, -2))
+        elif key.endswith("running_deconv"):
+            a = np.eye(value.shape[-1]) + 0.005*(n + n.swapaxes(-1, -2))
         elif key.endswith("running_mean"): a = 0.05*n
         elif value.ndim == 1 and key.endswith("weight"): a = 1 + 0.1*n
         else: a = n/np.sqrt(max(1, np.prod(value.shape[1:])))

@@ -12,7 +12,7 @@ from specpred.config import InvalidInputError
 from specpred.formats import DLOGLAM, air_to_vacuum, read_sdss
 from specpred.lines import (LINES, RestFrameSpectra, dn4000, fit_lines, hdelta_a, line_profiles,
     measure_spectra, stellar_continuum)
-from specpred.mock_survey import FineBasis, StellarLibrary
+from specpred.populations import FineBasis, StellarLibrary
 from specpred.spectra import GRID, rebin
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]/"benchmarks")]
