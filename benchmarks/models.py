@@ -1,7 +1,9 @@
-"""A training step of each model beside the published steps, and evaluation of the folded models."""
+"""A training step of each model, what each form of the arithmetic gains, and folded models."""
+from statistics import median
+
 import torch
 from interleaved import arguments, label, ratio, rounds, setting, write
-from plain_deconv import with_published_steps
+from plain_deconv import FORMS, in_form
 
 from specpred.models import MODELS, fuse
 
@@ -43,9 +45,23 @@ def table(steps, chosen, heading):
     first = next(iter(steps))
     rows = [f"| model | seconds | / {first} |", "|---|---|---|"]
     for name, times in seconds.items():
-        median = sorted(times)[len(times)//2]
-        rows.append(f"| {name} | {median:.3f} | **{ratio(times, seconds[first]):.2f}** |")
+        rows.append(f"| {name} | {median(times):.3f} | **{ratio(times, seconds[first]):.2f}** |")
     write(f"{heading} at {chosen.side} px{label(chosen)}", [setting(chosen), "", *rows])
+
+
+def table_of_forms(steps, chosen):
+    "What each form gains: the ratio to the form before it, and of the last to the first."
+    rows = ["| arithmetic | " + " | ".join(steps) + " |", "|---|" + "---|"*len(steps)]
+    columns = [rounds({form: in_form(step, functions) for form, functions in FORMS.items()}, chosen)
+               for step in steps.values()]
+    forms = list(FORMS)
+    for before, form in zip(forms, forms[1:], strict=False):
+        cells = [f"{ratio(seconds[form], seconds[before]):.3f}" for seconds in columns]
+        rows.append(f"| {form} / {before} | {' | '.join(cells)} |")
+    cells = [f"**{ratio(seconds[forms[-1]], seconds[forms[0]]):.3f}**" for seconds in columns]
+    rows.append(f"| all / {forms[0]} | {' | '.join(cells)} |")
+    heading = f"What each form gains: a training step at {chosen.side} px{label(chosen)}"
+    write(heading, [setting(chosen), "", *rows])
 
 
 def main():
@@ -55,8 +71,8 @@ def main():
     x = images(chosen)
     steps = {name: training_step(prepared(model, chosen), x, chosen.bf16)
              for name, model in models.items()}
-    steps |= {f"{name}, published steps": with_published_steps(steps[name]) for name in NAMES[1:]}
     table(steps, chosen, "Models: a training step")
+    table_of_forms({name: steps[name] for name in NAMES[1:]}, chosen)
 
     forms = {"xresnet18, as trained": models["xresnet18"].eval()}
     forms |= {f"{name}, folded": fuse(model.cpu()) for name, model in models.items()}

@@ -1,4 +1,4 @@
-"""The published arithmetic of Newton-Schulz steps, as a measure of the library's."""
+"""Plainer arithmetic of deconvolution, as a measure of the library's."""
 from functools import wraps
 from unittest.mock import patch
 
@@ -15,9 +15,35 @@ def published_steps(A, n_iter):
     return Z
 
 
-def with_published_steps(step):
-    "The function `step` with every deconvolution in it computed by the published steps."
+def twelve_products(A, n_iter):
+    "The same steps without the products that nobody uses."
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    M, Z = A, identity
+    for step in range(n_iter):
+        T = 1.5*identity - 0.5*M
+        Z = Z @ T if step else T
+        if step < n_iter - 1: M = M @ T @ T
+    return Z
+
+
+def plain_statistics(X):
+    "Mean and covariance of samples, differentiated by autograd."
+    mean = X.mean(-1, keepdim=True)
+    X = X - mean
+    return mean, X @ X.mT/X.shape[-1]
+
+
+# functions of `specpred.deconv` to replace, from the published arithmetic to the library's
+FORMS = {
+    "published steps": dict(newton_schulz=published_steps, sample_statistics=plain_statistics),
+    "twelve products": dict(newton_schulz=twelve_products, sample_statistics=plain_statistics),
+    "gradient of the steps": dict(sample_statistics=plain_statistics),
+    "gradient of the covariance": {}}
+
+
+def in_form(step, functions):
+    "The function `step`, during which every deconvolution computes with other `functions`."
     @wraps(step)
-    def published():
-        with patch("specpred.deconv.newton_schulz", published_steps): return step()
-    return published
+    def replaced():
+        with patch.multiple("specpred.deconv", **functions): return step()
+    return replaced if functions else step
