@@ -12,6 +12,7 @@ def literal_pca(x, missing, k, n_iter):
         filled = filled/np.sqrt((filled**2).sum(1, keepdims=True))
         mean = filled.mean(0)
         _, values, vectors = np.linalg.svd(filled - mean, full_matrices=False)
-        fits = [np.linalg.lstsq(vectors[:k, m].T, (row - mean)[m], rcond=None)[0] for row, m in zip(filled, measured)]
+        fits = [np.linalg.lstsq(vectors[:k, m].T, (row - mean)[m], rcond=None)[0]
+            for row, m in zip(filled, measured, strict=True)]
         filled = np.where(missing, fits @ vectors[:k] + mean, filled)
     return filled, mean, vectors[:k], values[:k]

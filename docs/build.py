@@ -1,7 +1,7 @@
 """The documentation site, from the executed notebooks of the last run: what `make docs` calls.
 
-Nothing is executed again and nothing is fetched. Chapters that are no stage of the pipeline, or have not run yet,
-are shown as they are in nbs/."""
+Nothing is executed again and nothing is fetched. Chapters that are no stage of the pipeline, or
+have not run yet, are shown as they are in nbs/."""
 import argparse
 import contextlib
 import importlib
@@ -22,6 +22,26 @@ from specpred.runner import last_executed
 
 DOCS = Path(__file__).resolve().parent
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(.*?)\s*$")
+NOTEBOOKS = """# Notebooks
+
+The chapters are numbered in the order in which they are read and run. Each defines a part of the
+library, shows it at work and, where it is a stage of the pipeline, ends with running it.
+"""
+API = """API reference
+=============
+
+What each notebook exports, as one module. Everything here is defined, explained and tried in the
+notebook that the module's page names. A module imports only from those above it:
+
+.. image:: ../figures/modules.png
+   :alt: The modules in the order of reading, with arrows to those that each imports
+   :width: 420px
+
+.. toctree::
+   :maxdepth: 1
+
+{modules}
+"""
 CHAPTER_LINK = re.compile(r"\[([^\]]*)\]\((\w+)\.ipynb\)")
 LINK = re.compile(r"(\]\(|\bsrc=\"|\bhref=\")([^)\s\"#:]+)(?=[)\s\"#])")
 
@@ -32,8 +52,11 @@ def newest_profile(data_dir):
            for name in PROFILES if (found := last_executed(get_paths(name, data_dir)))}
     if not ran:
         folder = get_paths("demo", data_dir).root.parent
-        raise MissingInputError(f"The site shows executed notebooks, and there are none in {folder}. Run `make demo` first "
-            "(or `specpred reproduce --profile smoke`, which takes a few minutes).")
+        raise MissingInputError(
+            f"The site shows executed notebooks, and there are none in {folder}. "
+            "Run `make demo` first (or `specpred reproduce --profile smoke`, "
+            "which takes a few minutes)."
+        )
     return max(ran, key=ran.get)
 
 
@@ -65,12 +88,17 @@ def show_cell(cell):
 
 
 def without_machine(value, folders):
-    "Texts of outputs with this machine's folders shortened, e.g. /home/ann/specpred/data/demo to data/demo."
+    """Texts of outputs with this machine's folders shortened, e.g. /home/ann/specpred/data/demo to
+    data/demo."""
     if isinstance(value, str):
         for folder, short in folders: value = value.replace(folder, short)
         return value
     if isinstance(value, list): return [without_machine(v, folders) for v in value]
-    if isinstance(value, dict): return {k: v if k.startswith("image/") else without_machine(v, folders) for k, v in value.items()}
+    if isinstance(value, dict):
+        return {
+            k: v if k.startswith("image/") else without_machine(v, folders)
+            for k, v in value.items()
+        }
     return value
 
 
@@ -80,12 +108,16 @@ def run_note(nb, stage, paths):
     facts = json.loads(manifest.read_text()) if manifest.exists() else {}
     changes = nb.metadata.get("papermill", {}).get("parameters", {}).get("overrides", [])
     text = f"Outputs of the profile `{paths.root.name}`" + "".join(f", `{c}`" for c in changes)
-    if facts: text += f", run on {facts['finished'][:10]} in {max(1, round(facts['wall_time_s']))} s with {facts['peak_memory_mb']} MB of memory"
+    if facts:
+        seconds = max(1, round(facts["wall_time_s"]))
+        text += f", run on {facts['finished'][:10]} in {seconds} s "
+        text += f"with {facts['peak_memory_mb']} MB of memory"
     return nbformat.v4.new_markdown_cell(f"{{.run-note}}\n{text}.")
 
 
 def take_outputs(nb, executed):
-    "Gives the cells the outputs that they had when they were executed; those whose code is another now get none. Whether there are such."
+    """Gives the cells the outputs that they had when they were executed; those whose code is
+    another now get none. Whether there are such."""
     ran, changed = {cell.id: cell for cell in executed.cells if cell.cell_type == "code"}, False
     for cell in nb.cells:
         if cell.cell_type != "code" or "parameters" in cell.metadata.get("tags", []): continue
@@ -94,33 +126,58 @@ def take_outputs(nb, executed):
     return changed
 
 
+def toctree(caption, names):
+    "A part of the sidebar."
+    return "\n".join([
+        "```{toctree}", f":caption: {caption}", ":maxdepth: 1", "", *names, "```", ""])
+
+
 class Sources:
     "The files Sphinx reads, by name: notebooks, generated pages, and what they link to."
     def __init__(self, paths):
         self.paths, self.executed, self.files, self.changed = paths, last_executed(paths), {}, []
         self.notebooks = {p.stem: p for p in sorted((repo_root()/"nbs").glob("[!.]*.ipynb"))}
-        if "index" not in self.notebooks: raise MissingInputError(f"{repo_root()/'nbs'/'index.ipynb'}, the landing page, is missing.")
+        if "index" not in self.notebooks:
+            raise MissingInputError(
+                f"{repo_root() / 'nbs' / 'index.ipynb'}, the landing page, is missing."
+            )
         for name in self.notebooks: self.files[f"{name}.ipynb"] = self.notebook(name)
         self.files["notebooks.md"] = self.contents().encode()
-        self.modules = sorted(p.stem for p in (repo_root()/"specpred").glob("*.py") if not p.stem.startswith("_"))
+        self.modules = sorted(
+            p.stem for p in (repo_root()/"specpred").glob("*.py") if not p.stem.startswith("_")
+        )
         for module in self.modules: self.files[f"api/{module}.rst"] = self.api_page(module).encode()
         self.files["api/index.rst"] = self.api_index(self.modules).encode()
 
     def notebook(self, name):
-        "A notebook as it is in nbs/ with the outputs of its executed copy, if there is one, cleaned for readers."
+        """A notebook as it is in nbs/ with the outputs of its executed copy, if there is one,
+        cleaned for readers."""
         ran, nb = name in self.executed, nbformat.read(self.notebooks[name], as_version=4)
         if ran:
             executed = nbformat.read(self.executed[name], as_version=4)
             if take_outputs(nb, executed): self.changed.append(name)
             nb.metadata = executed.metadata
         nb.cells = [shown for cell in nb.cells if (shown := show_cell(cell))]
-        folders = [(str(self.paths.root.parent), "data"), (f"{repo_root()}/", ""), (str(repo_root()), "specpred")]
+        folders = [
+            (str(self.paths.root.parent), "data"),
+            (f"{repo_root()}/", ""),
+            (str(repo_root()), "specpred"),
+        ]
         for cell in nb.cells:
-            if cell.cell_type == "markdown": cell.source = LINK.sub(self.link, CHAPTER_LINK.sub(self.chapter_link, cell.source))
+            if cell.cell_type == "markdown":
+                cell.source = LINK.sub(self.link, CHAPTER_LINK.sub(self.chapter_link, cell.source))
             elif ran: cell.outputs = nbformat.from_dict(without_machine(cell.outputs, folders))
         if ran: nb.cells.insert(1, run_note(nb, name, self.paths))
-        if name == "index": nb.cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n\nnotebooks\napi/index\n```"))
-        nb.metadata = nbformat.from_dict({"kernelspec": nb.metadata.get("kernelspec", {}), "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
+        if name == "index":
+            nb.cells.append(
+                nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n\nnotebooks\napi/index\n```")
+            )
+        nb.metadata = nbformat.from_dict(
+            {
+                "kernelspec": nb.metadata.get("kernelspec", {}),
+                "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+            }
+        )
         for number, cell in enumerate(nb.cells): cell.id = f"cell-{number}"
         return nbformat.writes(nb).encode()
 
@@ -139,25 +196,25 @@ class Sources:
 
     def contents(self):
         "The page that lists the notebooks, from which the sidebar is made."
-        chapters = [name for name in self.notebooks if name in STAGES]
-        others = [name for name in self.notebooks if name not in chapters and name != "index"]
-        toctree = lambda caption, names: "\n".join(["```{toctree}", f":caption: {caption}", ":maxdepth: 1", "", *names, "```", ""]) if names else ""
-        return ("# Notebooks\n\nThe chapters are numbered in the order in which they are read and run. Each defines a part of the library, "
-            "shows it at work, and ends with the stage of the pipeline that it stands for.\n\n"
-            f"{toctree('Chapters', chapters)}\n{toctree('Running them, and appendices', others)}")
+        chapters = [name for name in self.notebooks if name[0].isdigit()]
+        appendices = [name for name in self.notebooks if name.startswith("appendix")]
+        return f"{NOTEBOOKS}\n{toctree('Chapters', chapters)}\n{toctree('Appendices', appendices)}"
 
     def api_page(self, module):
-        origin = re.search(r"File to edit: \S*?(\w+)\.ipynb", (repo_root()/"specpred"/f"{module}.py").read_text())
+        source = (repo_root()/"specpred"/f"{module}.py").read_text()
+        notebook = re.search(r"File to edit: \S*?(\w+)\.ipynb", source)[1]
         title = f"specpred.{module}"
-        note = f"Defined and explained in :doc:`../{origin[1]}`.\n\n" if origin and origin[1] in self.notebooks else ""
-        return f"{title}\n{'='*len(title)}\n\n{note}.. automodule:: specpred.{module}\n   :members:\n   :show-inheritance:\n"
+        return (
+            f"{title}\n{'='*len(title)}\n\nDefined and explained in :doc:`../{notebook}`.\n\n"
+            f".. automodule:: specpred.{module}\n   :members:\n   :show-inheritance:\n")
 
     def api_index(self, modules):
-        return "\n".join(["API reference", "=============", "", "What each notebook exports, as one module. Everything here is defined, explained "
-            "and tried in the notebook that the module's page names.", "", ".. toctree::", "   :maxdepth: 1", "", *(f"   {m}" for m in modules), ""])
+        self.files["figures/modules.png"] = (repo_root()/"figures"/"modules.png").read_bytes()
+        return API.format(modules="\n".join(f"   {module}" for module in modules))
 
     def write(self, folder):
-        "Writes what changed and removes what is gone, so that Sphinx reads again only what it has to."
+        """Writes what changed and removes what is gone, so that Sphinx reads again only what it has
+        to."""
         folder.mkdir(exist_ok=True)
         for path in [p for p in folder.rglob("*") if p.is_file()]:
             if path.relative_to(folder).as_posix() not in self.files: path.unlink()
@@ -170,8 +227,13 @@ class Sources:
 
 def check_target(out):
     "Refuses to replace a folder that is no site."
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out/"objects.inv").exists())):
-        raise InvalidInputError(f"{out} exists and is not a site made by this command, so it is not replaced; choose another --out.")
+    if not out.exists(): return
+    is_site = out.is_dir() and ((out/"objects.inv").exists() or not any(out.iterdir()))
+    if not is_site:
+        raise InvalidInputError(
+            f"{out} exists and is not a site made by this command, so it is not replaced; "
+            "choose another --out."
+        )
 
 
 def sphinx(source, out, doctrees, modules):
@@ -180,7 +242,23 @@ def sphinx(source, out, doctrees, modules):
     # once, before Sphinx starts processes that would each import PyTorch
     for module in modules: importlib.import_module(f"specpred.{module}")
     quiet = [] if sys.stderr.isatty() else ["-q"]
-    status = build_main(["-b", "html", "-c", str(DOCS), "-d", str(doctrees), "-j", "auto", "-W", "--keep-going", *quiet, str(source), str(out)])
+    status = build_main(
+        [
+            "-b",
+            "html",
+            "-c",
+            str(DOCS),
+            "-d",
+            str(doctrees),
+            "-j",
+            "auto",
+            "-W",
+            "--keep-going",
+            *quiet,
+            str(source),
+            str(out),
+        ]
+    )
     if status: raise SpecpredError("Sphinx found the problems above; the site was not built.")
 
 
@@ -203,23 +281,50 @@ def build(profile, data_dir, out):
     paths = get_paths(PROFILES[profile], data_dir)
     sources = Sources(paths)
     if not sources.executed:
-        raise MissingInputError(f"No notebook has been executed for the profile {profile!r} in {paths.root}. Run `make demo` first "
-            f"(or `specpred reproduce --profile {profile}`).")
+        raise MissingInputError(
+            f"No notebook has been executed for the profile {profile!r} in {paths.root}. "
+            f"Run `make demo` first (or `specpred reproduce --profile {profile}`)."
+        )
     with workplace(out) as work, atomic_path(out) as part:
         sources.write(work/"source")
         sphinx(work/"source", part, work/"doctrees", sources.modules)
-    waiting = [name for name in STAGES if name in sources.notebooks and name not in sources.executed]
+    waiting = [
+        name for name in STAGES if name in sources.notebooks and name not in sources.executed
+    ]
     pages = [p for p in out.rglob("*.html") if "_static" not in p.parts]
-    print(f"{len(pages)} pages, {len(sources.executed)} notebooks with outputs of the profile {profile}"
+    print(
+        f"{len(pages)} pages, {len(sources.executed)} notebooks with "
+        f"outputs of the profile {profile}"
         + (f" (without outputs: {', '.join(waiting)})" if waiting else "")
-        + (f" (code changed since they ran, cells without outputs: {', '.join(sources.changed)})" if sources.changed else "") + f", in {time.time() - started:.0f} s: {out/'index.html'}")
+        + (
+            f" (code changed since they ran, cells without outputs: {', '.join(sources.changed)})"
+            if sources.changed
+            else ""
+        )
+        + f", in {time.time() - started:.0f} s: {out / 'index.html'}"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Build the documentation site from the executed notebooks of the last run.")
-    parser.add_argument("--profile", choices=list(PROFILES), help="whose run to show; the default is the one that ran last")
-    parser.add_argument("--data-dir", type=Path, help="folder that holds <profile>/; the default is data/ of the checkout")
-    parser.add_argument("--out", type=Path, default=DOCS/"_build"/"html", help="folder of the site; the default is docs/_build/html")
+    parser = argparse.ArgumentParser(
+        description="Build the documentation site from the executed notebooks of the last run."
+    )
+    parser.add_argument(
+        "--profile",
+        choices=list(PROFILES),
+        help="whose run to show; the default is the one that ran last",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="folder that holds <profile>/; the default is data/ of the checkout",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=DOCS/"_build"/"html",
+        help="folder of the site; the default is docs/_build/html",
+    )
     given = parser.parse_args()
     try: build(given.profile, given.data_dir, given.out.expanduser().resolve())
     except (SpecpredError, OSError) as error: sys.exit(f"error: {error}")

@@ -1,4 +1,5 @@
-"""Sphinx settings of the site. docs/build.py prepares the sources and calls Sphinx with this folder as its configuration."""
+"""Sphinx settings of the site. docs/build.py prepares the sources and calls Sphinx with this folder
+as its configuration."""
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -39,7 +40,11 @@ html_copy_source = False
 html_show_sourcelink = False
 html_sidebars = {"index": []}
 html_theme_options = {
-    "logo": {"text": project, "image_light": "_static/favicon.svg", "image_dark": "_static/favicon.svg"},
+    "logo": {
+        "text": project,
+        "image_light": "_static/favicon.svg",
+        "image_dark": "_static/favicon.svg",
+    },
     "navbar_align": "left",
     "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
@@ -49,18 +54,24 @@ html_theme_options = {
 }
 
 autodoc_member_order = "bysource"
-autodoc_inherit_docstrings = False  # what torch and fastai say of their own methods is in their own documentation
+autodoc_inherit_docstrings = (
+    False  # what torch and fastai say of their own methods is in their own documentation
+)
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 80
 
-_INLINE = re.compile(r"""(?P<literal>``.+?``|:[\w:]+:`.+?`) | `(?P<code>[^`]+)` | \$(?P<math>[^$\n]+)\$
-    | (?P<emphasis>(?<![\w*])\*(?=[^\s*])[^*\n]*[^\s*]\*(?![\w*])) | (?P<special>[*|\\]|_(?!\w))""", re.X)
+_INLINE = re.compile(
+    r"""(?P<literal>``.+?``|:[\w:]+:`.+?`) | `(?P<code>[^`]+)` | \$(?P<math>[^$\n]+)\$
+    | (?P<emphasis>(?<![\w*])\*(?=[^\s*])[^*\n]*[^\s*]\*(?![\w*])) | (?P<special>[*|\\]|_(?!\w))""",
+    re.X,
+)
 _ITEM = re.compile(r"\s*(?:[-*]|\d+\.)\s+")
 
 
 def _as_rst(text):
-    "A line of Markdown (`code`, $math$, *emphasis*) as reStructuredText; characters that mean something there lose that meaning."
+    """A line of Markdown (`code`, $math$, *emphasis*) as reStructuredText; characters that mean
+    something there lose that meaning."""
     def one(found):
         if found["literal"] or found["emphasis"]: return found[0]
         if found["code"]: return f"``{found['code']}``"
@@ -80,7 +91,8 @@ def _blocks(lines):
 
 
 def _docstring_as_rst(lines):
-    "Docstrings here are paragraphs and lists with Markdown's inline marks; Sphinx reads reStructuredText."
+    """Docstrings here are paragraphs and lists with Markdown's inline marks; Sphinx reads
+    reStructuredText."""
     for block in _blocks(lines):
         for line in block:
             item = _ITEM.match(line)
@@ -92,18 +104,26 @@ def _docstring_as_rst(lines):
 
 
 def document_parameters(app, what, name, obj, options, lines):
-    "Completes a docstring by what the comments beside its parameters say (docments), which autodoc does not see."
+    """Completes a docstring by what the comments beside its parameters say (docments), which
+    autodoc does not see."""
     lines[:] = list(_docstring_as_rst(lines))
     if what not in ("function", "class", "method"): return
     for parameter, facts in docments(obj, full=True, returns=True).items():
         if not facts.get("docment"): continue
         comment = _as_rst(" ".join(facts["docment"].split()))
-        lines.append(f":returns: {comment}" if parameter == "return" else f":param {parameter}: {comment}")
+        lines.append(
+            f":returns: {comment}" if parameter == "return" else f":param {parameter}: {comment}"
+        )
 
 
 def name_defaults(app, what, name, obj, options, signature, returned):
-    "Classes and functions that are defaults, by their names: what Python prints of them, Sphinx cannot read."
-    plain = re.sub(r"<class '(?:[\w<>]+\.)*(\w+)'>|<function (?:[\w<>]+\.)*(\w+) at 0x\w+>", r"\1\2", signature or "")
+    """Classes and functions that are defaults, by their names: what Python prints of them, Sphinx
+    cannot read."""
+    plain = re.sub(
+        r"<class '(?:[\w<>]+\.)*(\w+)'>|<function (?:[\w<>]+\.)*(\w+) at 0x\w+>",
+        r"\1\2",
+        signature or "",
+    )
     return plain or None, returned
 
 

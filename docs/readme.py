@@ -1,4 +1,5 @@
-"""README.md from nbs/index.ipynb. With --check: exit code 1 when README.md is not what the notebook makes."""
+"""README.md from nbs/index.ipynb. With --check: exit code 1 when README.md is not what the notebook
+makes."""
 import argparse
 import difflib
 import posixpath
@@ -22,9 +23,13 @@ def from_root(found):
 
 
 def readme(notebook):
-    "The text of README.md; hidden cells and outputs are left out, links are relative to the folder above the notebook's."
+    """The text of README.md; hidden cells and outputs are left out, links are relative to the
+    folder above the notebook's."""
     settings = Config()
-    settings.MarkdownExporter.preprocessors = ["nbconvert.preprocessors.ClearOutputPreprocessor", "nbconvert.preprocessors.RegexRemovePreprocessor"]
+    settings.MarkdownExporter.preprocessors = [
+        "nbconvert.preprocessors.ClearOutputPreprocessor",
+        "nbconvert.preprocessors.RegexRemovePreprocessor",
+    ]
     settings.RegexRemovePreprocessor.patterns = [r"\A\s*#\s*\|\s*(hide|default_exp)\b"]
     text, _ = MarkdownExporter(config=settings).from_filename(str(notebook))
     text = LINK.sub(from_root, text)
@@ -35,7 +40,11 @@ def readme(notebook):
 
 def main():
     parser = argparse.ArgumentParser(description="Make README.md from nbs/index.ipynb.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when README.md and the notebook differ")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; exit code 1 when README.md and the notebook differ",
+    )
     parser.add_argument("--notebook", type=Path, default=ROOT/"nbs"/"index.ipynb")
     parser.add_argument("--readme", type=Path, default=ROOT/"README.md")
     given = parser.parse_args()
@@ -46,9 +55,24 @@ def main():
             with atomic_path(given.readme) as part: part.write_text(made, encoding="utf-8")
         print(f"{given.readme.name}: {'unchanged' if made == is_there else 'written'}")
     elif made != is_there:
-        difference = difflib.unified_diff(is_there.splitlines(), made.splitlines(), given.readme.name, given.notebook.name, n=0, lineterm="")
-        sys.exit("\n".join([*list(difference)[:20], f"{given.readme.name} is not what {given.notebook.name} says: edit the notebook, "
-            "then run `python docs/readme.py` and commit both."]))
+        difference = difflib.unified_diff(
+            is_there.splitlines(),
+            made.splitlines(),
+            given.readme.name,
+            given.notebook.name,
+            n=0,
+            lineterm="",
+        )
+        sys.exit(
+            "\n".join(
+                [
+                    *list(difference)[:20],
+                    f"{given.readme.name} is not what {given.notebook.name} says: "
+                    "edit the notebook, "
+                    "then run `python docs/readme.py` and commit both.",
+                ]
+            )
+        )
     else: print(f"{given.readme.name} is in sync with {given.notebook.name}")
 
 

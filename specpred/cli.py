@@ -4,37 +4,49 @@
 
 # %% ../nbs/24_cli.ipynb #d33aac5b
 from __future__ import annotations
+import logging
 import sys
 from pathlib import Path
-from typing import Annotated, List, Optional
+from typing import Annotated
 import typer
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help="Predict a galaxy's optical spectrum from its image alone.")
-
-_DataDir = Annotated[Optional[Path], typer.Option("--data-dir", help="Folder that holds <profile>/; the default is data/ of the checkout.")]
-_Profile = Annotated[str, typer.Option("--profile", "-p", help="smoke, demo, mock or paper; `specpred info` describes them.")]
 
 # %% auto #0
 __all__ = ['app', 'archive', 'reproduce', 'info', 'predict', 'download', 'serve', 'main']
+
+# %% ../nbs/24_cli.ipynb #1ccb31ea
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Predict a galaxy's optical spectrum from its image alone.")
+
+_DataDir = Annotated[Path | None, typer.Option("--data-dir",
+    help="Folder that holds <profile>/; the default is data/ of the checkout.")]
+_Profile = Annotated[str, typer.Option("--profile", "-p",
+    help="smoke, demo, mock or paper; `specpred info` describes them.")]
+_Overrides = Annotated[list[str] | None, typer.Option("--set",
+    help="Change a setting, e.g. training.epochs=3; may be repeated.")]
 
 # %% ../nbs/24_cli.ipynb #5b76883a
 @app.command()
 def reproduce(
     profile: _Profile = "demo",
-    start: Annotated[Optional[str], typer.Option("--from", help="First stage to run, e.g. 12_spectra.")] = None,
-    only: Annotated[Optional[str], typer.Option("--only", help="The one stage to run, e.g. 19_training.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also run stages whose results are up to date.")] = False,
-    set_: Annotated[List[str], typer.Option("--set", help="Change a setting, e.g. training.epochs=3; may be repeated.")] = [],
+    start: Annotated[str | None, typer.Option("--from",
+        help="First stage to run, e.g. 13_eigenspectra.")] = None,
+    only: Annotated[str | None, typer.Option("--only",
+        help="The one stage to run, e.g. 19_training.")] = None,
+    force: Annotated[bool, typer.Option("--force",
+        help="Also run stages whose results are up to date.")] = False,
+    overrides: _Overrides = None,
     data_dir: _DataDir = None,
 ):
-    """Run the numbered notebooks in order, from a catalogue to figures.
+    """Run the stages in order, from a catalogue to figures.
 
-    Stages whose results are up to date are skipped. An interrupted or failed run goes on where it was when called again."""
+    Stages whose results are up to date are skipped. An interrupted or failed run goes on where it
+    was when called again."""
     from specpred import runner
     from specpred.config import get_paths
-    run = runner.reproduce(profile, start, only, force, tuple(set_), data_dir)
-    print(f"\n{runner.summary(get_paths(profile, data_dir))}" + (f"\n\nExecuted notebooks: {run}" if run.is_dir() else ""))
+    folder = runner.reproduce(profile, start, only, force, overrides or (), data_dir)
+    print(f"\n{runner.summary(get_paths(profile, data_dir))}")
+    if folder.is_dir(): print(f"\nExecuted notebooks: {folder}")
 
 # %% ../nbs/24_cli.ipynb #120a844a
 @app.command()
@@ -48,70 +60,82 @@ def info(data_dir: _DataDir = None):
 # %% ../nbs/24_cli.ipynb #4ba3a097
 @app.command()
 def predict(
-    cutouts: Annotated[List[Path], typer.Argument(help="Per galaxy: one FITS file with a (5, size, size) grizy image, or a folder with g.fits … y.fits.")],
+    cutouts: Annotated[list[Path], typer.Argument(
+        help="Per galaxy: a FITS file with a (bands, size, size) image, or a folder <band>.fits.")],
     profile: _Profile = "demo",
-    model: Annotated[Optional[str], typer.Option("--model", help="Name of a trained model; the default is the best on the valid galaxies.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables and plots.")] = Path("predicted_spectra"),
+    model: Annotated[str | None, typer.Option("--model",
+        help="Name of a trained model; the default is the best on the valid galaxies.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o",
+        help="Folder for the tables and plots.")] = Path("predicted_spectra"),
     data_dir: _DataDir = None,
 ):
     "Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each."
-    from specpred import predict as prediction
     from specpred.config import get_paths, get_profile
-    for written in prediction.predict_files(cutouts, get_paths(get_profile(profile), data_dir), out, model=model): print(written)
-
-# %% ../nbs/24_cli.ipynb #f749b208
-def _download_settings(profile:str, table:Optional[Path], overrides:List[str], data_dir:Optional[Path]) -> tuple:
-    "The profile and its paths, with the user's own table as its catalogue where there is one."
-    from specpred.config import get_paths, get_profile
-    chosen = get_profile(profile, [*overrides, *([f"archives.table={table.expanduser().resolve()}"] if table else [])])
-    return chosen, get_paths(chosen, data_dir)
+    from specpred.predict import predict_files
+    for file in predict_files(cutouts, get_paths(get_profile(profile), data_dir), out, model=model):
+        print(file)
 
 # %% ../nbs/24_cli.ipynb #4a390aa4
 @app.command()
 def download(
     profile: _Profile = "paper",
-    table: Annotated[Optional[Path], typer.Option("--table",
-        help="Your own catalogue instead of the paper's selection: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many files and GB, and about how long.")] = False,
-    status: Annotated[bool, typer.Option("--status", help="Only say what has arrived, what is missing and why.")] = False,
-    retry_missing: Annotated[bool, typer.Option("--retry-missing", help="Ask again for files that an archive said it does not have.")] = False,
-    set_: Annotated[List[str], typer.Option("--set", help="Change a setting, e.g. archives.concurrency=4; may be repeated.")] = [],
+    table: Annotated[Path | None, typer.Option("--table",
+        help="Your own catalogue: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run",
+        help="Only say how many files and GB, and about how long.")] = False,
+    status: Annotated[bool, typer.Option("--status",
+        help="Only say what has arrived, what is missing and why.")] = False,
+    retry_missing: Annotated[bool, typer.Option("--retry-missing",
+        help="Ask again for files that an archive said it does not have.")] = False,
+    overrides: _Overrides = None,
     data_dir: _DataDir = None,
 ):
     """Download the catalogue, spectra and cutouts of a profile, or of the galaxies in a table.
 
     An interrupted download goes on where it was when called again."""
     if dry_run + status + retry_missing > 1:
-        raise typer.BadParameter("--dry-run says what is to come, --status what has been, and --retry-missing downloads; give one of them.")
-    chosen, paths = _download_settings(profile, table, set_, data_dir)
+        raise typer.BadParameter("give one of --dry-run, --status and --retry-missing")
+    own = [f"archives.table={table.expanduser().resolve()}"] if table else []
+    _download(profile, [*(overrides or ()), *own], data_dir, dry_run, status, retry_missing)
+
+# %% ../nbs/24_cli.ipynb #6d96118e
+def _download(profile, overrides, data_dir, dry_run:bool, status:bool, retry_missing:bool):
     from specpred import archives
-    if status: return print(archives.describe_download(paths.raw))
-    arguments = chosen.archives, paths.raw, chosen.images.size, chosen.seed, paths.mock
-    if dry_run: return print(archives.plan_download(*arguments))
-    catalogue = archives.download(*arguments, retry_missing=retry_missing)
-    print(f"{archives.describe_download(paths.raw)}\n\n{archives.losses(catalogue).to_string()}\n\n{paths.catalogue}")
+    from specpred.config import get_paths, get_profile
+    chosen = get_profile(profile, overrides)
+    paths, images = get_paths(chosen, data_dir), chosen.images
+    what = (chosen.archives, paths.raw, images.size, chosen.seed, paths.mock)
+    if dry_run: print(archives.plan_download(*what))
+    elif status: print(archives.describe_download(paths.raw))
+    else:
+        catalogue = archives.download(*what, retry_missing=retry_missing)
+        print(archives.describe_download(paths.raw), archives.losses(catalogue).to_string(),
+            paths.catalogue, sep="\n\n")
 
 # %% ../nbs/24_cli.ipynb #e8fc16cb
-archive = typer.Typer(no_args_is_help=True, help="A local archive that answers as SkyServer, SDSS's file server and PS1's cutout service do.")
+archive = typer.Typer(no_args_is_help=True)
 app.add_typer(archive, name="archive")
 
 @archive.callback()
-def _archive_commands(): "A local archive that answers as SkyServer, SDSS's file server and PS1's cutout service do."
+def _describe_archive():
+    "A local archive that answers as SkyServer, SDSS's file server and PS1's cutout service do."
 
 @archive.command()
 def serve(
-    folder: Annotated[Path, typer.Argument(help="A survey in the archives' layout, e.g. data/demo/mock.")],
+    folder: Annotated[Path, typer.Argument(
+        help="A survey in the archives' layout, e.g. data/demo/mock.")],
     port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 8765,
-    faults: Annotated[str, typer.Option("--faults", help='How it misbehaves, e.g. "passing=0.1 lasting=0.02 kinds=busy,page seed=3".')] = "",
-    badflag: Annotated[bool, typer.Option(help="Whether lists of cutouts have the column badflag.")] = True,
+    faults: Annotated[str, typer.Option("--faults",
+        help='Its faults, e.g. "passing=0.1 lasting=0.02 kinds=busy,page seed=3".')] = "",
 ):
     "Serve a folder on 127.0.0.1 until interrupted, and say how to download from it."
-    from specpred import archives
-    def say(port:int):
-        settings = " ".join(f"--set archives.{k}={v}" for k, v in vars(archives.ArchiveURLs.local(port)).items())
+    from specpred.archives import ArchiveURLs, read_faults, serve_forever
+    def announce(port:int):
+        urls = vars(ArchiveURLs.local(port)).items()
+        settings = " ".join(f"--set archives.{name}={url}" for name, url in urls)
         print(f"serving {folder} on port {port}; to download from it into a folder of its own:\n"
             f"  specpred download --data-dir from-{port} {settings}", flush=True)
-    try: archives.serve_forever(folder, port, archives.read_faults(faults), badflag, say)
+    try: serve_forever(folder, port, read_faults(faults), True, announce)
     except KeyboardInterrupt: print("stopped")
 
 # %% ../nbs/24_cli.ipynb #d2e9f2c7
@@ -119,9 +143,11 @@ def main():
     "Entry point of the command `specpred`."
     from specpred.config import SpecpredError
     try: app()
-    except SpecpredError as error: sys.exit(f"error: {error}")
-    except OSError as error: sys.exit(f"error: {error}")
+    except (SpecpredError, OSError) as error: sys.exit(f"error: {error}")
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
-            print("\ninterrupted; what is complete stays, and the same command goes on from there", file=sys.stderr)
+            print("\ninterrupted; what is complete stays, and the same command goes on from there",
+                file=sys.stderr)
+            # asyncio would report the notebook's cell that nobody waits for any more
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from fastcore.basics import patch
 from .config import (InvalidInputError, MissingInputError, Paths, Profile, ProfileError,
     SpecpredError, _nearest, get_paths, get_profile, repo_root)
 
@@ -102,6 +103,7 @@ def _read_json(path:Path) -> dict:
 
 def _sha256(text:str) -> str: return hashlib.sha256(text.encode()).hexdigest()
 
+# %% ../nbs/01_stages.ipynb #b6520831
 class _Digests:
     "sha256 of files and folders, remembered in a JSON file."
     def __init__(self, memory:Path):
@@ -135,6 +137,7 @@ def _statements(source:str) -> str:
         if isinstance(node, documented) and ast.get_docstring(node) is not None: del node.body[0]
     return ast.dump(tree)
 
+# %% ../nbs/01_stages.ipynb #55a5d194
 def _code_digest(name:str) -> str | None:
     "sha256 of the statements of a notebook (11_images) or a module (images)."
     root = repo_root()
@@ -145,6 +148,7 @@ def _code_digest(name:str) -> str | None:
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return _sha256("\n".join(map(_statements, code)))
 
+# %% ../nbs/01_stages.ipynb #925dcd07
 def _loaded_modules() -> set[str]:
     "Names of this package's modules that the running notebook has imported."
     loaded = {name.partition(".")[2] for name in sys.modules if name.startswith("specpred.")}
@@ -161,6 +165,7 @@ def _request(stage:Stage, profile:Profile, paths:Paths, digests:_Digests, module
     code = {name: _code_digest(name) for name in sorted({stage.name, *modules})}
     return dict(parameters=to_jsonable_python(parameters), inputs=inputs, code=code)
 
+# %% ../nbs/01_stages.ipynb #8a69f926
 def _changes(record:dict, request:dict) -> str | None:
     "What differs from the record of an earlier run, in a few words, or None."
     for part, values in request.items():
@@ -176,6 +181,7 @@ def read_manifest(
     "What the stage wrote when it ended; empty where that is missing or damaged."
     return _read_json(paths.manifests/f"{stage}.json")
 
+# %% ../nbs/01_stages.ipynb #616b2a84
 def why_outdated(
     stage:Stage,
     profile:Profile,
@@ -244,28 +250,32 @@ class StageRun:
         with atomic_path(started) as part: part.write_text(json.dumps(request))
         self._memory.start()
 
-    def _request(self) -> dict:
-        return _request(self.stage, self.profile, self.paths, self._digests, _loaded_modules())
+# %% ../nbs/01_stages.ipynb #2d4d934e
+@patch
+def _request(self:StageRun) -> dict:
+    return _request(self.stage, self.profile, self.paths, self._digests, _loaded_modules())
 
-    def _clear(self):
-        for path in (getattr(self.paths, name) for name in self.stage.writes):
-            if path.is_dir(): shutil.rmtree(path)
-            else: path.unlink(missing_ok=True)
+@patch
+def _clear(self:StageRun):
+    for path in (getattr(self.paths, name) for name in self.stage.writes):
+        if path.is_dir(): shutil.rmtree(path)
+        else: path.unlink(missing_ok=True)
 
-    def finish(self, **facts) -> dict:
-        "Writes the manifest, with any further `facts` (numbers, texts) in it, and returns it."
-        outputs = {name: self._digests(getattr(self.paths, name)) for name in self.stage.writes}
-        missing = [name for name, digest in outputs.items() if digest is None]
-        if missing:
-            raise MissingInputError(f"{self.stage.name} has not written {', '.join(missing)}.")
-        manifest = dict(stage=self.stage.name, profile=self.profile.name, **self._request(),
-            outputs=outputs, versions=versions(), finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            wall_time_s=round(time.time() - self._start_time, 3),
-            peak_memory_mb=self._memory.stop(), facts=facts)
-        self._digests.save()
-        with atomic_path(self.paths.manifests/f"{self.stage.name}.json") as part:
-            part.write_text(json.dumps(manifest, indent=1))
-        return manifest
+# %% ../nbs/01_stages.ipynb #6d26542b
+@patch
+def finish(self:StageRun, **facts) -> dict:
+    "Writes the manifest, with any further `facts` (numbers, texts) in it, and returns it."
+    outputs = {name: self._digests(getattr(self.paths, name)) for name in self.stage.writes}
+    missing = [name for name, digest in outputs.items() if digest is None]
+    if missing: raise MissingInputError(f"{self.stage.name} has not written {', '.join(missing)}.")
+    manifest = dict(stage=self.stage.name, profile=self.profile.name, **self._request(),
+        outputs=outputs, versions=versions(), finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        wall_time_s=round(time.time() - self._start_time, 3),
+        peak_memory_mb=self._memory.stop(), facts=facts)
+    self._digests.save()
+    with atomic_path(self.paths.manifests/f"{self.stage.name}.json") as part:
+        part.write_text(json.dumps(manifest, indent=1))
+    return manifest
 
 # %% ../nbs/01_stages.ipynb #efb9ad95
 def start_stage(

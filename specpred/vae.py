@@ -4,77 +4,67 @@
 
 # %% ../nbs/16_vae.ipynb #d33aac5b
 from __future__ import annotations
-import contextlib, hashlib, io, json, math, pickle, re, time, warnings, zipfile
-from collections import OrderedDict
+import contextlib
+import copy
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-import numpy as np, pandas as pd
-import torch, torch.nn.functional as F
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn, Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, InvalidInputError, MissingInputError, SpecpredError,
     VAEParameters, WeightsError, random_generator, replace)
-from .stages import atomic_path
+from .weights import (LatentAxes, Stats, fingerprint, load_checkpoint, load_state,
+    published_pca, published_vae_tensors, read_weights, save_checkpoint, write_weights)
 
 # %% auto #0
 __all__ = ['InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit',
-           'random_configurations', 'search', 'latent_pca', 'SpectrumModel', 'read_safetensors', 'tensor_shapes',
-           'check_keys', 'load_published', 'load_latent_pca', 'target_stats', 'plot_traversals']
+           'random_configurations', 'Trial', 'search', 'latent_pca', 'SpectrumModel', 'load_published', 'target_stats',
+           'plot_traversals']
 
 # %% ../nbs/16_vae.ipynb #f924770e
 class InfoVAE(nn.Module):
-    "Autoencoder of spectra (N, n_bins), mean spectrum subtracted, with latents (N, n_latents). Portillo et al. (2020), figure 2."
+    """Autoencoder of spectra (N, n_bins), mean spectrum subtracted, with latents (N, n_latents).
+    Source: Portillo et al. (2020), figure 2."""
     def __init__(self,
         n_bins:int = 1000,
         n_latents:int = 10,
         hidden:tuple[int, int] = (549, 110),  # sizes of the hidden layers, outer one first
-        dropout:float = 0.,  # probability, in both hidden layers of the encoder and of the decoder
     ):
-        sizes = (n_bins, n_latents, *hidden)
-        if len(sizes) != 4 or not all(isinstance(n, int) and n > 0 for n in sizes) or not 0 <= dropout < 1:
-            raise InvalidInputError(f"There is no autoencoder with n_bins={n_bins!r}, n_latents={n_latents!r}, hidden={hidden!r} and dropout={dropout!r}: "
-                "sizes are positive integers, two of them in `hidden`, and dropout is a probability.")
         super().__init__()
-        self.n_bins, self.n_latents, self.hidden = n_bins, n_latents, tuple(hidden)
         outer, inner = hidden
+        self.n_bins, self.n_latents, self.hidden = n_bins, n_latents, (outer, inner)
         self.encd, self.enc2 = nn.Linear(n_bins, outer), nn.Linear(outer, inner)
         self.mu, self.lv = nn.Linear(inner, n_latents), nn.Linear(inner, n_latents)
-        self.decd, self.dec2, self.outp = nn.Linear(n_latents, inner), nn.Linear(inner, outer), nn.Linear(outer, n_bins)
-        self.dropout = nn.Dropout(dropout)
+        self.decd, self.dec2 = nn.Linear(n_latents, inner), nn.Linear(inner, outer)
+        self.outp = nn.Linear(outer, n_bins)
 
-# %% ../nbs/16_vae.ipynb #70ce1c86
-@patch
-def encode(self:InfoVAE, x:Tensor) -> tuple[Tensor, Tensor]:
-    "Mean and log variance of the latents, (N, n_latents) each."
-    if x.shape[-1] != self.n_bins: raise InvalidInputError(f"The autoencoder takes spectra of {self.n_bins} bins, not {x.shape[-1]}.")
-    h = self.dropout(F.leaky_relu(self.encd(x)))
-    h = self.dropout(F.leaky_relu(self.enc2(h)))
-    return self.mu(h), self.lv(h)
+    def encode(self, x:Tensor) -> tuple[Tensor, Tensor]:
+        "Mean and log variance of the latents (N, n_latents) of spectra (N, n_bins)."
+        hidden = F.leaky_relu(self.enc2(F.leaky_relu(self.encd(x))))
+        return self.mu(hidden), self.lv(hidden)
 
-@patch
-def decode(self:InfoVAE, z:Tensor) -> Tensor:
-    "Spectra (N, n_bins) of latents (N, n_latents)."
-    if z.shape[-1] != self.n_latents: raise InvalidInputError(f"The autoencoder has {self.n_latents} latents, not {z.shape[-1]}.")
-    h = self.dropout(F.leaky_relu(self.decd(z)))
-    return self.outp(self.dropout(F.leaky_relu(self.dec2(h))))
-
-@patch
-def forward(self:InfoVAE, x:Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Reconstruction from the mean latents, their mean and log variance."
-    mu, logvar = self.encode(x)
-    return self.decode(mu), mu, logvar
+    def decode(self, z:Tensor) -> Tensor:
+        "Spectra (N, n_bins) of latents (N, n_latents)."
+        return self.outp(F.leaky_relu(self.dec2(F.leaky_relu(self.decd(z)))))
 
 # %% ../nbs/16_vae.ipynb #50395963
 def mmd(
     a:Tensor,  # (N, d) points
     b:Tensor,  # (M, d) points
 ) -> Tensor:
-    "Maximum mean discrepancy of two sets of points, with the kernel exp(-mean((a - b)^2)): 0 for equal sets. Zhao et al. (2017)."
-    def kernel(u, v):  # |u - v|^2 without an (N, M, d) array
+    """Maximum mean discrepancy of two sets of points with the kernel exp(-mean((a - b)^2)): 0 for
+    equal sets. Source: Zhao et al. (2017)."""
+    def kernel(u, v):
+        # |u - v|^2 without an (N, M, d) array
         squares = (u*u).sum(1)[:, None] + (v*v).sum(1) - 2*u @ v.T
         return torch.exp(-squares.clamp_min(0)/u.shape[1]).mean()
     return kernel(a, a) + kernel(b, b) - 2*kernel(a, b)
@@ -83,13 +73,13 @@ def kld(
     mu:Tensor,  # (N, d) means
     logvar:Tensor,  # (N, d) log variances
 ) -> Tensor:
-    "Kullback-Leibler divergence of normal distributions from the standard one, summed over points and dimensions."
+    "Kullback-Leibler divergence from the standard normal distribution, summed over points."
     return -0.5*(1 + logvar - mu**2 - logvar.exp()).sum()
 
 # %% ../nbs/16_vae.ipynb #d9397bf3
 class InfoVAELoss(NamedTuple):
     "Terms of the loss of one batch, each summed over its spectra."
-    total: Tensor  # nll + kld_weight*kld + mmd_weight*mmd
+    total: Tensor
     nll: Tensor  # half the weighted squared residuals
     kld: Tensor
     mmd: Tensor  # of the batch, not summed
@@ -105,12 +95,25 @@ def infovae_loss(
     lambda_:float = 1000.,  # weight of the maximum mean discrepancy
     alpha:float = 0.,  # 1 - alpha weights the Kullback-Leibler divergence
 ) -> InfoVAELoss:
-    "NLL + (1 - alpha) KLD + (lambda + alpha - 1) N n_latents MMD, the published loss of Portillo et al. (2020)."
+    """NLL + (1 - alpha) KLD + (lambda + alpha - 1) N n_latents MMD. Source: Portillo et al. (2020),
+    whose code multiplies by ten, the number of its latents."""
     nll = 0.5*(weights*(x - decoded)**2).sum()
     divergence, discrepancy = kld(mu, logvar), mmd(prior, z)
-    # ten times the batch size in the published code, which has ten latents
     total = nll + (1 - alpha)*divergence + (lambda_ + alpha - 1)*discrepancy*z.numel()
     return InfoVAELoss(total, nll, divergence, discrepancy)
+
+# %% ../nbs/16_vae.ipynb #b9b016bc
+def _numbers(values, shape, name, dtype=float) -> np.ndarray:
+    "`values` as finite numbers of this shape, in which None stands for any length."
+    try: array = np.asarray(values, dtype)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{name} must be numbers: {error}.") from error
+    expected = [m if n is None else n for n, m in zip(shape, array.shape, strict=False)]
+    if len(shape) != array.ndim or list(array.shape) != expected:
+        raise InvalidInputError(f"{name} must have the shape {shape}, not {array.shape}.")
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad): raise InvalidInputError(f"{name} must be finite; row {bad[0][0]} is not.")
+    return array
 
 # %% ../nbs/16_vae.ipynb #4577e67b
 def bin_weights(
@@ -119,15 +122,26 @@ def bin_weights(
     norm,  # (N,) of the spectra
     min_error:float = 0.125,  # smaller errors get no weight; unit of `error`
 ) -> np.ndarray:
-    "Weights of the bins of normalised spectra in the loss, float32 (N, n_bins); Portillo et al. (2020). Raises `InvalidInputError` for impossible norms."
-    norm = np.asarray(norm, float)
-    if norm.shape != np.shape(error)[:1] or not (np.isfinite(norm) & (norm > 0)).all():
-        raise InvalidInputError(f"`norm` must hold one positive number for each of the spectra {np.shape(error)}.")
+    """Weights of the bins of normalised spectra in the loss, float32 (N, n_bins). Raises
+    `InvalidInputError` for impossible norms. Source: Portillo et al. (2020)."""
+    norm = _numbers(norm, np.shape(error)[:1], "norm")
+    if (norm <= 0).any(): raise InvalidInputError("norm must be positive.")
     counts = ~np.asarray(missing) & np.isfinite(error) & (error >= min_error)
     relative = np.where(counts, error, 1)/norm[:, None]
     return np.where(counts, 1/(relative**2 + 1/2e6), 0).astype(np.float32)
 
 # %% ../nbs/16_vae.ipynb #22b125ea
+def _torch_seed(seed, *purpose) -> int:
+    return int(random_generator(seed, "vae", *purpose).integers(2**31))
+
+@contextlib.contextmanager
+def _one_thread():
+    "Small layers gain little from more; with one, numbers do not depend on the number of cores."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def new_vae(
     n_bins:int,
     parameters:VAEParameters,
@@ -135,31 +149,38 @@ def new_vae(
 ) -> InfoVAE:
     "An untrained autoencoder whose weights depend on `seed` alone."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(random_generator(seed, "vae", "weights").integers(2**31)))
+        torch.manual_seed(_torch_seed(seed, "weights"))
         return InfoVAE(n_bins, parameters.n_latents, parameters.hidden)
 
+# %% ../nbs/16_vae.ipynb #ce457f72
 def _batch_loss(vae, x, weights, parameters, generator) -> InfoVAELoss:
+    "Loss of a batch, with two draws of its latents."
     mu, logvar = vae.encode(x)
-    def draw(): return mu + torch.randn(mu.shape, generator=generator)*(0.5*logvar).exp()
+    first, second = mu + (0.5*logvar).exp()*torch.randn(2, *mu.shape, generator=generator)
     prior = torch.randn(200, mu.shape[1], generator=generator)
-    return infovae_loss(x, weights, vae.decode(draw()), mu, logvar, draw(), prior, parameters.lambda_, parameters.alpha)
+    return infovae_loss(x, weights, vae.decode(first), mu, logvar, second, prior,
+        parameters.lambda_, parameters.alpha)
 
-def _epoch(vae, x, weights, parameters, generator, optimizer=None) -> dict[str, float]:
-    "One pass, in random order and with steps when there is an optimizer: terms of the loss per spectrum, the discrepancy per batch."
-    sums, n, size = np.zeros(4), len(x), parameters.batch_size
-    order = torch.randperm(n, generator=generator) if optimizer else torch.arange(n)
-    for start in range(0, n, size):
-        rows = order[start:start + size]
+# %% ../nbs/16_vae.ipynb #3b658477
+def _epoch(vae, spectra, parameters, generator, optimizer=None) -> InfoVAELoss:
+    """Terms of the loss per spectrum, as numbers; the discrepancy is the mean of the batches. With
+    an optimizer the order is random and each batch is followed by a step."""
+    x, weights = spectra
+    order = torch.randperm(len(x), generator=generator) if optimizer else torch.arange(len(x))
+    sums = np.zeros(len(InfoVAELoss._fields))
+    for rows in order.split(parameters.batch_size):
         with torch.set_grad_enabled(optimizer is not None):
-            terms = _batch_loss(vae, x.index_select(0, rows), weights.index_select(0, rows), parameters, generator)
+            terms = _batch_loss(vae, x[rows], weights[rows], parameters, generator)
         if optimizer:
-            optimizer.zero_grad(), terms.total.backward(), optimizer.step()
-        sums += [t.item()*(len(rows) if name == "mmd" else 1) for name, t in zip(terms._fields, terms)]
-    return dict(zip(InfoVAELoss._fields, (sums/n).tolist()))
+            optimizer.zero_grad()
+            terms.total.backward()
+            optimizer.step()
+        sums += [term.item() for term in terms._replace(mmd=terms.mmd*len(rows))]
+    return InfoVAELoss(*(sums/len(x)).tolist())
 
 # %% ../nbs/16_vae.ipynb #25ad75da
 class Training:
-    "A training of an autoencoder under way."
+    "A training of an autoencoder under way. Raises `InvalidInputError` for spectra it cannot use."
     def __init__(self,
         vae:InfoVAE,
         x,  # (N, n_bins) float32: normalised spectra, mean subtracted
@@ -167,250 +188,211 @@ class Training:
         parameters:VAEParameters,
         seed:int,
     ):
-        x, weights = _checked_spectra(x, weights)
-        order = random_generator(seed, "vae", "valid").permutation(len(x))
-        n_valid = round(parameters.valid_fraction*len(x))
-        if not 0 < n_valid < len(x): raise InvalidInputError(f"{len(x)} spectra cannot be divided by valid_fraction={parameters.valid_fraction}.")
-        self.vae, self.parameters = vae, parameters
-        self.sets = {name: [torch.from_numpy(a[rows]) for a in (x, weights)] for name, rows in (("valid", order[:n_valid]), ("train", order[n_valid:]))}
-        self.generator = torch.Generator().manual_seed(int(random_generator(seed, "vae", "draws").integers(2**31)))
-        self.optimizer = torch.optim.Adam(vae.parameters(), lr=parameters.lr, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, patience=parameters.plateau_patience)
-        self.history, self.best, self.waited, self.best_state = [], math.inf, 0, None
-        same = parameters.model_dump(mode="json") | dict(epochs=None, seed=seed, n_bins=vae.n_bins)  # more epochs go on from fewer
-        self.fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode() + x.tobytes() + weights.tobytes()).hexdigest()
+        x = _numbers(x, (None, vae.n_bins), "spectra", np.float32)
+        weights = _numbers(weights, x.shape, "weights", np.float32)
+        if (weights < 0).any(): raise InvalidInputError("weights must not be negative.")
+        self.vae, self.parameters, self.seed = vae, parameters, seed
+        self.train, self.valid = _divide(x, weights, parameters.valid_fraction, seed)
+        self.optimizer = Adam(vae.parameters(), lr=parameters.lr, fused=True)
+        self.scheduler = ReduceLROnPlateau(self.optimizer, patience=parameters.plateau_patience)
+        self.history, self.best_epoch, self.best_weights = [], 0, None
+        # a training may be prolonged: the number of epochs is not part of its identity
+        settings = parameters.model_dump(mode="json", exclude={"epochs"})
+        self.fingerprint = fingerprint(settings | {"seed": seed}, x, weights)
 
-    @property
-    def finished(self) -> bool: return len(self.history) >= self.parameters.epochs or self.waited >= self.parameters.stop_patience
-
-def _checked_spectra(x, weights) -> tuple[np.ndarray, np.ndarray]:
-    x, weights = np.asarray(x, np.float32), np.asarray(weights, np.float32)
-    if x.ndim != 2 or x.shape != weights.shape: raise InvalidInputError(f"spectra {x.shape} and weights {weights.shape} must have one shape (N, n_bins).")
-    bad = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(weights).all(1) & (weights >= 0).all(1)))
-    if len(bad): raise InvalidInputError(f"{len(bad)} spectra hold NaN or negative weights, the first in row {bad[0]}.")
-    return x, weights
+# %% ../nbs/16_vae.ipynb #de744bcb
+def _divide(x, weights, valid_fraction, seed):
+    "Two pairs of tensors, spectra and weights: those to train on and those held back."
+    order = random_generator(seed, "vae", "valid").permutation(len(x))
+    n_valid = round(valid_fraction*len(x))
+    if not 0 < n_valid < len(x):
+        raise InvalidInputError(f"{len(x)} spectra cannot be divided by {valid_fraction=}.")
+    return [(torch.from_numpy(x[rows]), torch.from_numpy(weights[rows]))
+            for rows in (order[n_valid:], order[:n_valid])]
 
 # %% ../nbs/16_vae.ipynb #8cab99cb
 @patch
 def step(self:Training):
     "One epoch of training and one look at the held-back spectra."
-    started, p = time.perf_counter(), self.parameters
+    started, epoch = time.perf_counter(), len(self.history)
     lr = self.optimizer.param_groups[0]["lr"]
-    train = _epoch(self.vae.train(), *self.sets["train"], p, self.generator, self.optimizer)
-    # the same draws each time, or luck would decide which epoch is best
-    valid = _epoch(self.vae.eval(), *self.sets["valid"], p, torch.Generator().manual_seed(0))
-    if not math.isfinite(train["total"] + valid["total"]):
-        raise SpecpredError(f"The loss became {train['total']} in epoch {len(self.history)}. Lower vae.lr (now {lr}).")
-    self.scheduler.step(valid["total"])
-    self.waited = 0 if valid["total"] < self.best*(1 - 1e-3) else self.waited + 1
-    if self.waited == 0:
-        self.best, self.best_state = valid["total"], {k: v.clone() for k, v in self.vae.state_dict().items()}
-    row = {"epoch": len(self.history), "lr": lr} | {f"{s}_{k}": v for s, terms in (("train", train), ("valid", valid)) for k, v in terms.items()}
-    self.history.append(row | {"seconds": time.perf_counter() - started})
-
-@patch
-def table(self:Training) -> pd.DataFrame:
-    "One row an epoch, losses per spectrum; `kept` is true in the row of the epoch whose weights are kept."
-    history = pd.DataFrame(self.history)
-    return history.assign(kept=history.index == (history.valid_total == self.best).idxmax())
+    draws = torch.Generator().manual_seed(_torch_seed(self.seed, "epoch", epoch))
+    train = _epoch(self.vae, self.train, self.parameters, draws, self.optimizer)
+    # the same draws each time, so that luck does not decide which epoch is best
+    valid = _epoch(self.vae, self.valid, self.parameters, torch.Generator().manual_seed(0))
+    if not math.isfinite(train.total + valid.total):
+        raise SpecpredError(f"The loss is {train.total} in epoch {epoch}. Lower vae.lr (now {lr}).")
+    self.scheduler.step(valid.total)
+    if not epoch or valid.total < 0.999*self.history[self.best_epoch]["valid_total"]:
+        self.best_epoch, self.best_weights = epoch, copy.deepcopy(self.vae.state_dict())
+    losses = {f"{part}_{term}": value for part, terms in (("train", train), ("valid", valid))
+              for term, value in terms._asdict().items()}
+    seconds = time.perf_counter() - started
+    self.history.append({"epoch": epoch, "lr": lr, **losses, "seconds": seconds})
 
 # %% ../nbs/16_vae.ipynb #5f31a2df
-@patch
-def save(self:Training, path):
-    "Everything needed to go on."
-    state = dict(fingerprint=self.fingerprint, vae=self.vae.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
-        generator=self.generator.get_state(), history=self.history, best=self.best, waited=self.waited, best_state=self.best_state)
-    with atomic_path(path) as part: torch.save(state, part)
+@patch(as_prop=True)
+def finished(self:Training) -> bool:
+    "Whether all epochs are done, or nothing has improved for too long."
+    done, patience = len(self.history), self.parameters.stop_patience
+    return done >= self.parameters.epochs or done > self.best_epoch + patience
+
+_MODULES, _RECORD = ("vae", "optimizer", "scheduler"), ("history", "best_epoch", "best_weights")
 
 @patch
-def restore(self:Training, path) -> bool:
-    "Goes on from a file of `save`; False, and nothing changed, when there is none or it belongs to another training."
-    try: state = torch.load(path, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError): return False  # none, or damaged: start again
-    if not isinstance(state, dict) or state.get("fingerprint") != self.fingerprint: return False
-    self.vae.load_state_dict(state["vae"]), self.optimizer.load_state_dict(state["optimizer"]), self.scheduler.load_state_dict(state["scheduler"])
-    self.generator.set_state(state["generator"])
-    self.history, self.best, self.waited, self.best_state = state["history"], state["best"], state["waited"], state["best_state"]
-    return True
+def checkpoint(self:Training, path):
+    "Writes all that is needed to continue."
+    state = {name: getattr(self, name).state_dict() for name in _MODULES}
+    state |= {name: getattr(self, name) for name in _RECORD}
+    save_checkpoint(path, self.fingerprint, state)
 
-# %% ../nbs/16_vae.ipynb #411ee848
-@contextlib.contextmanager
-def _one_thread():
-    """Layers this small gain little from more threads, lose much when the machine is busy, and with one the numbers do not depend on how many cores
-    there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
+@patch
+def restore(self:Training, path):
+    "Continues from a checkpoint, if there is one and it belongs to this training."
+    state = load_checkpoint(path, self.fingerprint)
+    if state is None: return
+    for name in _MODULES: getattr(self, name).load_state_dict(state[name])
+    for name in _RECORD: setattr(self, name, state[name])
 
 # %% ../nbs/16_vae.ipynb #c4336849
+@_one_thread()
 def fit(
-    vae:InfoVAE,  # trained in place; ends with the weights of the last epoch that improved by 0.1 %, in evaluation mode
+    vae:InfoVAE,  # trained in place; ends with the weights that are kept
     x,  # (N, n_bins) normalised training spectra, mean subtracted
     weights,  # (N, n_bins) see `bin_weights`
     parameters:VAEParameters,
     seed:int,
-    checkpoint = None,  # file to go on from, written every `save_every` seconds
-    save_every:float = 10.,
+    checkpoint = None,  # file to continue from, written every ten seconds
     progress:bool = True,
 ) -> pd.DataFrame:
-    """Trains an autoencoder and returns its history, one row an epoch, losses per spectrum; `kept` marks the epoch whose weights were kept. Raises
-    `InvalidInputError` for NaN and for settings that cannot be, `SpecpredError` when the loss diverges."""
-    training = Training(vae, x, weights, parameters, seed)
-    if checkpoint is not None: training.restore(checkpoint)
-    saved = time.monotonic()
-    with _one_thread(), tqdm(total=parameters.epochs, initial=len(training.history), desc="autoencoder", unit="epoch", disable=not progress) as bar:
-        while not training.finished:
-            training.step(), bar.update()
-            bar.set_postfix({k: f"{training.history[-1][k]:.1f}" for k in ("train_total", "valid_total")})
-            if checkpoint is not None and (training.finished or time.monotonic() - saved >= save_every):
-                training.save(checkpoint)
-                saved = time.monotonic()
-    vae.load_state_dict(training.best_state)
-    vae.eval()
-    return training.table()
+    """Trains an autoencoder. Returns one row an epoch, losses per spectrum; `kept` marks the epoch
+    whose weights were kept. Raises `InvalidInputError` for spectra that are not finite,
+    `SpecpredError` when the loss diverges."""
+    training, saved = Training(vae, x, weights, parameters, seed), time.monotonic()
+    if checkpoint: training.restore(checkpoint)
+    left = range(len(training.history), parameters.epochs)
+    for _ in tqdm(left, desc="autoencoder", unit="epoch", disable=not progress):
+        if training.finished: break
+        training.step()
+        if checkpoint and (training.finished or time.monotonic() - saved > 10):
+            training.checkpoint(checkpoint)
+            saved = time.monotonic()
+    vae.load_state_dict(training.best_weights)
+    history = pd.DataFrame(training.history)
+    return history.assign(kept=history.epoch == training.best_epoch)
 
 # %% ../nbs/16_vae.ipynb #95118f5d
 def random_configurations(
     parameters:VAEParameters,
     seed:int,
 ) -> list[VAEParameters]:
-    "`parameters` itself and `n_trials - 1` variations of it, as drawn by Portillo et al. (2020)."
-    rng, smallest, found = random_generator(seed, "vae", "search"), parameters.n_latents + 1, [parameters]
+    "`parameters` itself and `n_trials - 1` variations of it, drawn as by Portillo et al. (2020)."
+    rng, smallest = random_generator(seed, "vae", "search"), parameters.n_latents + 1
     def log_uniform(low, high): return math.exp(rng.uniform(math.log(low), math.log(high)))
-    while len(found) < parameters.n_trials:
+    configurations = [parameters]
+    for _ in range(parameters.n_trials - 1):
         outer = round(log_uniform(smallest, 2000))
         inner = round(log_uniform(smallest, max(outer, smallest)))
-        found.append(replace(parameters, hidden=(outer, inner), lambda_=log_uniform(1, 1e5)))
-    return found
+        configurations.append(
+            replace(parameters, hidden=(outer, inner), lambda_=log_uniform(1, 1e5)))
+    return configurations
 
 # %% ../nbs/16_vae.ipynb #5fb31b16
+class Trial(NamedTuple):
+    "One setting of the search; losses per held-back spectrum, with the profile's λ and α."
+    lambda_: float
+    outer: int  # size of the outer hidden layer
+    inner: int
+    epochs: int
+    nll: float
+    kld: float
+    mmd: float
+    score: float  # the whole loss, which decides
+
+def _trial(x, weights, configuration, parameters, seed) -> Trial:
+    "Trains with one setting and judges by the loss of another."
+    vae = new_vae(x.shape[1], configuration, seed)
+    short = replace(configuration, epochs=parameters.trial_epochs)
+    history = fit(vae, x, weights, short, seed, progress=False)
+    held_back = Training(vae, x, weights, parameters, seed).valid
+    loss = _epoch(vae, held_back, parameters, torch.Generator().manual_seed(0))
+    return Trial(configuration.lambda_, *configuration.hidden, len(history), loss.nll, loss.kld,
+        loss.mmd, loss.total)
+
+# %% ../nbs/16_vae.ipynb #6a2749eb
 def search(
     x,  # (N, n_bins) normalised training spectra, mean subtracted
     weights,  # (N, n_bins)
     parameters:VAEParameters,  # `n_trials` settings are tried for `trial_epochs` epochs each
     seed:int,
-    table = None,  # CSV file that keeps every finished trial, so that an interrupted search goes on
+    checkpoint = None,  # file with the finished trials, from which an interrupted search continues
     progress:bool = True,
 ) -> tuple[VAEParameters, pd.DataFrame]:
-    """The best settings, and one row a trial with the terms of its loss per held-back spectrum; `score` decides. A single setting is
-    returned untried, with an empty table."""
-    configurations, known, rows = random_configurations(parameters, seed), _finished_trials(table), []
-    if len(configurations) == 1: return parameters, pd.DataFrame(columns=_TRIAL)
-    # a trial is the same, whatever the number of the others: a search that is made longer keeps what it has
-    alone = replace(parameters, n_trials=1)
-    judge = Training(new_vae(x.shape[1], alone, seed), x, weights, alone, seed)
-    for number, configuration in enumerate(tqdm(configurations, desc="settings", unit="trial", disable=not progress)):
-        vae, short = new_vae(x.shape[1], configuration, seed), replace(configuration, n_trials=1, epochs=parameters.trial_epochs)
-        key = f"{judge.fingerprint[:16]}-{hashlib.sha256(repr(short).encode()).hexdigest()[:16]}"
-        rows.append(known.get(key) or dict(trial=number, key=key) | _trial(vae, x, weights, short, seed, judge))
-        if table is not None and key not in known:
-            with atomic_path(table) as part: pd.DataFrame(rows).to_csv(part, index=False)
-    trials = pd.DataFrame(rows)
-    return configurations[int(trials.score.argmin())], trials
-
-# %% ../nbs/16_vae.ipynb #6a2749eb
-_TRIAL = ["trial", "key", "lambda_", "outer", "inner", "epochs", "nll", "kld", "mmd", "score"]  # columns of a search
-
-def _trial(vae, x, weights, configuration, seed, judge:Training) -> dict:
-    "Trains one autoencoder and judges it with the loss of another's settings."
-    history = fit(vae, x, weights, configuration, seed, progress=False)
-    with _one_thread(): terms = _epoch(vae, *judge.sets["valid"], judge.parameters, torch.Generator().manual_seed(0))
-    outer, inner = configuration.hidden
-    return dict(lambda_=configuration.lambda_, outer=outer, inner=inner, epochs=len(history),
-        nll=terms["nll"], kld=terms["kld"], mmd=terms["mmd"], score=terms["total"])
-
-def _finished_trials(table) -> dict[str, dict]:
-    "Rows of an earlier search by their keys; a table that cannot be read is made again."
-    try: return {row["key"]: row for row in pd.read_csv(table).to_dict("records")}
-    except (TypeError, ValueError, OSError, KeyError): return {}
+    "The best settings, and one row a `Trial`. A single setting is returned untried."
+    if parameters.n_trials == 1: return parameters, pd.DataFrame(columns=Trial._fields)
+    # a search with more trials begins with the same ones
+    settings = parameters.model_dump(mode="json", exclude={"n_trials"})
+    identity = fingerprint(settings | {"seed": seed}, x, weights)
+    trials = (load_checkpoint(checkpoint, identity) if checkpoint else None) or []
+    configurations = random_configurations(parameters, seed)
+    left = configurations[len(trials):]
+    for configuration in tqdm(left, desc="settings", unit="trial", disable=not progress):
+        trials.append(tuple(_trial(x, weights, configuration, parameters, seed)))
+        if checkpoint: save_checkpoint(checkpoint, identity, trials)
+    table = pd.DataFrame(trials[:parameters.n_trials], columns=Trial._fields)
+    return configurations[int(table.score.argmin())], table
 
 # %% ../nbs/16_vae.ipynb #737f41e9
 def latent_pca(
     mu,  # (N, n_latents) of the training spectra
     n_targets:int,  # components to keep
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Components (n_targets, n_latents), centre (n_latents,), and the fraction of variance of each of all n_latents components. Raises `InvalidInputError`."
-    mu = np.asarray(mu, float)
-    if mu.ndim != 2 or len(mu) <= mu.shape[1] or not 1 <= n_targets <= mu.shape[1]:
-        raise InvalidInputError(f"Cannot find {n_targets} components of latents of shape {mu.shape}.")
-    centre = mu.mean(0)
-    _, scale, axes = np.linalg.svd(mu - centre, full_matrices=False)
-    axes = axes*np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))  # an axis's sign is free: largest element positive
-    return axes[:n_targets], centre, scale**2/(scale**2).sum()
+) -> LatentAxes:
+    "Principal axes, and the fraction of variance along all n_latents. Raises `InvalidInputError`."
+    from sklearn.decomposition import PCA
+    mu = _numbers(mu, (None, None), "latents")
+    if len(mu) <= mu.shape[1]:
+        raise InvalidInputError(f"{len(mu)} spectra are too few for {mu.shape[1]} axes of latents.")
+    pca = PCA(svd_solver="full").fit(mu)
+    return LatentAxes(pca.components_[:n_targets], pca.mean_, pca.explained_variance_ratio_)
 
 # %% ../nbs/16_vae.ipynb #29500f6b
+@dataclass
 class SpectrumModel:
-    "Normalised spectra (N, n_bins) to standardised targets (N, n_targets) and back."
-    _tensors = ("wavelength", "mean", "components", "centre", "target_mean", "target_std")
+    "Normalised spectra to standardised targets and back. Raises `InvalidInputError`."
+    vae: InfoVAE
+    wavelength: np.ndarray  # (n_bins,) vacuum Angstrom
+    mean: np.ndarray  # (n_bins,) mean normalised spectrum, which the autoencoder does not see
+    components: np.ndarray  # (n_targets, n_latents) axes of the latents
+    centre: np.ndarray  # (n_latents,) of the latents
+    target_mean: np.ndarray  # (n_targets,) over the training spectra
+    target_std: np.ndarray  # (n_targets,)
 
-    def __init__(self,
-        vae:InfoVAE,
-        wavelength,  # (n_bins,) vacuum Angstrom
-        mean,  # (n_bins,) mean normalised spectrum, which the autoencoder does not see
-        components,  # (n_targets, n_latents) of the latents
-        centre,  # (n_latents,) of the latents
-        target_mean,  # (n_targets,) over the training spectra
-        target_std,  # (n_targets,)
-    ):
-        given = (wavelength, mean, components, centre, target_mean, target_std)
-        for name, value in zip(self._tensors, given): setattr(self, name, _finite(value, name))
-        k = len(self.components) if self.components.ndim == 2 else 0
-        expected = dict(wavelength=(vae.n_bins,), mean=(vae.n_bins,), components=(k, vae.n_latents), centre=(vae.n_latents,),
-            target_mean=(k,), target_std=(k,))
-        wrong = [f"{name} {getattr(self, name).shape}, not {shape}" for name, shape in expected.items() if getattr(self, name).shape != shape]
-        if wrong: raise InvalidInputError(f"Parts that do not fit the autoencoder: {'; '.join(wrong)}.")
-        if not (self.target_std > 0).all(): raise InvalidInputError(f"target_std must be positive, got {self.target_std}.")
-        if not all(p.isfinite().all() for p in vae.parameters()): raise InvalidInputError("The weights of the autoencoder must be finite.")
-        self.vae = vae.eval()
+    def __post_init__(self):
+        bins, latents, targets = self.vae.n_bins, self.vae.n_latents, np.shape(self.components)[:1]
+        shapes = dict(wavelength=(bins,), mean=(bins,), components=(*targets, latents),
+            centre=(latents,), target_mean=targets, target_std=targets)
+        for name, shape in shapes.items():
+            setattr(self, name, _numbers(getattr(self, name), shape, name))
+        if (self.target_std <= 0).any():
+            raise InvalidInputError(f"target_std must be positive, got {self.target_std}.")
+        self.vae.eval()
 
     @property
     def n_targets(self) -> int: return len(self.components)
 
-def _finite(values, what) -> np.ndarray:
-    try: array = np.asarray(values, float)
-    except (TypeError, ValueError): array = np.array(np.nan)
-    if not np.isfinite(array).all(): raise InvalidInputError(f"{what} must be finite numbers.")
-    return array
-
-# %% ../nbs/16_vae.ipynb #cc138dc5
-@patch(cls_method=True)
-def fit(cls:SpectrumModel,
-    vae:InfoVAE,  # trained
-    wavelength,  # (n_bins,) vacuum Angstrom
-    mean,  # (n_bins,) mean normalised spectrum
-    filled,  # (N, n_bins) normalised training spectra
-    n_targets:int,
-) -> tuple[SpectrumModel, np.ndarray]:
-    "The bundle of a trained autoencoder with axes and scales from the training spectra, and the fraction of variance of each axis."
-    plain = cls(vae, wavelength, mean, np.eye(vae.n_latents), np.zeros(vae.n_latents), np.zeros(vae.n_latents), np.ones(vae.n_latents))
-    mu = plain.latents(filled)
-    components, centre, fraction = latent_pca(mu, n_targets)
-    targets = (mu - centre) @ components.T
-    std = targets.std(0)
-    if not (std > 0).all(): raise InvalidInputError("The latents of all spectra are the same: the autoencoder has learnt nothing. Train longer.")
-    return cls(vae, wavelength, mean, components, centre, targets.mean(0), std), fraction
-
 # %% ../nbs/16_vae.ipynb #3e855616
-def _matrix(x, columns:int, what:str) -> np.ndarray:
-    x = np.asarray(x, float)
-    if x.ndim != 2 or x.shape[1] != columns: raise InvalidInputError(f"{what} must have the shape (N, {columns}), not {x.shape}.")
-    bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad): raise InvalidInputError(f"{what} must be finite; those in {len(bad)} rows are not, the first is row {bad[0]}.")
-    return x
-
+@torch.no_grad()
 def _in_batches(function, x:np.ndarray, size:int=4096) -> np.ndarray:
-    with torch.no_grad():
-        parts = [function(torch.from_numpy(x[i:i + size].astype(np.float32))).numpy() for i in range(0, max(len(x), 1), size)]
-    return np.concatenate(parts)
+    "A network's function of a numpy array, as numpy array."
+    batches = torch.from_numpy(x.astype(np.float32)).split(size)
+    return torch.cat([function(batch) for batch in batches]).numpy()
 
-# %% ../nbs/16_vae.ipynb #9718e6e2
 @patch
 def latents(self:SpectrumModel,
     filled,  # (N, n_bins) normalised spectra without gaps
 ) -> np.ndarray:
-    "Means of the latents, (N, n_latents) float32. Raises `InvalidInputError` for a wrong shape or NaN."
-    x = _matrix(filled, self.vae.n_bins, "spectra")
+    "Means of the latents, (N, n_latents) float32. Raises `InvalidInputError`."
+    x = _numbers(filled, (None, self.vae.n_bins), "spectra")
     return _in_batches(lambda batch: self.vae.encode(batch)[0], x - self.mean)
 
 @patch
@@ -421,257 +403,174 @@ def encode(self:SpectrumModel,
     targets = (self.latents(filled) - self.centre) @ self.components.T
     return ((targets - self.target_mean)/self.target_std).astype(np.float32)
 
+# %% ../nbs/16_vae.ipynb #9718e6e2
+@patch
+def decode_latents(self:SpectrumModel,
+    z,  # (N, n_latents)
+) -> np.ndarray:
+    "Normalised spectra, (N, n_bins) float32, of latents."
+    return (_in_batches(self.vae.decode, z) + self.mean).astype(np.float32)
+
 @patch
 def decode(self:SpectrumModel,
     targets,  # (N, n_targets) standardised
 ) -> np.ndarray:
-    "Normalised spectra, (N, n_bins) float32, of standardised targets."
-    targets = _matrix(targets, self.n_targets, "targets")
-    z = (targets*self.target_std + self.target_mean) @ self.components + self.centre
-    return (_in_batches(self.vae.decode, z) + self.mean).astype(np.float32)
+    "Normalised spectra, (N, n_bins) float32, of targets."
+    targets = _numbers(targets, (None, self.n_targets), "targets")
+    latents = (targets*self.target_std + self.target_mean) @ self.components + self.centre
+    return self.decode_latents(latents)
 
 @patch
 def reconstruct(self:SpectrumModel,
     filled,  # (N, n_bins) normalised spectra without gaps
 ) -> np.ndarray:
-    "The autoencoder's own picture of spectra, through all its latents: (N, n_bins) float32."
-    return (_in_batches(self.vae.decode, self.latents(filled)) + self.mean).astype(np.float32)
+    "The autoencoder's reconstruction through all its latents: (N, n_bins) float32."
+    return self.decode_latents(self.latents(filled))
 
-# %% ../nbs/16_vae.ipynb #db0209a8
-def read_safetensors(
-    path,  # of the file
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    "Metadata and tensors of a safetensors file. Raises `MissingInputError` and, for one that is cut short or something else, `DamagedFileError`."
-    if not Path(path).is_file(): raise MissingInputError(f"There is no weights file {path}.")
-    try:
-        with safe_open(path, "pt") as file: return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
-
-def tensor_shapes(
-    tensors,  # a state_dict
-) -> dict[str, tuple]:
-    "Shapes by key."
-    return {key: tuple(value.shape) for key, value in tensors.items()}
-
-def check_keys(
-    expected:dict[str, tuple],  # shapes by key
-    found:dict[str, tuple],  # likewise
-    problem:str,  # beginning of the message
-):
-    "Raises `WeightsError` that lists what differs unless keys and shapes agree."
-    differences = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items() if found.get(key, shape) != shape]}
-    lists = [f"{len(keys)} {kind}: {', '.join(keys[:4] + ['…']*(len(keys) > 4))}" for kind, keys in differences.items() if keys]
-    if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")
+# %% ../nbs/16_vae.ipynb #cc138dc5
+@patch(cls_method=True)
+def fit(cls:SpectrumModel,
+    vae:InfoVAE,  # trained
+    wavelength,  # (n_bins,) vacuum Angstrom
+    mean,  # (n_bins,) mean normalised spectrum
+    filled,  # (N, n_bins) normalised training spectra
+    n_targets:int,
+) -> tuple[SpectrumModel, np.ndarray]:
+    """The model of a trained autoencoder, with axes and scales from the training spectra, and the
+    fraction of the latents' variance along each axis."""
+    zeros, ones = np.zeros(vae.n_latents), np.ones(vae.n_latents)
+    mu = cls(vae, wavelength, mean, np.diag(ones), zeros, zeros, ones).latents(filled)
+    axes = latent_pca(mu, n_targets)
+    targets = (mu - axes.centre) @ axes.components.T
+    scale = targets.mean(0), targets.std(0)
+    return cls(vae, wavelength, mean, axes.components, axes.centre, *scale), axes.fraction
 
 # %% ../nbs/16_vae.ipynb #fd20eaf4
-_FORMAT = "specpred.vae.SpectrumModel"
+_ARRAYS = ("wavelength", "mean", "components", "centre", "target_mean", "target_std")
 
 @patch
 def save(self:SpectrumModel,
-    path,  # of the safetensors file
+    path,  # of the weights file
     **provenance,  # anything that JSON can hold: seed, profile, ...
 ):
-    "Writes the bundle as one safetensors file with JSON metadata."
-    tensors = {f"vae.{k}": v.contiguous() for k, v in self.vae.state_dict().items()}
-    tensors |= {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in self._tensors}
-    metadata = dict(format=_FORMAT, version="1", provenance=json.dumps(provenance),
-        arguments=json.dumps(dict(n_bins=self.vae.n_bins, n_latents=self.vae.n_latents, hidden=self.vae.hidden)))
-    with atomic_path(path) as part: save_file(tensors, part, metadata)
+    "Writes the model as one weights file, see `weights.write_weights`."
+    tensors = {f"vae.{name}": value for name, value in self.vae.state_dict().items()}
+    tensors |= {name: torch.tensor(getattr(self, name)) for name in _ARRAYS}
+    sizes = dict(n_bins=self.vae.n_bins, n_latents=self.vae.n_latents, hidden=self.vae.hidden)
+    metadata = dict(kind="SpectrumModel", arguments=sizes, provenance=provenance)
+    write_weights(path, tensors, metadata)
 
 # %% ../nbs/16_vae.ipynb #e9fb25ad
 @patch(cls_method=True)
 def load(cls:SpectrumModel,
     path,  # of a file that `save` wrote
 ) -> SpectrumModel:
-    "Reads a bundle. Raises `MissingInputError`, `DamagedFileError` for a truncated file, `WeightsError` for a file of another model."
-    if not Path(path).is_file(): raise MissingInputError(f"There is no spectrum model {path}; 16_vae makes it.")
-    metadata, tensors = read_safetensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise WeightsError(f"{path} holds {metadata.get('format') or 'weights'} of something else; expected {_FORMAT}, as 16_vae writes it.")
+    """Reads a model. Raises `MissingInputError`, `DamagedFileError` for a truncated file,
+    `WeightsError` for the file of another model."""
+    metadata, tensors = read_weights(path, "SpectrumModel")
     try:
-        arguments = json.loads(metadata["arguments"])
-        with torch.device("meta"): expected = {f"vae.{k}": v for k, v in tensor_shapes(InfoVAE(**arguments).state_dict()).items()}
-        found = tensor_shapes(tensors)
-        check_keys(expected | {name: found.get(name) for name in cls._tensors}, found, f"The tensors in {path} are not those of its autoencoder")
-        vae = InfoVAE(**arguments)
-        vae.load_state_dict({k.removeprefix("vae."): v for k, v in tensors.items() if k.startswith("vae.")})
-        return cls(vae, **{k: tensors[k].numpy() for k in cls._tensors})
+        with torch.device("meta"): vae = InfoVAE(**metadata["arguments"])
+        arrays = {name: tensors.pop(name).numpy() for name in _ARRAYS}
+        load_state(vae, {name.removeprefix("vae."): value for name, value in tensors.items()},
+            f"the weights in {path}")
+        return cls(vae, **arrays)
     except (KeyError, TypeError, ValueError, RuntimeError, InvalidInputError) as error:
         raise WeightsError(f"{path} does not describe a spectrum model: {error}") from error
 
-# %% ../nbs/16_vae.ipynb #6b75028a
-class _Part:
-    "What a pickle says of an object: its attributes."
-    dump_patches = False  # torch asks this of classes in files of its first format
-
-class _Dtype:
-    "What a pickle says of the numbers in an array: their kind and size, and their byte order."
-    def __init__(self, kind, *_):
-        if not isinstance(kind, str) or not re.fullmatch(r"[fiub]\d{1,2}", kind): raise WeightsError(f"it holds an array of {kind!r}, not of numbers")
-        self.kind, self.order = kind, "="
-    def __setstate__(self, state): self.order = {"<": "<", ">": ">", "|": "|", "=": "="}[state[1]]
-
-def _array(data, dtype, shape=(-1,), order="C"):
-    "An array of the numbers in `data`; a `ValueError` unless they are as many as `shape` says."
-    if not isinstance(dtype, _Dtype): raise WeightsError("it holds an array of something that is no number")
-    return np.frombuffer(data, dtype.order + dtype.kind).reshape(shape, order=order)
-
-class _Array:
-    "An array under construction, which its state makes complete."
-    def __init__(self, *_): self.values = np.zeros(0)
-    def __setstate__(self, state): self.values = _array(state[4], state[2], state[1], "F" if state[3] else "C")
-    def __array__(self, dtype=None, copy=None): return np.array(self.values, dtype)
-
-def _tensor(storage, offset, size, stride, *rest):
-    "As torch makes it, where the storage holds so many numbers; torch would enlarge it."
-    if offset + max(math.prod(size), 1 + sum((n - 1)*s for n, s in zip(size, stride))) > storage._size():
-        raise WeightsError("it holds a tensor that is larger than its storage")
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *rest)
-
-def _storage_from_bytes(data): return torch.load(io.BytesIO(data), weights_only=True)
-
-# %% ../nbs/16_vae.ipynb #c2046dfc
-_NUMPY = {("multiarray", "_reconstruct"): _Array, ("multiarray", "scalar"): lambda dtype, data: _array(data, dtype)[0], ("numeric", "_frombuffer"): _array}
-_ADMITTED = {f"{package}.{module}.{name}": value for (module, name), value in _NUMPY.items() for package in ("numpy.core", "numpy._core")} | {
-    "collections.OrderedDict": OrderedDict, "builtins.set": set, "__builtin__.set": set, "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-    "numpy.ndarray": None, "numpy.dtype": _Dtype,  # the name of the array's class is an argument, never called
-    "torch._utils._rebuild_tensor_v2": _tensor, "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "torch.storage._load_from_bytes": _storage_from_bytes}
-_PARTS = {"torch.nn.modules.linear.Linear", "torch.nn.modules.dropout.Dropout", "sklearn.decomposition._pca.PCA", "sklearn.decomposition.pca.PCA"}
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    "Admits what a pickled autoencoder or PCA is made of, and refuses the rest with a `WeightsError`."
-    def find_class(self, module, name):
-        if (full := f"{module}.{name}") in _ADMITTED: return _ADMITTED[full]
-        if full in _PARTS or name == "InfoVAE": return _Part
-        raise WeightsError(f"it asks for {full}, which neither an autoencoder nor a PCA needs, so it may do harm and was not read further")
-
-# %% ../nbs/16_vae.ipynb #f9ee5dba
-def _unpickle(path):
-    "The object in a pickle or in either format of `torch.save`. Raises `MissingInputError`, `WeightsError`, `DamagedFileError`."
-    if not Path(path).is_file(): raise MissingInputError(f"There is no file {path}.")
-    data = Path(path).read_bytes()
-    restricted = SimpleNamespace(__name__="restricted", Unpickler=_RestrictedUnpickler, load=lambda file, **how: _RestrictedUnpickler(file, **how).load())
-    def through_torch():
-        with warnings.catch_warnings(action="ignore"):  # that the source code of a class is another one now
-            return torch.load(io.BytesIO(data), map_location="cpu", pickle_module=restricted, weights_only=False)
-    try:
-        if data.startswith(b"PK"):
-            with zipfile.ZipFile(io.BytesIO(data)) as archive: members = archive.infolist()
-            # torch would run a TorchScript archive, and it compresses nothing
-            if any(m.filename.endswith("constants.pkl") or m.compress_type != zipfile.ZIP_STORED for m in members):
-                raise WeightsError("it is a TorchScript or a compressed archive, not what torch.save writes")
-            return through_torch()
-        first = restricted.load(io.BytesIO(data))
-        return through_torch() if first == torch.serialization.MAGIC_NUMBER else first
-    except WeightsError as error: raise WeightsError(f"{path} is refused: {error}.") from None
-    except Exception as error:  # a malformed pickle can raise anything
-        raise DamagedFileError(f"{path} is no complete pickle of an autoencoder or a PCA ({type(error).__name__}: {error}).") from error
-
 # %% ../nbs/16_vae.ipynb #ab317664
 def load_published(
-    path,  # a pickled module of class InfoVAE, as Wu & Peek (2020) published it
+    path,  # a pickled network of class InfoVAE, as Portillo et al. (2020) published it
 ) -> InfoVAE:
-    "The published autoencoder, its sizes taken from the file. No code of the file is run. Raises `MissingInputError`, `WeightsError`, `DamagedFileError`."
-    layers = getattr(_unpickle(path), "_modules", None)
+    """The published autoencoder, its sizes taken from the file. No code of the file is run. Raises
+    `MissingInputError`, `WeightsError`, `DamagedFileError`."""
+    tensors = {name: value.float() for name, value in published_vae_tensors(path).items()}
     try:
-        tensors = {f"{layer}.{kind}": tensor.detach().float() for layer, part in layers.items()
-            for kind, tensor in part._parameters.items() if tensor is not None}
-        (outer, n_bins), (inner, _), (n_latents, _) = (tensors[f"{layer}.weight"].shape for layer in ("encd", "enc2", "mu"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} holds no InfoVAE with the layers encd, enc2, mu, lv, decd, dec2 and outp ({error}).") from error
-    vae = InfoVAE(n_bins, n_latents, (outer, inner))
-    check_keys(tensor_shapes(vae.state_dict()), tensor_shapes(tensors), f"{path} is another InfoVAE")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()): raise WeightsError(f"{path} holds NaN among its weights.")
-    vae.load_state_dict(tensors)
-    return vae.eval()
-
-def load_latent_pca(
-    path,  # a pickled sklearn.decomposition.PCA
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Components, centre and fractions of variance, as `latent_pca` returns them. Raises as `load_published`."
-    pca = _unpickle(path)
-    try: parts = [np.asarray(getattr(pca, name), float) for name in ("components_", "mean_", "explained_variance_ratio_")]
-    except (AttributeError, TypeError, ValueError) as error: raise WeightsError(f"{path} holds no fitted PCA ({error}).") from error
-    components, centre, fraction = parts
-    if components.ndim != 2 or centre.shape != components.shape[1:] or fraction.shape != components.shape[:1] or getattr(pca, "whiten", False):
-        raise WeightsError(f"{path} holds a PCA with components {components.shape}, mean {centre.shape}, whiten={getattr(pca, 'whiten', None)}, "
-            "which turns no latents.")
-    return components, centre, fraction
+        outer, n_bins = tensors["encd.weight"].shape
+        inner, n_latents = len(tensors["enc2.weight"]), len(tensors["mu.weight"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path} holds another network than the InfoVAE ({error}).") from error
+    return load_state(InfoVAE(n_bins, n_latents, (outer, inner)), tensors, str(path)).eval()
 
 # %% ../nbs/16_vae.ipynb #1b194899
 def target_stats(
-    catalogue,  # DataFrame or path of the published CSV table, with columns VAE1, VAE2, …
-) -> tuple[np.ndarray, np.ndarray]:
-    "Mean and standard deviation of the targets over all rows, as Wu & Peek (2020) standardised them. Raises `MissingInputError`, `InvalidInputError`."
+    catalogue,  # DataFrame or path of the published CSV table, columns VAE1, VAE2, … in order
+) -> Stats:
+    """Mean and standard deviation of the targets over all rows, with which Wu & Peek (2020)
+    standardised them. Raises `MissingInputError`, `InvalidInputError`."""
     if not isinstance(catalogue, pd.DataFrame):
         try: catalogue = pd.read_csv(catalogue)
-        except FileNotFoundError: raise MissingInputError(f"There is no catalogue {catalogue}.") from None
-        except (ValueError, OSError) as error: raise InvalidInputError(f"{catalogue} is no CSV table ({error}).") from error
-    columns = sorted((c for c in catalogue.columns if re.fullmatch(r"VAE\d+", str(c))), key=lambda c: int(c[3:]))
-    if not columns or columns != [f"VAE{k + 1}" for k in range(len(columns))]:
-        raise InvalidInputError(f"The catalogue must have the columns VAE1, VAE2, …; it has {', '.join(map(str, catalogue.columns))}.")
-    targets = _matrix(catalogue[columns].apply(pd.to_numeric, errors="coerce"), len(columns), "targets of the catalogue")
-    if len(targets) < 2 or not (targets.std(0) > 0).all(): raise InvalidInputError(f"{len(targets)} rows of targets have no standard deviation.")
-    return targets.mean(0), targets.std(0)
+        except FileNotFoundError:
+            raise MissingInputError(f"There is no catalogue {catalogue}.") from None
+        except (ValueError, OSError) as error:
+            raise InvalidInputError(f"{catalogue} is no CSV table ({error}).") from error
+    columns = catalogue.filter(regex=r"^VAE\d+$")
+    targets = _numbers(columns, (None, None), "targets of the catalogue")
+    if not targets.size or not targets.std(0).all():
+        raise InvalidInputError(f"{len(targets)} rows of targets, columns VAE1, VAE2, …, have no "
+            f"standard deviation; the columns are {', '.join(map(str, catalogue.columns))}.")
+    return Stats(targets.mean(0), targets.std(0))
 
 # %% ../nbs/16_vae.ipynb #79238027
-_stats_of_catalogue = target_stats  # from_published has an argument of that name
-
 @patch(cls_method=True)
 def from_published(cls:SpectrumModel,
     vae,  # pickled InfoVAE
     pca,  # pickled PCA of its latents
     meanspec,  # meanspec.npy
-    target_stats = None,  # (mean, std) of the targets, or the catalogue that they are taken from, a DataFrame or a path
+    target_stats,  # mean and std of the targets, from `target_stats` of the published catalogue
     wavelength = None,  # of the bins, vacuum Angstrom; None: the published grid
 ) -> SpectrumModel:
-    "The published files as one bundle. Raises as `load_published`, and `InvalidInputError` without `target_stats`."
-    if target_stats is None:
-        raise InvalidInputError("The published files do not hold mean and standard deviation of the targets. Give target_stats=(mean, std), or take them "
-            "from the published catalogue: target_stats=vae.target_stats('catalogue.csv').")
-    if isinstance(target_stats, (str, Path, pd.DataFrame)): target_stats = _stats_of_catalogue(target_stats)
-    try: target_mean, target_std = target_stats
-    except (TypeError, ValueError):
-        raise InvalidInputError(f"target_stats must be the pair (mean, std) of the targets or a catalogue, got {target_stats!r}.") from None
-    network, (components, centre, _) = load_published(vae), load_latent_pca(pca)
-    try: mean = np.load(meanspec, allow_pickle=False)
-    except FileNotFoundError: raise MissingInputError(f"There is no mean spectrum {meanspec}.") from None
-    except (ValueError, OSError, EOFError) as error: raise DamagedFileError(f"{meanspec} is no array of numbers ({error}).") from error
+    """The published files as one model. Raises as `load_published`, and `InvalidInputError` for
+    statistics that do not fit."""
+    network, axes = load_published(vae), published_pca(pca)
+    try: mean = np.load(meanspec, allow_pickle=False).squeeze()
+    except FileNotFoundError:
+        raise MissingInputError(f"There is no mean spectrum {meanspec}.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise DamagedFileError(f"{meanspec} is no array of numbers ({error}).") from error
     if wavelength is None: wavelength = 10**(3.53 + 0.00039*np.arange(network.n_bins))
-    return cls(network, wavelength, mean.squeeze(), components, centre, target_mean, target_std)
+    return cls(network, wavelength, mean, axes.components, axes.centre, *target_stats)
 
 # %% ../nbs/16_vae.ipynb #e72d8c31
-def _along(model, axis:str, k:int, values) -> np.ndarray:
-    "Decoded spectra with one target at each of the values, in standard deviations, or one latent, in those of the prior, and the others at their mean."
-    if axis == "target": return model.decode(np.outer(values, np.eye(model.n_targets)[k]))
-    return _in_batches(model.vae.decode, model.centre + np.outer(values, np.eye(model.vae.n_latents)[k])) + model.mean
+def _along(model:SpectrumModel, axis:str, values) -> np.ndarray:
+    "Spectra (axis, value, n_bins) with one target or latent at each value, in its deviations."
+    origin, steps = model.centre, np.eye(model.vae.n_latents)
+    if axis == "target":
+        origin = origin + model.target_mean @ model.components
+        steps = model.components*model.target_std[:, None]
+    return np.stack([model.decode_latents(origin + np.outer(values, step)) for step in steps])
+
+def _asinh_scale(ax, middle):
+    "Linear up to `middle`, logarithmic beyond."
+    ticks = middle*np.array([0, 1, 3, 10])
+    ax.set_yscale("asinh", linear_width=middle)
+    ax.minorticks_off()
+    ax.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
 
 # %% ../nbs/16_vae.ipynb #3049f58c
 def plot_traversals(
     model:SpectrumModel,
-    axis:str = "target",  # what moves: "target" or "latent"
+    axis:str = "target",  # what changes: "target" or "latent"
     values = (-2, -1, 0, 1, 2),  # standard deviations
 ):
-    "Decoded spectra along each target or latent, the others at their mean: a figure with one panel for each."
+    "Decoded spectra along each target or latent, the others at their mean: one panel for each."
     import matplotlib.pyplot as plt
-    if axis not in ("target", "latent"): raise InvalidInputError(f'axis is "target" or "latent", not {axis!r}.')
-    n = model.n_targets if axis == "target" else model.vae.n_latents
-    spectra = np.stack([_along(model, axis, k, values) for k in range(n)])
-    fig, axes = plt.subplots(math.ceil(n/2), 2, figsize=(10, 2.3*math.ceil(n/2)), sharex=True, sharey=True, layout="constrained", squeeze=False)
-    colors, middle = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values))), np.median(spectra)
-    for k, ax in enumerate(axes.flat[:n]):
-        for value, color, spectrum in zip(values, colors, spectra[k]):  # the mean on top
-            ax.plot(model.wavelength, spectrum, lw=0.6, color=color, zorder=3 - abs(value)/100, label=f"{value:+g} σ" if value else "mean")
-        ax.set_yscale("asinh", linear_width=middle), ax.minorticks_off()
-        ax.set_yticks(middle*np.array([0, 1, 3, 10]), ["0", *(f"{middle*m:.2g}" for m in (1, 3, 10))])
-        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]], ylim=(min(0, np.percentile(spectra, 0.1)), 1.1*spectra.max()))
-    for ax in axes[:, 0]: ax.set_ylabel("normalised flux")
-    for ax in axes[-1]: ax.set_xlabel("rest-frame wavelength (Å)")
-    for ax in axes.flat[n:]: ax.set_axis_off()
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(values), loc="outside upper center")
+    if axis not in ("target", "latent"):
+        raise InvalidInputError(f'axis is "target" or "latent", not {axis!r}.')
+    spectra = _along(model, axis, values)
+    rows = math.ceil(len(spectra)/2)
+    fig, axes = plt.subplots(rows, 2, figsize=(10, 2.3*rows), sharex=True, sharey=True,
+        layout="constrained", squeeze=False)
+    for k, ax in enumerate(axes.flat):
+        if k == len(spectra):
+            ax.set_axis_off()
+            break
+        ax.set_prop_cycle(color=plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values))))
+        lines = ax.plot(model.wavelength, spectra[k].T, lw=0.6)
+        _asinh_scale(ax, np.median(spectra))
+        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]],
+            ylim=(min(0, np.percentile(spectra, 0.1)), 1.1*spectra.max()))
+    fig.supxlabel("rest-frame wavelength (Å)")
+    fig.supylabel("normalised flux")
+    fig.legend(lines, [f"{value:+g} σ" for value in values], ncols=len(values),
+        loc="outside upper center")
     return fig

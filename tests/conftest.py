@@ -1,16 +1,34 @@
-"Fixtures shared by all tests: one complete smoke run, and the optional folder of real files."
-import os, subprocess, sys
+"""Fixtures shared by all tests: one complete smoke run, and the optional folder of real files.
+
+All tests that need the smoke run go to one of the processes that run tests, which starts with
+them. Other tests of one file stay together, each notebook is by itself."""
+import os
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
+
 from specpred.config import get_paths
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "smoke_output" in item.fixturenames: group = "smoke"
+        elif item.path.name == "test_notebooks.py": group = item.name
+        else: group = item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "smoke_output" not in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
 def smoke_output(tmp_path_factory):
-    "What `specpred reproduce --profile smoke` printed, started in a folder that has nothing to do with the checkout."
+    "Paths of a smoke run that was started far from the checkout, and what it printed."
     data = tmp_path_factory.mktemp("data with space")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    command = [Path(sys.executable).parent/"specpred", "reproduce", "--profile", "smoke", "--data-dir", str(data)]
+    command = [Path(sys.executable).parent/"specpred", "reproduce", "--profile", "smoke",
+        "--data-dir", str(data)]
     done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return get_paths("smoke", data), done.stdout

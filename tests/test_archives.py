@@ -122,14 +122,14 @@ def test_every_good_file_arrives_through_faults_and_every_bad_one_is_explained(l
 
 def test_what_arrived_through_faults_goes_through_the_next_stages(through_faults, tmp_path):
     from specpred.images import pack_images
-    from specpred.spectra import build_store, load_store
+    from specpred.eigenspectra import build_store, load_store
     raw, catalogue = through_faults
     complete = catalogue[catalogue.has_images].head(40)
     assert pack_images(complete.specobjid.to_numpy(), raw/"cutouts", tmp_path/"images.zarr", SIZE, n_jobs=1, progress=False) == {}
     narrow = SpectraParameters(n_bins=80, loglam0=3.566, dloglam=0.0002, n_components=2, n_iter=2)
-    left_out = build_store(catalogue, raw/"spectra", tmp_path/"spectra.zarr", narrow, progress=False)
+    left_out = build_store(catalogue, raw/"spectra", tmp_path/"spectra", narrow, progress=False)
     assert left_out["no spectrum"] == (~catalogue.has_spectrum).sum() and set(left_out) <= {"no spectrum"}
-    assert sorted(load_store(tmp_path/"spectra.zarr").specobjid) == sorted(catalogue.specobjid[catalogue.has_spectrum])
+    assert sorted(load_store(tmp_path/"spectra").specobjid) == sorted(catalogue.specobjid[catalogue.has_spectrum])
 
 
 # a process that has imported everything, and forks a download for each line that it reads
@@ -532,7 +532,7 @@ def read_mutated_files(seed, n, folder, survey):
     "Hands `n` mutated files to every reader of FITS; returns how many were read and refused, and the longest time, seconds."
     import resource
     from specpred.images import read_cutout
-    from specpred.spectra import read_sdss
+    from specpred.formats import read_sdss
     stack, path = next(Path(survey).rglob("*.stk.r.unconv.fits")).read_bytes(), Path(folder)/"file.fits"
     spectrum, rng = _miniature_spectrum(266, 51602, 1, np.random.default_rng(seed)), np.random.default_rng(seed)
     archive, row = LocalArchive(survey), pd.read_parquet(Path(survey)/"skyserver/SpecObj.parquet").iloc[0]

@@ -1,0 +1,206 @@
+"""Loaders that make whole batches: the galaxies of the store, the same numbers from the same seed,
+and a fastai `Learner` that takes them as its own. Trainings that repeat and resume."""
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from fastai.basics import Callback, Learner, defaults
+from specpred.config import InvalidInputError, Paths, TrainingParameters
+from specpred.images import Augmentation, open_images, pack_arrays, turn
+from specpred.models import MODELS, load, predict_batches
+from specpred.surveys import SDSS
+from specpred.training import (
+    GalaxySet,
+    batch_loaders,
+    make_sample,
+    memory_for,
+    rmse,
+    target_columns,
+    train_model,
+    train_models,
+)
+
+STATS = np.zeros(6), np.ones(6)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    "40 galaxies; target 1 is the brightness."
+    rng = np.random.default_rng(0)
+    flux = 1000*rng.lognormal(size=(40, 1, 1, 1)) + rng.normal(0, 50, (40, 5, 24, 24))
+    folder = tmp_path_factory.mktemp("sample")/"images"
+    pack_arrays(np.arange(100, 140), flux.astype("f4"), folder)
+    split = np.resize(["train", "train", "train", "valid", "test", "calib"], 40)
+    targets = rng.normal(size=(40, 6)).astype("f4")
+    targets[:, 0] = np.log(flux.mean((1, 2, 3)))
+    latents = pd.DataFrame(targets, columns=[f"target_{k}" for k in range(1, 7)])
+    return make_sample(
+        open_images(folder), latents.assign(specobjid=np.arange(100, 140), split=split)
+    )
+
+
+def loaders(sample, **options):
+    return batch_loaders(sample, **{"batch_size": 7, "device": "cpu"} | options)
+
+
+def predictions(model, sample, rows):
+    return predict_batches(model, [sample.images.read(rows.specobjid)], sample.transform)
+
+
+def same_weights(a, b):
+    return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def test_every_training_galaxy_comes_once_an_epoch_turned_exactly(sample):
+    dls = loaders(sample, augmentation=Augmentation(p_rotate=0.))
+    train = sample.rows("train")
+    seen = []
+    for x, y in dls.train:
+        for image, target in zip(x, y, strict=True):
+            k = int(np.abs(train.target_1 - target[0].item()).argmin())
+            original = sample.transform(sample.images.read(train.specobjid.iloc[[k]])[0])
+            turned = [turn(torch.from_numpy(original), code) for code in range(8)]
+            assert any(torch.allclose(image, each, atol=2e-3) for each in turned)
+            seen.append(k)
+    assert sorted(seen) == list(range(21)) and seen != sorted(seen)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_epoch_follows_from_seed_and_number(sample, keep):
+    ahead, direct = loaders(sample, seed=3), loaders(sample, seed=3, keep=keep)
+    for _ in range(3): last = list(ahead.train)
+    direct.train.epoch = 2
+    again = list(direct.train)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(last, again, strict=True) for k in (0, 1))
+    other = loaders(sample, seed=4)
+    other.train.epoch = 2
+    assert not torch.equal(next(iter(other.train))[1], again[0][1])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_learner_takes_them_as_its_own(sample, keep, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS["conv3"](c_in=5, n_out=6)
+    learn = Learner(loaders(sample, keep=keep), model, loss_func=rmse, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=5, show_plot=False)
+        learn.fit_one_cycle(1, 1e-2)
+        loss = learn.validate()[0]
+        predicted, targets = learn.get_preds(ds_idx=1)
+        on_train, train_targets = learn.get_preds(ds_idx=0)
+    valid, train = sample.rows("valid"), sample.rows("train")
+    np.testing.assert_array_equal(targets, valid[target_columns(valid)])
+    expected = predictions(learn.model, sample, valid)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(loss, rmse(predicted, targets), rtol=1e-5)
+    # get_preds undoes the shuffling
+    np.testing.assert_array_equal(train_targets, train[target_columns(train)])
+    assert on_train.shape == (21, 6)
+    learn.dls.show_batch(max_n=4)
+    assert len(plt.gcf().axes) == 4
+    plt.close("all")
+
+
+def test_batches_can_come_from_processes(sample):
+    dls, workers = loaders(sample), loaders(sample, keep=False, num_workers=2)
+    for a, b in zip(dls.train, workers.train, strict=True):
+        assert torch.equal(torch.as_tensor(a[0]), torch.as_tensor(b[0])) and torch.equal(a[1], b[1])
+
+
+class Interrupt(Callback):
+    order = 99
+    def before_epoch(self):
+        if self.epoch == 2: raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path):
+    parameters = TrainingParameters(epochs=3, batch_size=7, max_shift=1)
+    def train(checkpoint):
+        dls = loaders(sample, augmentation=Augmentation(max_shift=1))
+        return train_model("conv3", dls, parameters, 0, tmp_path/checkpoint, progress=False)
+    whole = train("whole")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(defaults, "callbacks", [*defaults.callbacks, Interrupt])
+        with pytest.raises(KeyboardInterrupt): train("cut")
+    resumed = train("cut")
+    assert same_weights(whole.learn.model.state_dict(), resumed.learn.model.state_dict())
+    pd.testing.assert_frame_equal(
+        whole.history.drop(columns="seconds"), resumed.history.drop(columns="seconds"))
+
+
+def test_a_checkpoint_of_another_training_is_not_taken_up(sample, tmp_path):
+    def train(lr, checkpoint):
+        parameters = TrainingParameters(epochs=1, batch_size=7, lr=lr)
+        return train_model(
+            "conv3", loaders(sample), parameters, 0, tmp_path/checkpoint, progress=False
+        )
+    train(1e-2, "shared")
+    after, alone = train(1e-3, "shared"), train(1e-3, "alone")
+    assert same_weights(after.learn.model.state_dict(), alone.learn.model.state_dict())
+
+
+def test_the_order_of_models_does_not_matter(sample, tmp_path):
+    for name, models in dict(ab=("conv3", "deconv3"), b=("deconv3",)).items():
+        parameters = TrainingParameters(models=models, epochs=1, batch_size=7)
+        train_models(sample, STATS, parameters, 0, Paths(tmp_path/name), progress=False)
+    both, alone = (load(Paths(tmp_path/name).weights("deconv3", 0)) for name in ("ab", "b"))
+    assert same_weights(both.model.state_dict(), alone.model.state_dict())
+
+
+def test_weights_of_other_bands_say_so(tmp_path):
+    rng = np.random.default_rng(1)
+    n = len(SDSS.bands)
+    flux = rng.lognormal(5, 1, (24, 1, 1, 1)) + rng.normal(0, 5, (24, n, 16, 16))
+    pack_arrays(np.arange(24), flux.astype("f4"), tmp_path/"images", SDSS)
+    latents = pd.DataFrame(dict(specobjid=np.arange(24), target_1=np.log(flux.mean((1, 2, 3)))))
+    latents["split"] = np.resize(["train", "valid", "calib", "train"], 24)
+    sample = make_sample(open_images(tmp_path/"images"), latents)
+    parameters, paths = (
+        TrainingParameters(models=("conv3",), epochs=1, batch_size=4),
+        Paths(tmp_path),
+    )
+    train_models(sample, ([0.], [1.]), parameters, 0, paths, progress=False)
+    trained = load(paths.weights("conv3", 0))
+    assert trained.survey == SDSS and trained.channels == SDSS.bands
+    assert trained.predict(flux).shape == (24, 1)
+    with pytest.raises(InvalidInputError, match="bands"): trained.predict(flux[:, :3])
+
+
+def test_images_go_where_there_is_room(sample, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10e9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4e9, 8e9))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    galaxy = sample.images.pixels[0].nbytes
+    assert memory_for(sample.images, 10**9//galaxy, gpu) == gpu
+    assert memory_for(sample.images, 3*10**9//galaxy, gpu) == cpu
+    assert memory_for(sample.images, 6*10**9//galaxy, gpu) is None
+    assert memory_for(sample.images, 6*10**9//galaxy, gpu, keep=True) == cpu
+
+
+def test_a_saturated_star_stays_finite(tmp_path):
+    flux = np.random.default_rng(0).normal(0, 1, (4, 5, 16, 16)).astype("f4")
+    pack_arrays(np.arange(4), flux, tmp_path/"quiet")
+    flux[2, :, 8, 8] = 1e9
+    pack_arrays(np.arange(4), flux, tmp_path/"images")
+    latents = pd.DataFrame(dict(specobjid=np.arange(4), target_1=0., split="train"))
+    quiet = make_sample(open_images(tmp_path/"quiet"), latents, "linear")
+    sample = type(quiet)(open_images(tmp_path/"images"), quiet.table, quiet.transform)
+    values = GalaxySet(sample, "train", memory=torch.device("cpu")).values
+    assert values.dtype == torch.float16 and torch.isfinite(values).all()
+
+
+def test_samples_without_what_is_needed_are_refused(sample):
+    table = sample.table
+    with pytest.raises(InvalidInputError, match="no column target_1"):
+        make_sample(sample.images, table[["specobjid", "split"]])
+    with pytest.raises(InvalidInputError, match="in train"):
+        make_sample(sample.images, table[table.split != "train"])
+    for size in (0, 7.5):
+        with pytest.raises(InvalidInputError, match="whole number of galaxies"):
+            loaders(sample, batch_size=size)
+    with pytest.raises(InvalidInputError, match="in valid"):
+        loaders(make_sample(sample.images, table[table.split != "valid"]))
