@@ -52,7 +52,7 @@ def table(steps, chosen, heading):
 def table_of_forms(steps, chosen):
     "What each form gains: the ratio to the form before it, and of the last to the first."
     rows = ["| arithmetic | " + " | ".join(steps) + " |", "|---|" + "---|"*len(steps)]
-    columns = [rounds({form: in_form(step, functions) for form, functions in FORMS.items()}, chosen)
+    columns = [rounds({form: in_form(step, steps_of) for form, steps_of in FORMS.items()}, chosen)
                for step in steps.values()]
     forms = list(FORMS)
     for before, form in zip(forms, forms[1:], strict=False):

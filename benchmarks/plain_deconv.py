@@ -1,4 +1,4 @@
-"""Plainer arithmetic of deconvolution, as a measure of the library's."""
+"""Plainer Newton-Schulz steps, as a measure of the library's."""
 from functools import wraps
 from unittest.mock import patch
 
@@ -26,24 +26,15 @@ def twelve_products(A, n_iter):
     return Z
 
 
-def plain_statistics(X):
-    "Mean and covariance of samples, differentiated by autograd."
-    mean = X.mean(-1, keepdim=True)
-    X = X - mean
-    return mean, X @ X.mT/X.shape[-1]
+# from the published arithmetic to the library's
+FORMS = {"published steps": published_steps, "twelve products": twelve_products,
+         "gradient by hand": None}
 
 
-# functions of `specpred.deconv` to replace, from the published arithmetic to the library's
-FORMS = {
-    "published steps": dict(newton_schulz=published_steps, sample_statistics=plain_statistics),
-    "twelve products": dict(newton_schulz=twelve_products, sample_statistics=plain_statistics),
-    "gradient of the steps": dict(sample_statistics=plain_statistics),
-    "gradient of the covariance": {}}
-
-
-def in_form(step, functions):
-    "The function `step`, during which every deconvolution computes with other `functions`."
+def in_form(step, newton_schulz):
+    "The function `step`, during which every deconvolution takes other Newton-Schulz steps."
+    if newton_schulz is None: return step
     @wraps(step)
     def replaced():
-        with patch.multiple("specpred.deconv", **functions): return step()
-    return replaced if functions else step
+        with patch("specpred.deconv.newton_schulz", newton_schulz): return step()
+    return replaced

@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, valida
 from torch import Tensor, nn
 
 from .config import InvalidInputError
-from .deconv_fast import newton_schulz, sample_statistics
+from .deconv_fast import newton_schulz
 
 # %% auto #0
 __all__ = ['inverse_square_root', 'whitening', 'FastDeconv', 'ChannelDeconv', 'Delinear']
@@ -36,16 +36,18 @@ def inverse_square_root(
     norm = torch.linalg.matrix_norm(cov, keepdim=True)
     return newton_schulz(cov/norm, n_iter)/norm.sqrt()
 
-# %% ../nbs/17_deconv.ipynb #506c6344
+# %% ../nbs/17_deconv.ipynb #10bdadfa
 def whitening(
     X:Tensor,  # features × samples, (…, F, m)
     eps:float=1e-5,  # added to the diagonal of the covariance
     n_iter:int=5,  # Newton–Schulz steps
 ) -> tuple[Tensor, Tensor]:  # mean (…, F, 1) and C^(-1/2) (…, F, F)
     "Mean and inverse square root of the covariance of samples. Source: Ye et al. (2020)."
-    mean, cov = sample_statistics(X)
+    mean = X.mean(-1, keepdim=True)
+    X = X - mean
     identity = torch.eye(X.shape[-2], dtype=X.dtype, device=X.device)
-    return mean, inverse_square_root(cov + eps*identity, n_iter)
+    cov = X @ X.mT/X.shape[-1] + eps*identity
+    return mean, inverse_square_root(cov, n_iter)
 
 def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
