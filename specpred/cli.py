@@ -100,16 +100,18 @@ def download(
 
 # %% ../nbs/24_cli.ipynb #6d96118e
 def _download(profile, overrides, data_dir, dry_run:bool, status:bool, retry_missing:bool):
-    from specpred import archives
+    from specpred import download as downloads
     from specpred.config import get_paths, get_profile
+    from specpred.surveys import find_survey
     chosen = get_profile(profile, overrides)
     paths, images = get_paths(chosen, data_dir), chosen.images
-    what = (chosen.archives, paths.raw, images.size, chosen.seed, paths.mock)
-    if dry_run: print(archives.plan_download(*what))
-    elif status: print(archives.describe_download(paths.raw))
+    survey = find_survey(images.survey)
+    what = (chosen.archives, paths.raw, survey, images.size, chosen.seed, paths.mock)
+    if dry_run: print(downloads.plan_download(*what))
+    elif status: print(downloads.describe_download(paths.raw))
     else:
-        catalogue = archives.download(*what, retry_missing=retry_missing)
-        print(archives.describe_download(paths.raw), archives.losses(catalogue).to_string(),
+        catalogue = downloads.download(*what, retry_missing=retry_missing)
+        print(downloads.describe_download(paths.raw), downloads.losses(catalogue).to_string(),
             paths.catalogue, sep="\n\n")
 
 # %% ../nbs/24_cli.ipynb #e8fc16cb
@@ -129,13 +131,13 @@ def serve(
         help='Its faults, e.g. "passing=0.1 lasting=0.02 kinds=busy,page seed=3".')] = "",
 ):
     "Serve a folder on 127.0.0.1 until interrupted, and say how to download from it."
-    from specpred.archives import ArchiveURLs, read_faults, serve_forever
+    from specpred.local_archive import ArchiveURLs, read_faults, serve_forever
     def announce(port:int):
         urls = vars(ArchiveURLs.local(port)).items()
         settings = " ".join(f"--set archives.{name}={url}" for name, url in urls)
         print(f"serving {folder} on port {port}; to download from it into a folder of its own:\n"
             f"  specpred download --data-dir from-{port} {settings}", flush=True)
-    try: serve_forever(folder, port, read_faults(faults), True, announce)
+    try: serve_forever(folder, port, read_faults(faults), announce)
     except KeyboardInterrupt: print("stopped")
 
 # %% ../nbs/24_cli.ipynb #d2e9f2c7

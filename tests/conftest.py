@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from specpred.config import get_paths
+from specpred.config import MockParameters, get_paths
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,3 +46,13 @@ def real_data():
     folder = os.environ.get("SPECPRED_REAL_DATA")
     if not folder: pytest.skip("SPECPRED_REAL_DATA does not name a folder with real SDSS spectra")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mock(tmp_path_factory):
+    "A small mock survey; tests read it and leave it as it is."
+    from specpred.mock_survey import make_survey
+    folder = tmp_path_factory.mktemp("mock")
+    numbers = MockParameters(n_galaxies=40, n_spectra_only=6, galaxies_per_side=2, stamp_size=40)
+    make_survey(numbers, folder, seed=1, n_jobs=1, progress=False)
+    return folder
