@@ -428,7 +428,7 @@ def split_catalogue(
     only_images = own and not (catalogue.plate > 0).any()
     return catalogue.assign(block=sky.block, split="test" if only_images else sky.split)
 
-# %% ../nbs/08_catalogue.ipynb #b0ef95ec
+# %% ../nbs/08_catalogue.ipynb #c0620531
 SPLIT_COLOURS = dict(train=BLUE, valid=ORANGE, calib=GREEN, test=PURPLE)
 
 def plot_split(
@@ -451,6 +451,7 @@ def plot_split(
     for label in ax.get_xticklabels(): label.set_bbox(dict(facecolor="white", edgecolor="none"))
     ax.set(xlabel="right ascension", ylabel="declination")
     ax.grid(alpha=0.3)
+    ax.set_axisbelow(False)  # labels of right ascension above the galaxies
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.22), ncol=5, markerscale=4, frameon=False,
         fontsize=8)
     return ax
