@@ -428,10 +428,9 @@ def split_catalogue(
     only_images = own and not (catalogue.plate > 0).any()
     return catalogue.assign(block=sky.block, split="test" if only_images else sky.split)
 
-# %% ../nbs/08_catalogue.ipynb #3675cd8b
+# %% ../nbs/08_catalogue.ipynb #c0620531
 SPLIT_COLOURS = dict(train=BLUE, valid=ORANGE, calib=GREEN, test=PURPLE)
 
-# %% ../nbs/08_catalogue.ipynb #8b64a4db
 def plot_split(
     ra,  # (N,) degrees
     dec,  # (N,) degrees
@@ -449,8 +448,10 @@ def plot_split(
             color=colour, label=f"{name} ({rows.sum():,})", rasterized=True)
     ax.axhline(np.radians(PS1_SOUTH), color="k", ls="--", lw=0.8, label="southern edge of PS1")
     ax.set_xticks(np.radians([-120, -60, 0, 60, 120]), ["300°", "240°", "180°", "120°", "60°"])
+    for label in ax.get_xticklabels(): label.set_bbox(dict(facecolor="white", edgecolor="none"))
     ax.set(xlabel="right ascension", ylabel="declination")
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.28), ncol=5, markerscale=4, frameon=False,
+    ax.set_axisbelow(False)  # labels of right ascension above the galaxies
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.22), ncol=5, markerscale=4, frameon=False,
         fontsize=8)
     return ax

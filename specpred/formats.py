@@ -28,14 +28,13 @@ __all__ = ['RUN2D_PATTERN', 'BOSS_RUN2D', 'PIXEL_MASK_BITS', 'DLOGLAM', 'SPZLINE
            'specobjid_of_spectrum', 'specobjid_of_position', 'damage_reported', 'open_fits', 'mask_bits',
            'SDSSSpectrum', 'read_sdss', 'check_spectrum', 'sdss_spectrum_bytes', 'from_specutils', 'skycell_path',
            'skycell_wcs', 'Pixel', 'sky_to_pixel', 'asinh_scale', 'asinh_unscale', 'linear_counts', 'Skycell',
-           'skycell_bytes', 'read_skycell', 'Cutout', 'read_cutout', 'check_cutout', 'air_to_vacuum']
+           'read_skycell', 'skycell_bytes', 'Cutout', 'read_cutout', 'check_cutout', 'air_to_vacuum']
 
-# %% ../nbs/04_formats.ipynb #e98373d0
+# %% ../nbs/04_formats.ipynb #75790185
 RUN2D_PATTERN = r"\d{2,3}|v\d+(_\d+){1,2}"
 BOSS_RUN2D = dict(dr9="v5_4_45", dr10="v5_5_12", dr11="v5_6_5", dr12="v5_7_0", dr13="v5_9_0",
     dr14="v5_10_0", dr15="v5_10_0", dr16="v5_13_0", dr17="v5_13_2")
 
-# %% ../nbs/04_formats.ipynb #f755310e
 def spectrum_name(
     plate:int,
     mjd:int,
@@ -44,6 +43,7 @@ def spectrum_name(
     "File name of a spectrum."
     return f"spec-{int(plate):04d}-{int(mjd):05d}-{int(fiberid):04d}.fits"
 
+# %% ../nbs/04_formats.ipynb #d86bb9ca
 def spectrum_path(
     run2d:str,  # the reduction, "26", "103", "104" or e.g. "v5_13_2"
     plate:int,
@@ -484,7 +484,7 @@ def _sdss_units(spectrum) -> tuple[np.ndarray, np.ndarray]:
     except (units.UnitConversionError, AttributeError, TypeError) as error:
         raise InvalidInputError(f"This is no spectrum of a flux density ({error}).") from error
 
-# %% ../nbs/04_formats.ipynb #e79dfcbd
+# %% ../nbs/04_formats.ipynb #fe19c31b
 def from_specutils(
     spectrum,  # specutils.Spectrum, one-dimensional, on pixels of `DLOGLAM` dex
     ivar=None,  # (n,) inverse variance of the flux in SDSS's unit, for one without uncertainty
@@ -494,7 +494,8 @@ def from_specutils(
     uncertainty unknown, or an array of another length."""
     wavelength, factor = _sdss_units(spectrum)
     if spectrum.uncertainty is not None:
-        ivar = spectrum.uncertainty.represent_as(InverseVariance).array/factor**2
+        with np.errstate(divide="ignore"):  # where nothing was measured
+            ivar = spectrum.uncertainty.represent_as(InverseVariance).array/factor**2
     if ivar is None: raise InvalidInputError("This spectrum has no uncertainty; give its ivar.")
     values = _UNKNOWN | dict(and_mask=np.zeros(len(factor), np.uint32))
     values |= {name: spectrum.meta[name] for name in _META if name in spectrum.meta}
@@ -591,12 +592,22 @@ def linear_counts(
     values = np.asarray(values, np.float64)
     return asinh_unscale(values, header["BSOFTEN"], header["BOFFSET"]).astype(np.float32)
 
-# %% ../nbs/04_formats.ipynb #eac04c1c
+# %% ../nbs/04_formats.ipynb #59546653
 class Skycell(NamedTuple):
     "A stack image."
     counts: np.ndarray  # (side, side) float64, linear; NaN where there are no data
     header: fits.Header
 
+def read_skycell(
+    source:str | os.PathLike | bytes,  # path or contents of a stack file
+) -> Skycell:
+    "Reads a stack image. Raises `MissingInputError` or `DamagedFileError`."
+    with open_fits(source) as hdus:
+        header = hdus[1].header
+        values = np.asarray(hdus[1].data, np.float64)
+        return Skycell(asinh_unscale(values, header["BSOFTEN"], header["BOFFSET"]), header)
+
+# %% ../nbs/04_formats.ipynb #4795c7dc
 def skycell_bytes(
     counts:np.ndarray,  # (side, side) linear, NaN where there are no data
     wcs:astropy.wcs.WCS,  # noqa: F821  of `skycell_wcs`
@@ -622,15 +633,6 @@ def skycell_bytes(
     stream = io.BytesIO()
     fits.HDUList([fits.PrimaryHDU(), image]).writeto(stream)
     return stream.getvalue()
-
-def read_skycell(
-    source:str | os.PathLike | bytes,  # path or contents of a stack file
-) -> Skycell:
-    "Reads a stack image. Raises `MissingInputError` or `DamagedFileError`."
-    with open_fits(source) as hdus:
-        header = hdus[1].header
-        values = np.asarray(hdus[1].data, np.float64)
-        return Skycell(asinh_unscale(values, header["BSOFTEN"], header["BOFFSET"]), header)
 
 # %% ../nbs/04_formats.ipynb #5e0dc48f
 def _band_of(header) -> str | None:
