@@ -11,7 +11,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb)
 
 help:
 	@echo "make demo     the whole pipeline on mock galaxies, no network needed after installation (about 15 minutes)"
-	@echo "make test     all checks (about 20 minutes)"
+	@echo "make test     all checks (about 12 minutes)"
 	@echo "make docs     the documentation site, from the last run, in docs/_build/html"
 	@echo "make figures  copy the last demo run's figures into figures/"
 	@echo "make lock     resolve requirements.lock anew from settings.ini"

@@ -1,7 +1,7 @@
 """A training step (forward and backward) of FastDeconv beside nn.Conv2d and the published steps."""
 import torch
 from interleaved import arguments, label, ratio, rounds, setting, write
-from plain_deconv import with_published_steps
+from plain_deconv import FORMS, in_form
 from torch import nn
 
 from specpred.deconv import FastDeconv
@@ -32,7 +32,7 @@ def measure(sizes, stride, side, needs_gradient, chosen):
               for kind in (nn.Conv2d, FastDeconv, FastDeconv)]
     if chosen.compile: layers = [torch.compile(layer) for layer in layers]
     conv, published, ours = (training_step(layer, x, chosen.bf16) for layer in layers)
-    steps = dict(conv=conv, published=with_published_steps(published), ours=ours)
+    steps = dict(conv=conv, published=in_form(published, FORMS["published steps"]), ours=ours)
     return rounds(steps, chosen)
 
 

@@ -1,4 +1,4 @@
-"""A training step of each model beside the published steps, and evaluation of the folded models."""
+"""A training step of each model beside the published steps, and evaluation of the fused models."""
 import torch
 from interleaved import arguments, label, ratio, rounds, setting, write
 from plain_deconv import with_published_steps
@@ -59,7 +59,7 @@ def main():
     table(steps, chosen, "Models: a training step")
 
     forms = {"xresnet18, as trained": models["xresnet18"].eval()}
-    forms |= {f"{name}, folded": fuse(model.cpu()) for name, model in models.items()}
+    forms |= {f"{name}, fused": fuse(model.cpu()) for name, model in models.items()}
     steps = {name: evaluation(prepared(model, chosen), x, chosen.bf16)
              for name, model in forms.items()}
     table(steps, chosen, "Models: evaluation")

@@ -30,7 +30,7 @@ from .plotting import BLUE, GREEN, ORANGE, PURPLE
 __all__ = ['SELECTION', 'SPLITS', 'SPLIT_COLOURS', 'catalogue_query', 'read_skyserver_csv', 'read_table', 'sky_blocks',
            'SkySplit', 'split_by_sky', 'split_catalogue', 'plot_split']
 
-# %% ../nbs/08_catalogue.ipynb #b94180a2
+# %% ../nbs/08_catalogue.ipynb #3c53761b
 SELECTION = """
 SELECT TOP {n_max}
   s.specObjID, s.bestObjID, s.plate, s.mjd, s.fiberID, s.run2d, s.ra, s.dec,
@@ -48,8 +48,7 @@ def catalogue_query(
     seed:int,  # which random subset, where more rows fulfil the selection
 ) -> str:
     "The paper's selection as SQL of SkyServer's dialect. Raises `InvalidInputError`."
-    if n_max < 1: raise InvalidInputError(f"n_max is {n_max}; a catalogue has at least one row.")
-    return SELECTION.format(n_max=int(n_max), seed=int(seed))
+    return SELECTION.format(n_max=ArchiveParameters(n_max=n_max).n_max, seed=int(seed))
 
 # %% ../nbs/08_catalogue.ipynb #d0f1124a
 class _Column(NamedTuple):
@@ -72,7 +71,7 @@ _COLUMNS["class"] = _Column(str)
 _ANGLES = ("ra", "dec")  # required, in degrees
 _SPECTRUM = ("plate", "mjd", "fiberid")  # what names a spectrum
 
-# %% ../nbs/08_catalogue.ipynb #057f2736
+# %% ../nbs/08_catalogue.ipynb #4e0b8fb9
 @dataclass(frozen=True)
 class _Source:
     "A table as it was written, under our names of its columns."
@@ -95,6 +94,7 @@ def refuse(self:_Source,
     count = f"({bad.sum()} such rows.)"
     raise InvalidInputError(f"{place}: {value!r}; expected {expected}. {count}")
 
+# %% ../nbs/08_catalogue.ipynb #58b9299d
 @patch
 def texts(self:_Source, name:str) -> pd.Series:
     "A column as texts, empty where there is nothing; SDSS says that by -9999."
@@ -103,45 +103,41 @@ def texts(self:_Source, name:str) -> pd.Series:
     absent = text.str.lower().isin(["", "nan", "none", "null", "--", "<na>", "-9999", "-9999.0"])
     return text.mask(absent | text.isna(), "")
 
-# %% ../nbs/08_catalogue.ipynb #10643a4e
+# %% ../nbs/08_catalogue.ipynb #96091eec
 @patch
 def integers(self:_Source, name:str) -> np.ndarray:
     "A column as integers, which may be written as 266.0; 0 where there is nothing."
     dtype, low, high = _COLUMNS[name]
-    if name not in self.rows: return np.zeros(len(self.rows), dtype)
     text = self.texts(name)
-    if dtype is not np.uint64: text = text.str.replace(r"\.0*$", "", regex=True)
-    elif self.rows[name].dtype.kind == "f":
-        raise InvalidInputError(f"{self.file}, column {self.written[name]!r}: its type is "
-            f"{self.rows[name].dtype}, which holds 16 of 20 digits. Write it as text or as 64-bit "
-            "integers.")
-    given = (text != "").to_numpy()
-    self.refuse(name, given & ~text.str.fullmatch("-?[0-9]{1,20}").to_numpy(bool), "an integer")
-    values = [int(number or 0) for number in text]
-    outside = [not low <= value <= high for value in values]
-    self.refuse(name, given & np.array(outside, bool), f"{low} to {high}")
-    return np.array(values, dtype)
+    given, text = text != "", text.mask(text == "", "0")
+    values = pd.to_numeric(text, errors="coerce")
+    # floats hold 16 digits, which is too few for identifiers
+    whole = text.str.fullmatch("-?[0-9]+") if dtype is np.uint64 else values % 1 == 0
+    self.refuse(name, ~whole, "an integer")
+    self.refuse(name, given & ~values.between(low, high), f"{low} to {high}")
+    return values.to_numpy(dtype)
 
+# %% ../nbs/08_catalogue.ipynb #4c3e5f88
 @patch
 def numbers(self:_Source, name:str) -> np.ndarray:
     "A column as float64, in degrees if it is an angle; NaN where there is nothing."
     if name not in self.rows: return np.full(len(self.rows), np.nan)
     _, low, high = _COLUMNS[name]
     values = pd.to_numeric(self.rows[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    given = (self.texts(name) != "").to_numpy() | (name in _ANGLES)
+    given = (self.texts(name) != "") | (name in _ANGLES)
     degrees = " in degrees (10:20:30.5 is none)" if name in _ANGLES else ""
     self.refuse(name, given & ~np.isfinite(values), f"a number{degrees}")
-    if name in _ANGLES: values = values*self.degrees_per_unit(name)
+    if name in _ANGLES: values = self.in_degrees(name, values)
     else: values = np.where(values <= -9999, np.nan, values)
     self.refuse(name, (values < low) | (values > high), f"{low} to {high}")
     return values
 
+# %% ../nbs/08_catalogue.ipynb #9e8da506
 @patch
-def degrees_per_unit(self:_Source, name:str) -> float:
-    "Degrees in the unit that the file states for a column, 1 where it states none."
+def in_degrees(self:_Source, name:str, values:np.ndarray) -> np.ndarray:
+    "Values in the unit that the file states for a column, degrees where it states none."
     unit = self.units.get(name)
-    if unit is None or str(unit) == "": return 1.0
-    try: return units.Unit(unit).to(units.deg)
+    try: return (values*units.Unit(unit or "deg")).to_value(units.deg)
     except (units.UnitConversionError, ValueError, TypeError) as error:
         raise InvalidInputError(f"{self.file}, column {self.written[name]!r}: its unit is {unit}; "
             "expected deg.") from error
@@ -154,7 +150,7 @@ def catalogue(self:_Source) -> pd.DataFrame:
     return pd.DataFrame({name: readers.get(column.dtype, self.integers)(name)
         for name, column in _COLUMNS.items()})
 
-# %% ../nbs/08_catalogue.ipynb #87977121
+# %% ../nbs/08_catalogue.ipynb #559e912f
 _ALIASES = dict(
     ra="ra raj2000 _raj2000 ra_deg ra_icrs ra_j2000 right_ascension",
     dec="dec dej2000 decj2000 _dej2000 dec_deg de_icrs dec_j2000 declination decl",
@@ -162,6 +158,7 @@ _ALIASES = dict(
     fiberid="fiberid fiber fiber_id", specobjid="specobjid specobj_id")
 _OUR_NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 
+# %% ../nbs/08_catalogue.ipynb #bc133bd8
 def _name_columns(
     written:list,  # the file's names of columns
     file:str,
@@ -181,6 +178,7 @@ def _name_columns(
             "others. If it is the redshift, call it redshift.", stacklevel=2)
     return names
 
+# %% ../nbs/08_catalogue.ipynb #67d68f15
 def _source_of(
     file:str,
     table:pd.DataFrame,  # as it was written
@@ -193,7 +191,7 @@ def _source_of(
     return _Source(file, rows.reset_index(drop=True), names,
         {name: units_of.get(column) for name, column in names.items()})
 
-# %% ../nbs/08_catalogue.ipynb #8bb097a0
+# %% ../nbs/08_catalogue.ipynb #fa43101b
 def _read_csv(text:str, file:str) -> pd.DataFrame:
     """A table of texts, without the lines at its beginning that start with #. Raises
     `InvalidInputError` where a row has more or fewer fields than the header."""
@@ -211,6 +209,7 @@ def _read_csv(text:str, file:str) -> pd.DataFrame:
             raise InvalidInputError(f"{file}: row {i} has {n_fields}")
     return pd.DataFrame(rows, columns=names, dtype=str)
 
+# %% ../nbs/08_catalogue.ipynb #7ac071ee
 def _check_selection(catalogue:pd.DataFrame):
     "Raises `InvalidInputError` unless every row names its spectrum and fulfils the selection."
     redshift = catalogue.redshift
@@ -248,7 +247,7 @@ def read_skyserver_csv(
         raise ArchiveError(f"SkyServer sent no catalogue: {error}. It says: {head}") from error
     return catalogue.sort_values("specobjid", ignore_index=True)
 
-# %% ../nbs/08_catalogue.ipynb #4a69317d
+# %% ../nbs/08_catalogue.ipynb #04c250b6
 _FORMATS = {".csv": "csv", ".fits": "fits", ".fit": "fits", ".vot": "votable",
     ".votable": "votable", ".xml": "votable", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -262,6 +261,7 @@ def _read_astropy(path:Path, kind:str) -> Table:
     table.convert_bytestring_to_unicode()
     return table[[name for name in table.colnames if table[name].ndim == 1]]
 
+# %% ../nbs/08_catalogue.ipynb #1070b29e
 def _open_table(path:Path) -> _Source:
     """The table under our names. Raises `MissingInputError`, `DamagedFileError` or
     `InvalidInputError`."""
@@ -276,6 +276,7 @@ def _open_table(path:Path) -> _Source:
         stated = {name: table[name].unit for name in table.colnames}
         return _source_of(file, table.to_pandas(index=False), stated)
 
+# %% ../nbs/08_catalogue.ipynb #dd094e2c
 def _check_positions(source:_Source):
     "Raises `InvalidInputError` for a table without ra and dec, or without rows."
     columns = list(source.written.values())
@@ -290,20 +291,14 @@ def _check_positions(source:_Source):
             f"{', '.join(map(repr, columns[:12]))}. Positions are ra and dec in degrees, J2000.")
     if not len(source.rows): raise InvalidInputError(f"{source.file} has no rows.")
 
-# %% ../nbs/08_catalogue.ipynb #b8a199f3
+# %% ../nbs/08_catalogue.ipynb #c9d13a92
 _FIRST_BOSS_PLATE = 3510
 
 def _check_spectra(source:_Source, catalogue:pd.DataFrame):
-    "Raises `InvalidInputError` for columns or rows that name a spectrum in part."
-    given = [name for name in _SPECTRUM if name in source.written]
-    missing = [name for name in _SPECTRUM if name not in source.written]
-    if given and missing:
-        columns = " and ".join(source.written[name] for name in given)
-        raise InvalidInputError(f"{source.file} has {columns}, and no column {missing[0]!r}. A "
-            "spectrum is named by plate, mjd and fiberid; without all there are only cutouts.")
-    parts = (catalogue[list(_SPECTRUM)] > 0).to_numpy()
-    in_part = parts.any(1) & ~parts.all(1)
-    if given: source.refuse("plate", in_part, "plate, mjd and fiberid, or none of them")
+    "Raises `InvalidInputError` for rows that name a spectrum in part."
+    given = (catalogue[list(_SPECTRUM)] > 0).to_numpy()
+    for name in [name for name in _SPECTRUM if name in source.written][:1]:
+        source.refuse(name, given.any(1) & ~given.all(1), "plate, mjd and fiberid, or none of them")
 
 def _fill_run2d(source:_Source, catalogue:pd.DataFrame, release:str) -> pd.Series:
     "The reduction of every row that names a spectrum, else empty. Raises `InvalidInputError`."
@@ -314,16 +309,15 @@ def _fill_run2d(source:_Source, catalogue:pd.DataFrame, release:str) -> pd.Serie
         source.refuse("run2d", unknown, "the reduction, e.g. 26 or v5_13_2")
     return run2d.where(catalogue.plate > 0, "")
 
-# %% ../nbs/08_catalogue.ipynb #30756f55
+# %% ../nbs/08_catalogue.ipynb #903a2531
 def _fill_specobjid(catalogue:pd.DataFrame) -> np.ndarray:
     "The identifier of every row, made from its spectrum or its position where it has none."
-    specobjid = catalogue.specobjid.to_numpy().copy()
-    named, lacking = (catalogue.plate > 0).to_numpy(), specobjid == 0
-    row = catalogue[lacking & named]
-    specobjid[row.index] = specobjid_of_spectrum(row.plate, row.mjd, row.fiberid, row.run2d)
-    row = catalogue[lacking & ~named]
-    specobjid[row.index] = specobjid_of_position(row.ra, row.dec)
-    return specobjid
+    named = catalogue.plate > 0
+    names = [catalogue[name] for name in _SPECTRUM]
+    of_spectrum = specobjid_of_spectrum(*names, catalogue.run2d.where(named, "26"))
+    of_position = specobjid_of_position(catalogue.ra, catalogue.dec)
+    lacking = catalogue.specobjid == 0
+    return catalogue.specobjid.mask(lacking, np.where(named, of_spectrum, of_position))
 
 def _drop_repeats(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
     "Each specobjid once. Raises `InvalidInputError` where one has two positions or spectra."
@@ -379,7 +373,7 @@ def sky_blocks(
         raise InvalidInputError(f"nside is {nside}, expected a power of 2")
     return HEALPix(nside).lonlat_to_healpix(ra*units.deg, dec*units.deg)
 
-# %% ../nbs/08_catalogue.ipynb #63635f43
+# %% ../nbs/08_catalogue.ipynb #68f4d410
 SPLITS = ("train", "valid", "calib", "test")
 
 def _hash_fraction(block:int, seed:int) -> float:
@@ -392,6 +386,7 @@ class SkySplit(NamedTuple):
     block: np.ndarray  # (N,) int64, HEALPix index
     split: np.ndarray  # (N,) of `SPLITS`
 
+# %% ../nbs/08_catalogue.ipynb #1147c58a
 def split_by_sky(
     ra,  # (N,) degrees
     dec,  # (N,) degrees
@@ -433,7 +428,7 @@ def split_catalogue(
     only_images = own and not (catalogue.plate > 0).any()
     return catalogue.assign(block=sky.block, split="test" if only_images else sky.split)
 
-# %% ../nbs/08_catalogue.ipynb #ef53c75a
+# %% ../nbs/08_catalogue.ipynb #c0620531
 SPLIT_COLOURS = dict(train=BLUE, valid=ORANGE, calib=GREEN, test=PURPLE)
 
 def plot_split(
@@ -451,11 +446,12 @@ def plot_split(
         rows = split == name
         ax.plot(longitude[rows], np.radians(dec[rows]), ".", ms=2 if len(ra) > 1000 else 4,
             color=colour, label=f"{name} ({rows.sum():,})", rasterized=True)
-    edge = np.full(100, np.radians(PS1_SOUTH))
-    ax.plot(np.linspace(-np.pi, np.pi, 100), edge, "k--", lw=0.8, label="southern edge of PS1")
+    ax.axhline(np.radians(PS1_SOUTH), color="k", ls="--", lw=0.8, label="southern edge of PS1")
     ax.set_xticks(np.radians([-120, -60, 0, 60, 120]), ["300°", "240°", "180°", "120°", "60°"])
+    for label in ax.get_xticklabels(): label.set_bbox(dict(facecolor="white", edgecolor="none"))
     ax.set(xlabel="right ascension", ylabel="declination")
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.28), ncol=5, markerscale=4, frameon=False,
+    ax.set_axisbelow(False)  # labels of right ascension above the galaxies
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.22), ncol=5, markerscale=4, frameon=False,
         fontsize=8)
     return ax

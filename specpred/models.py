@@ -191,7 +191,8 @@ def fuse(
 
 # %% ../nbs/18_models.ipynb #13ab3b07
 def _stats(stats, n, what) -> Stats:
-    "A pair of mean and standard deviation as `Stats` of `n` finite means and positive deviations."
+    "A pair or dict of mean and std as `Stats` of `n` finite means and positive deviations."
+    if isinstance(stats, dict): stats = stats.get("mean"), stats.get("std")
     try: mean, std = (tuple(np.asarray(values, float).ravel().tolist()) for values in stats)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{what} must be a pair of mean and std, got {stats!r}.") from error
@@ -294,51 +295,46 @@ def checked_images(
         raise InvalidInputError("the images hold NaN or infinite pixels; set those to 0")
     return images
 
-# %% ../nbs/18_models.ipynb #70ce1c86
-@patch(as_prop=True)
-def transform(self:TrainedModel) -> ImageTransform:
-    """Between images, bands in the model's order, and network input. Raises `WeightsError` where
-    the weights file does not say how its images were stretched."""
-    stretch = self.provenance.get("stretch", "linear")
-    softening = self.provenance.get("softening", [1.]*len(self.channels))
-    mean, std = self.image_stats
-    try: return ImageTransform(stretch=stretch, softening=softening, mean=mean, std=std)
-    except InvalidInputError as error:
-        raise WeightsError(f"The stretch of {self.name}'s images is unknown: {error}") from error
-
-# %% ../nbs/18_models.ipynb #988690f3
+# %% ../nbs/18_models.ipynb #df969b85
 @torch.no_grad()
 def predict_batches(
     model:nn.Module,
-    batches,  # iterable of images (n, bands, size, size), e.g. `ImageStore.batches`
-    transform:ImageTransform,
+    batches,  # iterable of images (n, channels, size, size), arrays or tensors, e.g. of a store
+    transform:ImageTransform,  # from images to the model's input
 ) -> np.ndarray:
     "(N, n_targets) float32 standardised targets predicted from images, a batch at a time."
     device = next(model.parameters()).device
     model.eval()
     inputs = (transform(torch.as_tensor(flux, device=device)) for flux in batches)
-    return np.concatenate([model(x).cpu().numpy() for x in inputs])
+    return torch.cat([model(x) for x in inputs]).cpu().numpy()
 
-# %% ../nbs/18_models.ipynb #e3e438bb
+# %% ../nbs/18_models.ipynb #70ce1c86
+@patch(as_prop=True)
+def transform(self:TrainedModel) -> ImageTransform:
+    "From images in the model's order of channels to its input; linear unless trained otherwise."
+    mean, std = self.image_stats
+    softening = self.provenance.get("softening", (1.,)*len(mean))
+    stretch = self.provenance.get("stretch", "linear")
+    try: return ImageTransform(stretch=stretch, softening=softening, mean=mean, std=std)
+    except (InvalidInputError, ValueError) as error:
+        raise WeightsError(f"The stretch of {self.name}'s images is unknown: {error}") from error
+
+# %% ../nbs/18_models.ipynb #21b45478
 @patch
 def predict_targets(self:TrainedModel,
-    images,  # (N, bands, height, width) in the survey's order, in the unit of `image_stats`
+    images,  # (N, bands, height, width) in the survey's order and the unit of the training images
     batch_size:int = 256,  # images on the device at once
 ) -> np.ndarray:
     """Standardised targets (N, n_out), from the centre of the images where these are larger than
-    those of the training. Raises `InvalidInputError` as `checked_images` does and for smaller
-    images, `WeightsError` as `transform` does."""
+    those of the training. Raises `InvalidInputError` for smaller images and as `checked_images`."""
     images = checked_images(images, self.survey)
-    images = central_crop(images, self.provenance.get("image_size", min(images.shape[-2:])))
-    order = [self.survey.bands.index(band) for band in self.channels]
-    starts = range(0, max(len(images), 1), batch_size)
-    batches = (images[start:start + batch_size, order] for start in starts)
-    return predict_batches(self.model, batches, self.transform)
+    images = central_crop(images, self.provenance.get("image_size", min(images.shape[2:])))
+    images = images[:, [self.survey.bands.index(band) for band in self.channels]]
+    return predict_batches(self.model, torch.from_numpy(images).split(batch_size), self.transform)
 
-# %% ../nbs/18_models.ipynb #19335c51
 @patch
 def predict(self:TrainedModel,
-    images,  # (N, bands, height, width) in the survey's order, in the unit of `image_stats`
+    images,  # (N, bands, height, width) in the survey's order and the unit of the training images
     batch_size:int = 256,  # images on the device at once
 ) -> np.ndarray:
     "Targets (N, n_out) on their own scale. Raises as `predict_targets`."

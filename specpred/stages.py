@@ -77,7 +77,7 @@ class Stage:
     @property
     def notebook(self) -> Path: return repo_root()/"nbs"/f"{self.name}.ipynb"
 
-# %% ../nbs/01_stages.ipynb #92b675c0
+# %% ../nbs/01_stages.ipynb #e909a168
 _TRAINED = ("catalogue", "images", "spectra", "vae", "latents", "models", "mock")
 
 STAGES = {stage.name: stage for stage in (
@@ -88,7 +88,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("14_lines", ("spectra",), ("spectra",), ("lines",)),
     Stage("16_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"),
         ("vae", "vae_history", "latents")),
-    Stage("17_deconv", (), ("images",)),
+    Stage("17_deconv", ("images.survey",), ("images",)),
     Stage("18_models", ("training", "images")),
     Stage("19_training", ("training",), ("images", "vae", "latents"), ("models",)),
     Stage("20_evaluation", ("evaluation", "training", "spectra"), (*_TRAINED, "lines"),

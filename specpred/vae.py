@@ -223,12 +223,10 @@ def step(self:Training):
     if not math.isfinite(train.total + valid.total):
         raise SpecpredError(f"The loss is {train.total} in epoch {epoch}. Lower vae.lr (now {lr}).")
     self.scheduler.step(valid.total)
-    if not epoch or valid.total < 0.999*self.history[self.best_epoch]["valid_total"]:
+    if not epoch or valid.total < 0.999*self.history[self.best_epoch]["valid"]["total"]:
         self.best_epoch, self.best_weights = epoch, copy.deepcopy(self.vae.state_dict())
-    losses = {f"{part}_{term}": value for part, terms in (("train", train), ("valid", valid))
-              for term, value in terms._asdict().items()}
-    seconds = time.perf_counter() - started
-    self.history.append({"epoch": epoch, "lr": lr, **losses, "seconds": seconds})
+    self.history.append(dict(epoch=epoch, lr=lr, train=train._asdict(), valid=valid._asdict(),
+        seconds=time.perf_counter() - started))
 
 # %% ../nbs/16_vae.ipynb #5f31a2df
 @patch(as_prop=True)
@@ -278,7 +276,7 @@ def fit(
             training.checkpoint(checkpoint)
             saved = time.monotonic()
     vae.load_state_dict(training.best_weights)
-    history = pd.DataFrame(training.history)
+    history = pd.json_normalize(training.history, sep="_")
     return history.assign(kept=history.epoch == training.best_epoch)
 
 # %% ../nbs/16_vae.ipynb #95118f5d

@@ -228,8 +228,20 @@ def test_predictions_of_other_batches_and_of_bad_images():
         with pytest.raises(InvalidInputError, match=message): trained.predict(images)
     with pytest.raises(InvalidInputError, match="128 cutouts"): models.image_stats(COUNTS[:127])
     with pytest.raises(InvalidInputError, match="NaN"): models.image_stats(COUNTS.log())
-    trained.provenance["stretch"] = "asinh"
-    with pytest.raises(InvalidInputError, match="asinh"): trained.predict(COUNTS)
+
+
+def test_predictions_see_images_as_in_training():
+    stretched = dict(stretch="asinh", softening=[1., 2., 3., 4., 5.], image_size=24)
+    trained = TrainedModel(fill(conv3()), "conv3", {}, IMAGE_STATS, SCALE, provenance=stretched)
+    mean, std = (torch.tensor(values)[:, None, None] for values in IMAGE_STATS)
+    softened = torch.arcsinh(COUNTS[:, :, 4:-4, 4:-4]/torch.arange(1, 6)[:, None, None])
+    with torch.no_grad(): expected = trained.model((softened - mean)/std)
+    assert error(trained.predict_targets(COUNTS), expected) < 1e-5
+    for changes in (dict(stretch="log"), dict(softening=[1.])):
+        trained.provenance = stretched | changes
+        with pytest.raises(WeightsError, match="stretch"): trained.predict(COUNTS)
+    trained.provenance = dict(image_size=64)
+    with pytest.raises(InvalidInputError, match="cropped"): trained.predict(COUNTS)
 
 
 def test_published_weights_that_do_not_fit(tmp_path):
