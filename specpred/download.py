@@ -522,7 +522,7 @@ def claim_folder(raw:Path, source:dict):
     for part in raw.rglob(".*.tmp"): shutil.rmtree(part, True)  # of a run that was killed
     (raw/"catalogue.parquet").unlink(missing_ok=True)  # its statuses are about to change
 
-# %% ../nbs/10_download.ipynb #67622dff
+# %% ../nbs/10_download.ipynb #e1af619e
 def plot_cutouts(
     folder:str | Path,  # raw/cutouts/<specobjid>
     survey:ImagingSurvey = PS1,
@@ -535,7 +535,7 @@ def plot_cutouts(
         cutout = read_cutout(Path(folder)/f"{band}.fits", survey)
         half = len(cutout.counts)*survey.pixel_scale/2
         shown = ax.imshow(np.arcsinh(cutout.counts/mad_std(cutout.counts)/3), origin="lower",
-            vmin=-1, vmax=5, extent=(half, -half, -half, half))
+            vmin=-1, vmax=3, extent=(half, -half, -half, half))
         ax.set(title=f"{band}, {cutout.exptime:.0f} s", xlabel="east (arcsec)")
     axes[0].set_ylabel("north (arcsec)")
     figure.colorbar(shown, shrink=0.75, label="asinh(counts / 3σ)")
