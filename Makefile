@@ -5,7 +5,6 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/up-to-date
-NOTEBOOKS := $(wildcard nbs/*.ipynb)
 
 .PHONY: help demo test docs figures lock clean
 
@@ -13,7 +12,7 @@ help:
 	@echo "make demo     the whole pipeline on mock galaxies, no network needed after installation (about 15 minutes)"
 	@echo "make test     all checks (about 12 minutes)"
 	@echo "make docs     the documentation site, from the last run, in docs/_build/html"
-	@echo "make figures  copy the last demo run's figures into figures/"
+	@echo "make figures  copy the last demo run's figures into figures/, draw the diagrams"
 	@echo "make lock     resolve requirements.lock anew from settings.ini"
 	@echo "make clean    remove .venv, the site and data/smoke and data/demo; data/mock and data/paper stay"
 
@@ -30,7 +29,8 @@ docs: $(STAMP)
 	@$(BIN)/python docs/build.py
 
 figures: $(STAMP)
-	@cp data/demo/figures/* figures/ && ls -sh figures
+	@cp data/demo/figures/* figures/
+	@$(BIN)/python docs/diagrams.py && ls -sh figures
 
 lock:
 	@.ci/install --lock

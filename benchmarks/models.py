@@ -1,9 +1,10 @@
 """A training step of each model beside the published steps, and evaluation of the fused models."""
 import torch
 from interleaved import arguments, label, ratio, rounds, setting, write
-from plain_deconv import with_published_steps
+from plain_deconv import FORMS, in_form
 
 from specpred.models import MODELS, fuse
+from specpred.surveys import PS1
 
 NAMES = ("xresnet18", "xresnet18_hybrid", "xresnet18_deconv")
 
@@ -31,7 +32,7 @@ def prepared(model, chosen):
 
 
 def images(chosen):
-    x = torch.randn(chosen.batch, 5, chosen.side, chosen.side,
+    x = torch.randn(chosen.batch, len(PS1.bands), chosen.side, chosen.side,
         generator=torch.Generator().manual_seed(0)).to(chosen.device)
     x = x + x.roll(1, -1) + x.roll(1, -2) + 0.5*x.roll(1, 1)
     return x.contiguous(memory_format=torch.channels_last) if chosen.bf16 else x
@@ -55,7 +56,8 @@ def main():
     x = images(chosen)
     steps = {name: training_step(prepared(model, chosen), x, chosen.bf16)
              for name, model in models.items()}
-    steps |= {f"{name}, published steps": with_published_steps(steps[name]) for name in NAMES[1:]}
+    published = FORMS["published steps"]
+    steps |= {f"{name}, published steps": in_form(steps[name], published) for name in NAMES[1:]}
     table(steps, chosen, "Models: a training step")
 
     forms = {"xresnet18, as trained": models["xresnet18"].eval()}

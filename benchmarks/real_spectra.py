@@ -10,8 +10,9 @@ import numpy as np
 from astropy.io import fits
 
 from specpred.formats import DLOGLAM, read_sdss
-from specpred.lines import LIGHT_SPEED, RestFrameSpectra, measure_spectra, stellar_continuum
+from specpred.lines import RestFrameSpectra, measure_spectra, stellar_continuum
 from specpred.lines import LINES as WAVELENGTHS
+from specpred.populations import LIGHT_SPEED
 from specpred.spectra import GRID, noise_spikes, prepare, rebin
 
 RESULTS = Path(__file__).with_suffix(".md")

@@ -129,6 +129,15 @@ def chapters():
     return pairs
 
 
+def modules_in_order():
+    "The modules in the order of reading, an appendix's right before the first that imports it."
+    modules = [module for module, notebook in chapters() if notebook[0].isdigit()]
+    for appendix in [module for module, notebook in chapters() if not notebook[0].isdigit()]:
+        importers = [k for k, m in enumerate(modules) if appendix in imports_of(m, [appendix])]
+        modules.insert(importers[0], appendix)
+    return modules
+
+
 def imports_of(module, modules):
     "The modules of this package that a module imports anywhere."
     tree = ast.parse((repo_root()/"specpred"/f"{module}.py").read_text())
@@ -142,7 +151,7 @@ def imports_of(module, modules):
 
 def draw_modules():
     "The modules in the order of reading, with an arc to each module that one imports."
-    modules = [module for module, _ in chapters()]
+    modules = modules_in_order()
     place = {module: -k for k, module in enumerate(modules)}
     figure = Figure(figsize=(4.6, 0.25*len(modules) + 0.6), layout="constrained")
     ax = figure.subplots()

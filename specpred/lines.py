@@ -14,15 +14,14 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import ndtr
 from .config import InvalidInputError
 from .formats import air_to_vacuum
-from .populations import FineBasis, StellarLibrary
+from .populations import FINE_STEP, LIGHT_SPEED, FineBasis, StellarLibrary
 from .spectra import GRID, to_rest_frame
 
 # %% auto #0
-__all__ = ['LIGHT_SPEED', 'LINE_WINDOWS', 'LINES', 'DN4000_BANDS', 'HDELTA_A_BANDS', 'Line', 'line_profiles', 'RestFrameSpectra',
+__all__ = ['LINE_WINDOWS', 'LINES', 'DN4000_BANDS', 'HDELTA_A_BANDS', 'Line', 'line_profiles', 'RestFrameSpectra',
            'stellar_templates', 'stellar_continuum', 'fit_lines', 'BandMean', 'dn4000', 'hdelta_a', 'measure_spectra']
 
 # %% ../nbs/14_lines.ipynb #9ae0e694
-LIGHT_SPEED = 299792.458  # km/s
 _KMS_PER_DEX = LIGHT_SPEED*np.log(10)
 
 class Line(NamedTuple):
@@ -109,7 +108,7 @@ def _normal_equations(columns, weight, values) -> tuple[np.ndarray, np.ndarray]:
     return weighted @ columns, weighted @ values[..., None]
 
 # %% ../nbs/14_lines.ipynb #1b4aa856
-_STEP, _START, _END = 0.5e-4, np.log10(3200.), np.log10(9300.)  # of the templates, dex
+_START, _END = np.log10(3200.), np.log10(9300.)  # of the templates
 
 @lru_cache(maxsize=2)
 def stellar_templates(
@@ -124,21 +123,21 @@ def stellar_templates(
     ages = np.abs(np.log(library.age)[:, None] - np.log(np.geomspace(1e6, 1.35e10, 24))).argmin(0)
     single = np.tensordot(library.coefficients[np.unique(ages)][:, 2:6], fine.basis, 1)
     single = single.reshape(-1, len(fine.loglam))
-    blurs = [sigma/_KMS_PER_DEX/_STEP for sigma in (60., 150., 300.)]
+    blurs = [sigma/_KMS_PER_DEX/FINE_STEP for sigma in (60., 150., 300.)]
     blurred = np.concatenate([gaussian_filter1d(single, blur, axis=1)[:, inside] for blur in blurs])
     dust = [10**(-0.4*av*fine.dust[inside]) for av in (0, 0.6, 1.8)]
     light = np.concatenate([blurred*transmission for transmission in dust])
     light = light/light.mean(1, keepdims=True)
     vectors = np.linalg.eigh(light @ light.T)[1][:, -n:].T @ light
     vectors = vectors/np.linalg.norm(vectors, axis=1, keepdims=True)
-    widths = np.diff(10**(_START + _STEP*np.arange(inside.sum() + 1)))
+    widths = np.diff(10**(_START + FINE_STEP*np.arange(inside.sum() + 1)))
     return np.pad(np.cumsum(vectors*widths, axis=1), ((0, 0), (1, 0)))
 
 # %% ../nbs/14_lines.ipynb #f9b5b16d
 def _templates_in(edges, n:int) -> np.ndarray:
     "Means of the templates in bins with `edges` (M, B + 1), log10: (M, B, n); 0 beyond their ends."
     running = stellar_templates(n)
-    known = _START + _STEP*np.arange(running.shape[1])
+    known = _START + FINE_STEP*np.arange(running.shape[1])
     integral = np.stack([np.interp(edges, known, one, np.nan, np.nan) for one in running], -1)
     return np.nan_to_num(np.diff(integral, axis=1)/np.diff(10**edges, axis=1)[..., None])
 

@@ -537,8 +537,13 @@ def _along(model:SpectrumModel, axis:str, values) -> np.ndarray:
         steps = model.components*model.target_std[:, None]
     return np.stack([model.decode_latents(origin + np.outer(values, step)) for step in steps])
 
-def _asinh_scale(ax, middle):
-    "Linear up to `middle`, logarithmic beyond."
+def _plot_family(ax, wavelength, spectra, values, middle):
+    "Spectra coloured by value, the mean on top; linear up to `middle`, logarithmic beyond."
+    import matplotlib.pyplot as plt
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
+    for value, colour, spectrum in zip(values, colours, spectra, strict=True):
+        ax.plot(wavelength, spectrum, lw=0.6, color=colour, zorder=3 - abs(value)/100,
+            label=f"{value:+g} σ" if value else "mean")
     ticks = middle*np.array([0, 1, 3, 10])
     ax.set_yscale("asinh", linear_width=middle)
     ax.minorticks_off()
@@ -555,20 +560,15 @@ def plot_traversals(
     if axis not in ("target", "latent"):
         raise InvalidInputError(f'axis is "target" or "latent", not {axis!r}.')
     spectra = _along(model, axis, values)
-    rows = math.ceil(len(spectra)/2)
-    fig, axes = plt.subplots(rows, 2, figsize=(10, 2.3*rows), sharex=True, sharey=True,
-        layout="constrained", squeeze=False)
-    for k, ax in enumerate(axes.flat):
-        if k == len(spectra):
-            ax.set_axis_off()
-            break
-        ax.set_prop_cycle(color=plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values))))
-        lines = ax.plot(model.wavelength, spectra[k].T, lw=0.6)
-        _asinh_scale(ax, np.median(spectra))
-        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]],
-            ylim=(min(0, np.percentile(spectra, 0.1)), 1.1*spectra.max()))
+    n, limits = len(spectra), (min(0, np.percentile(spectra, 0.1)), 1.1*spectra.max())
+    fig, axes = plt.subplots(math.ceil(n/2), 2, figsize=(10, 2.3*math.ceil(n/2)), sharex=True,
+        sharey=True, layout="constrained", squeeze=False)
+    for k, ax in enumerate(axes.flat[:n]):
+        _plot_family(ax, model.wavelength, spectra[k], values, np.median(spectra))
+        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]], ylim=limits)
+    for ax in axes.flat[n:]: ax.set_axis_off()
     fig.supxlabel("rest-frame wavelength (Å)")
     fig.supylabel("normalised flux")
-    fig.legend(lines, [f"{value:+g} σ" for value in values], ncols=len(values),
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(values),
         loc="outside upper center")
     return fig
