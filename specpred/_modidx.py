@@ -168,7 +168,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'specpred.download.plot_cutouts': ('download.html#plot_cutouts', 'specpred/download.py'),
                                    'specpred.download.query_file': ('download.html#query_file', 'specpred/download.py'),
                                    'specpred.download.raise_for_status': ('download.html#raise_for_status', 'specpred/download.py'),
-                                   'specpred.download.read_bounded': ('download.html#read_bounded', 'specpred/download.py'),
                                    'specpred.download.read_image_names': ('download.html#read_image_names', 'specpred/download.py'),
                                    'specpred.download.same_host': ('download.html#same_host', 'specpred/download.py'),
                                    'specpred.download.source_of': ('download.html#source_of', 'specpred/download.py')},

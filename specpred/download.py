@@ -119,21 +119,13 @@ class ArchiveClient:
             limits=httpx.Limits(max_connections=parameters.concurrency),
             mounts={"all://127.0.0.1": None})  # no proxy for a local archive
 
-# %% ../nbs/10_download.ipynb #c48dff3f
-def read_bounded(response:httpx.Response, max_bytes:int) -> bytes:
-    "The body. Raises `RefusedError` if it is longer than `max_bytes`."
-    content = bytearray()
-    for part in response.iter_raw():
-        content += part
-        if len(content) > max_bytes: raise RefusedError(f"too long: over {max_bytes} bytes")
-    return bytes(content)
-
+# %% ../nbs/10_download.ipynb #6e630486
 def same_host(target:httpx.URL, url:httpx.URL) -> bool:
     "Whether a redirect stays on its host, with the same port or to https."
     ports = (url.scheme, url.port), ("https", None)
     return target.host == url.host and (target.scheme, target.port) in ports
 
-# %% ../nbs/10_download.ipynb #13816202
+# %% ../nbs/10_download.ipynb #975d480d
 @patch
 def request(self:ArchiveClient,
     url:httpx.URL,
@@ -142,12 +134,16 @@ def request(self:ArchiveClient,
     redirects:int = 3,  # followed at most
 ) -> bytes:
     "The answer to one request."
+    content, patience = bytearray(), httpx.Timeout(timeout, pool=None)
     try:
-        patience = httpx.Timeout(timeout, pool=None)
         with self.http.stream("GET", url, timeout=patience) as response:
-            if not response.has_redirect_location:
+            if not response.next_request:
                 raise_for_status(response)
-                return read_bounded(response, max_bytes)
+                for part in response.iter_raw():
+                    content += part
+                    if len(content) > max_bytes:
+                        raise RefusedError(f"too long: over {max_bytes} bytes")
+                return bytes(content)
             target = response.next_request.url
     except (httpx.TransportError, UnicodeError) as error:
         raise BusyError(f"{type(error).__name__}: {url.host} {error}") from error
@@ -237,7 +233,7 @@ def read_image_names(
     # among equals always the same one
     return cells[max(cells, key=lambda cell: (len(cells[cell]), cell))] if cells else {}
 
-# %% ../nbs/10_download.ipynb #0ef59c4a
+# %% ../nbs/10_download.ipynb #7d1e2a98
 MAX_SPECTRUM_BYTES = 32 << 20  # a spectrum has 0.2 MB
 
 @dataclass(frozen=True)
@@ -257,16 +253,21 @@ class Fetcher:
     def position(self, row) -> dict:
         return dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=self.size, format="fits")
 
-    def image_names(self, row) -> dict:
-        url, query = f"{self.urls.ps1_url}/ps1filenames.py", self.position(row)
-        read = partial(read_image_names, bands=self.bands)
-        return read(self.client.get(url, query | dict(filters="".join(self.bands)), check=read))
+# %% ../nbs/10_download.ipynb #e53933b6
+@patch
+def image_names(self:Fetcher, row) -> dict:
+    "Name of the stack image of each band at a galaxy's position."
+    url, query = f"{self.urls.ps1_url}/ps1filenames.py", self.position(row)
+    read = partial(read_image_names, bands=self.bands)
+    return read(self.client.get(url, query | dict(filters="".join(self.bands)), check=read))
 
-    def cutout(self, row, band:str, names:dict) -> bytes:
-        if band not in names: raise NotFoundError("not found: PS1 lists no such image")
-        url, query = f"{self.urls.ps1_url}/fitscut.cgi", self.position(row) | dict(red=names[band])
-        check = partial(check_cutout, band=band, ra=row.ra, dec=row.dec, size=self.size)
-        return self.client.get(url, query, 4*self.size**2 + (1 << 20), check)
+@patch
+def cutout(self:Fetcher, row, band:str, names:dict) -> bytes:
+    "A cutout, from one of the images named `names`."
+    if band not in names: raise NotFoundError("not found: PS1 lists no such image")
+    url, query = f"{self.urls.ps1_url}/fitscut.cgi", self.position(row) | dict(red=names[band])
+    check = partial(check_cutout, band=band, ra=row.ra, dec=row.dec, size=self.size)
+    return self.client.get(url, query, 4*self.size**2 + (1 << 20), check)
 
 # %% ../nbs/10_download.ipynb #09224cb6
 @patch
@@ -330,14 +331,14 @@ class DownloadState:
         row = self.database.execute(f"{FILE} WHERE name = ? AND request = ?", file[:2]).fetchone()
         return ArchiveFile(*row) if row else file
 
-# %% ../nbs/10_download.ipynb #601da114
+# %% ../nbs/10_download.ipynb #3216221e
 @patch
 def enqueue(self:DownloadState,
     catalogue:pd.DataFrame,
     files_of,  # `galaxy_files` with bands, size and release
     retry_missing:bool = False,  # forget which files the archives did not have
 ):
-    "Makes the files of a catalogue those that are wanted."
+    "Makes the files of a catalogue those that are wanted; keeps what is known of others."
     with self.database:
         self.database.execute("UPDATE file SET wanted = 0")
         self.database.executemany("""INSERT INTO file (name, request, status, wanted)
@@ -348,6 +349,7 @@ def enqueue(self:DownloadState,
         if retry_missing:
             self.database.execute("UPDATE file SET status = 'waiting' WHERE status = 'missing'")
 
+# %% ../nbs/10_download.ipynb #d1a61141
 @patch
 def record(self:DownloadState, files:list[ArchiveFile]):
     "Keeps what became of wanted files; written to the disk once a second."
@@ -541,22 +543,21 @@ def plot_cutouts(
     figure.colorbar(shown, shrink=0.75, label="asinh(counts / 3σ)")
     return figure
 
-# %% ../nbs/10_download.ipynb #a70a65fa
+# %% ../nbs/10_download.ipynb #5d06d530
 def estimate(
     n_spectra:int,
     n_cutouts:int,
     n_bands:int,  # cutouts of a galaxy, for which a list of images is needed
     size:int,  # side of the cutouts, pixels
-    concurrency:int = 8,  # requests at once
-    seconds_per_request:float = 1.0,
+    concurrency:int = 8,  # requests at once, of one second each
 ) -> dict:
     "Files, requests, GB and hours of a download."
     n_requests = n_spectra + n_cutouts + -(-n_cutouts//n_bands)
     gigabytes = (n_spectra*170e3 + n_cutouts*(4*size**2 + 20e3))/1e9
-    hours = n_requests*seconds_per_request/concurrency/3600
-    return dict(files=n_spectra + n_cutouts, requests=n_requests, gigabytes=gigabytes, hours=hours)
+    return dict(files=n_spectra + n_cutouts, requests=n_requests, gigabytes=gigabytes,
+        hours=n_requests/concurrency/3600)
 
-# %% ../nbs/10_download.ipynb #89244e67
+# %% ../nbs/10_download.ipynb #d45e78d6
 def plan_download(
     parameters:ArchiveParameters,  # as for `download`, like the others
     raw:str | Path,
@@ -578,8 +579,7 @@ def plan_download(
         text = f"{len(files):,} files, of which {len(files) - missing.total():,} need no download;"
     plan = estimate(missing["SAS"], missing["PS1"], n_bands, size, parameters.concurrency)
     return (f"{text} {plan['files']:,} to download: {plan['requests']:,} requests, "
-        f"{plan['gigabytes']:,.2f} GB, about {plan['hours']:.1f} hours at {parameters.concurrency} "
-        "requests at once of one second each")
+        f"{plan['gigabytes']:,.2f} GB, about {plan['hours']:.1f} hours at one second for a request")
 
 # %% ../nbs/10_download.ipynb #0678f1ed
 @patch

@@ -136,7 +136,7 @@ def end_of(raw):
 
 def test_a_download_killed_at_random_moments_ends_in_the_same_state(
         mock, clean, through_faults, tmp_path):
-    raw, rng, good, n_kills = tmp_path/"raw", random.Random(2), files_in(clean[0]), 6
+    raw, rng, good, n_kills = tmp_path/"raw", random.Random(2), files_in(clean[0]), 4
     with serve(mock, faults=FAULTY) as urls:
         parameters = asdict(urls) | PATIENT | dict(split=ALL_TRAIN)
         arguments = json.dumps((sys.path, parameters, str(raw), SIZE))
