@@ -65,9 +65,8 @@ _COLUMNS |= dict(specobjid=_ID, bestobjid=_ID,
     plate=_Column(np.int32, 1, 16_383), mjd=_Column(np.int32, 50_000, 99_999),
     fiberid=_Column(np.int32, 1, 4095), zwarning=_Column(np.int32, 0, 2**31 - 1),
     primtarget=_Column(np.int64, -2**31, 2**32), ra=_Column(float, 0, 360),
-    dec=_Column(float, -90, 90), redshift=_Column(float, -0.1, 12), run2d=_Column(str),
-    subclass=_Column(str))
-_COLUMNS["class"] = _Column(str)
+    dec=_Column(float, -90, 90), redshift=_Column(float, -0.1, 12))
+_COLUMNS |= dict.fromkeys(["run2d", "class", "subclass"], _Column(str))
 _ANGLES = ("ra", "dec")  # required, in degrees
 _SPECTRUM = ("plate", "mjd", "fiberid")  # what names a spectrum
 
@@ -95,26 +94,26 @@ def refuse(self:_Source,
     raise InvalidInputError(f"{place}: {value!r}; expected {expected}. {count}")
 
 # %% ../nbs/08_catalogue.ipynb #58b9299d
+_ABSENT = r"(?i)|nan|none|null|--|<na>|-9999(\.0*)?"
+
 @patch
 def texts(self:_Source, name:str) -> pd.Series:
     "A column as texts, empty where there is nothing; SDSS says that by -9999."
     if name not in self.rows: return pd.Series("", self.rows.index, dtype=str)
     text = self.rows[name].astype(str).str.strip()
-    absent = text.str.lower().isin(["", "nan", "none", "null", "--", "<na>", "-9999", "-9999.0"])
-    return text.mask(absent | text.isna(), "")
+    return text.mask(text.str.fullmatch(_ABSENT, na=True), "")
 
 # %% ../nbs/08_catalogue.ipynb #96091eec
 @patch
 def integers(self:_Source, name:str) -> np.ndarray:
     "A column as integers, which may be written as 266.0; 0 where there is nothing."
     dtype, low, high = _COLUMNS[name]
-    text = self.texts(name)
-    given, text = text != "", text.mask(text == "", "0")
+    text = self.texts(name).replace("", "0")
     values = pd.to_numeric(text, errors="coerce")
     # floats hold 16 digits, which is too few for identifiers
     whole = text.str.fullmatch("-?[0-9]+") if dtype is np.uint64 else values % 1 == 0
     self.refuse(name, ~whole, "an integer")
-    self.refuse(name, given & ~values.between(low, high), f"{low} to {high}")
+    self.refuse(name, (values != 0) & ~values.between(low, high), f"{low} to {high}")
     return values.to_numpy(dtype)
 
 # %% ../nbs/08_catalogue.ipynb #4c3e5f88
@@ -125,19 +124,18 @@ def numbers(self:_Source, name:str) -> np.ndarray:
     _, low, high = _COLUMNS[name]
     values = pd.to_numeric(self.rows[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
     given = (self.texts(name) != "") | (name in _ANGLES)
-    degrees = " in degrees (10:20:30.5 is none)" if name in _ANGLES else ""
-    self.refuse(name, given & ~np.isfinite(values), f"a number{degrees}")
-    if name in _ANGLES: values = self.in_degrees(name, values)
-    else: values = np.where(values <= -9999, np.nan, values)
+    self.refuse(name, given & ~np.isfinite(values), "a number; angles are in degrees")
+    values = self.in_degrees(name, np.where(given, values, np.nan))
     self.refuse(name, (values < low) | (values > high), f"{low} to {high}")
     return values
 
 # %% ../nbs/08_catalogue.ipynb #9e8da506
 @patch
 def in_degrees(self:_Source, name:str, values:np.ndarray) -> np.ndarray:
-    "Values in the unit that the file states for a column, degrees where it states none."
+    "Values of a column, converted to degrees if it is an angle for which the file states a unit."
     unit = self.units.get(name)
-    try: return (values*units.Unit(unit or "deg")).to_value(units.deg)
+    if not unit or name not in _ANGLES: return values
+    try: return unit.to(units.deg, values)
     except (units.UnitConversionError, ValueError, TypeError) as error:
         raise InvalidInputError(f"{self.file}, column {self.written[name]!r}: its unit is {unit}; "
             "expected deg.") from error
@@ -160,7 +158,7 @@ _OUR_NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in ali
 
 # %% ../nbs/08_catalogue.ipynb #bc133bd8
 def _name_columns(
-    written:list,  # the file's names of columns
+    written,  # the file's names of columns
     file:str,
 ) -> dict:
     "The file's names by ours. Raises `InvalidInputError` where two columns claim a name."
@@ -169,10 +167,10 @@ def _name_columns(
     for column in written:
         name = column.strip().lower()
         if not (name == "z" and z_is_magnitude): name = _OUR_NAMES.get(name, name)
-        if name in names and name in _COLUMNS:
+        if name in names:
             raise InvalidInputError(f"{file}: the columns {names[name]!r} and {column!r} both mean "
                 f"{name}. Remove or rename one.")
-        names.setdefault(name, column)
+        names[name] = column
     if "z" in names and "redshift" not in names:
         warnings.warn(f"{file}: {names['z']!r} is taken for a magnitude, since it stands beside "
             "others. If it is the redshift, call it redshift.", stacklevel=2)
@@ -185,11 +183,9 @@ def _source_of(
     units_of:dict,  # unit of a column as the file states it, by the file's name
 ) -> _Source:
     "The table under our names."
-    written = [str(column) for column in table.columns]
-    names = _name_columns(written, file)
-    rows = table.set_axis(written, axis=1)[list(names.values())].set_axis(list(names), axis=1)
-    return _Source(file, rows.reset_index(drop=True), names,
-        {name: units_of.get(column) for name, column in names.items()})
+    names = _name_columns(table.columns, file)
+    rows = table[list(names.values())].set_axis(list(names), axis=1).reset_index(drop=True)
+    return _Source(file, rows, names, {name: units_of.get(names[name]) for name in names})
 
 # %% ../nbs/08_catalogue.ipynb #fa43101b
 def _read_csv(text:str, file:str) -> pd.DataFrame:
@@ -200,13 +196,10 @@ def _read_csv(text:str, file:str) -> pd.DataFrame:
     try: names, *rows = (fields for fields in lines if fields)
     except (ValueError, csv.Error) as error:
         raise InvalidInputError(f"{file}: not CSV: {error}") from error
-    names = [name.strip() for name in names]
-    if len(set(names)) < len(names):
-        raise InvalidInputError(f"{file}: two columns have the same name, of {', '.join(names)}")
     for i, fields in enumerate(rows, 1):
         if len(fields) != len(names):
-            n_fields = f"{len(fields)} fields, the header {len(names)}"
-            raise InvalidInputError(f"{file}: row {i} has {n_fields}")
+            raise InvalidInputError(f"{file}: row {i} has {len(fields)} fields, the header "
+                f"{len(names)}")
     return pd.DataFrame(rows, columns=names, dtype=str)
 
 # %% ../nbs/08_catalogue.ipynb #7ac071ee
@@ -269,7 +262,7 @@ def _open_table(path:Path) -> _Source:
     if kind is None:
         raise InvalidInputError(f"{file}: a table has one of the endings {', '.join(_FORMATS)}.")
     if not path.is_file(): raise MissingInputError(f"There is no table {path}.")
-    with damage_reported(f"{file} is no readable {kind} table"):
+    with damage_reported(f"{file}, a {kind} table"):
         if kind == "csv": return _source_of(file, _read_csv(path.read_text("utf-8-sig"), file), {})
         if kind == "parquet": return _source_of(file, pd.read_parquet(path), {})
         table = _read_astropy(path, kind)
@@ -280,15 +273,13 @@ def _open_table(path:Path) -> _Source:
 def _check_positions(source:_Source):
     "Raises `InvalidInputError` for a table without ra and dec, or without rows."
     columns = list(source.written.values())
-    if len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
-        raise InvalidInputError(f"{source.file} has a single column {columns[0][:60]!r}; "
-            "separate columns by commas.")
     for name in _ANGLES:
         if name in source.rows: continue
         near = difflib.get_close_matches(name, list(source.written), 1, 0.5)
         hint = f" (is it {source.written[near[0]]!r}?)" if near else ""
         raise InvalidInputError(f"{source.file} has no column {name!r}{hint}; it has "
-            f"{', '.join(map(repr, columns[:12]))}. Positions are ra and dec in degrees, J2000.")
+            f"{', '.join(map(repr, columns[:12]))}. Positions are ra and dec in degrees, J2000; "
+            "CSV files separate columns by commas.")
     if not len(source.rows): raise InvalidInputError(f"{source.file} has no rows.")
 
 # %% ../nbs/08_catalogue.ipynb #c9d13a92
@@ -297,16 +288,15 @@ _FIRST_BOSS_PLATE = 3510
 def _check_spectra(source:_Source, catalogue:pd.DataFrame):
     "Raises `InvalidInputError` for rows that name a spectrum in part."
     given = (catalogue[list(_SPECTRUM)] > 0).to_numpy()
-    for name in [name for name in _SPECTRUM if name in source.written][:1]:
-        source.refuse(name, given.any(1) & ~given.all(1), "plate, mjd and fiberid, or none of them")
+    column = next((name for name in _SPECTRUM if name in source.written), "ra")
+    source.refuse(column, given.any(1) & ~given.all(1), "plate, mjd and fiberid, or none of them")
 
 def _fill_run2d(source:_Source, catalogue:pd.DataFrame, release:str) -> pd.Series:
     "The reduction of every row that names a spectrum, else empty. Raises `InvalidInputError`."
     usual = np.where(catalogue.plate < _FIRST_BOSS_PLATE, "26", BOSS_RUN2D[release])
     run2d = catalogue.run2d.mask(catalogue.run2d == "", usual)
-    if "run2d" in source.written:
-        unknown = ~run2d.str.fullmatch(RUN2D_PATTERN).to_numpy(bool)
-        source.refuse("run2d", unknown, "the reduction, e.g. 26 or v5_13_2")
+    unknown = ~run2d.str.fullmatch(RUN2D_PATTERN)
+    source.refuse("run2d", unknown, "the reduction, e.g. 26 or v5_13_2")
     return run2d.where(catalogue.plate > 0, "")
 
 # %% ../nbs/08_catalogue.ipynb #903a2531
@@ -321,12 +311,10 @@ def _fill_specobjid(catalogue:pd.DataFrame) -> np.ndarray:
 
 def _drop_repeats(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
     "Each specobjid once. Raises `InvalidInputError` where one has two positions or spectra."
-    first = catalogue.drop_duplicates("specobjid").set_index("specobjid").loc[catalogue.specobjid]
-    ra, dec, ra_0, dec_0 = (np.radians(table[name].to_numpy())
-        for table in (catalogue, first) for name in _ANGLES)
-    names, names_0 = (table[list(_SPECTRUM)].to_numpy() for table in (catalogue, first))
-    differ = angular_separation(ra, dec, ra_0, dec_0) > np.radians(1/3600)
-    differ |= (names != names_0).any(axis=1)
+    first = catalogue.groupby("specobjid")[[*_ANGLES, *_SPECTRUM]].transform("first")
+    positions = catalogue.ra, catalogue.dec, first.ra, first.dec
+    differ = angular_separation(*map(np.radians, positions)) > np.radians(1/3600)
+    differ |= (catalogue[first.columns] != first)[list(_SPECTRUM)].any(axis=1)
     if differ.any():  # without identifiers of its own the table names a spectrum at two places
         column = "specobjid" if "specobjid" in source.written else "plate"
         source.refuse(column, differ, "one position and spectrum for each identifier")
@@ -365,7 +353,7 @@ def sky_blocks(
     nside:int=32,  # the sky has 12 nside² blocks
 ) -> np.ndarray:
     "HEALPix index (ring order) of each position, (N,) int64. Raises `InvalidInputError`."
-    ra, dec = np.atleast_1d(np.asarray(ra, float)), np.atleast_1d(np.asarray(dec, float))
+    ra, dec = np.atleast_1d(ra, dec)
     if ra.shape != dec.shape or not (np.isfinite(ra) & (np.abs(dec) <= 90)).all():
         raise InvalidInputError("ra and dec have to be finite degrees, as many of one as of the "
             "other, dec from -90 to 90.")
@@ -435,17 +423,16 @@ def plot_split(
     ra,  # (N,) degrees
     dec,  # (N,) degrees
     split,  # (N,) of `SPLITS`
-    ax=None,  # matplotlib axes with the projection "mollweide"; None: new ones
 ):
     "Sky map in equatorial coordinates, right ascension growing to the left. Returns the axes."
     import matplotlib.pyplot as plt
     ra, dec, split = np.asarray(ra), np.asarray(dec), np.asarray(split)
-    if ax is None: ax = plt.figure(figsize=(8, 4.2)).add_subplot(projection="mollweide")
+    ax = plt.figure(figsize=(8, 4.2)).add_subplot(projection="mollweide")
     longitude = np.radians(180 - ra % 360)  # the centre is at 12 h, where the northern cap lies
     for name, colour in SPLIT_COLOURS.items():
         rows = split == name
-        ax.plot(longitude[rows], np.radians(dec[rows]), ".", ms=2 if len(ra) > 1000 else 4,
-            color=colour, label=f"{name} ({rows.sum():,})", rasterized=True)
+        ax.plot(longitude[rows], np.radians(dec[rows]), ".", ms=2, color=colour,
+            label=f"{name} ({rows.sum():,})", rasterized=True)
     ax.axhline(np.radians(PS1_SOUTH), color="k", ls="--", lw=0.8, label="southern edge of PS1")
     ax.set_xticks(np.radians([-120, -60, 0, 60, 120]), ["300°", "240°", "180°", "120°", "60°"])
     for label in ax.get_xticklabels(): label.set_bbox(dict(facecolor="white", edgecolor="none"))

@@ -20,15 +20,16 @@ from astropy.io import fits
 from astropy.nddata import InverseVariance
 from fastcore.basics import patch
 
-from .config import DamagedFileError, InvalidInputError, MissingInputError, SpecpredError
+from .config import (ArchiveParameters, DamagedFileError, InvalidInputError,
+    MissingInputError, SpecpredError)
 from .surveys import PS1, ImagingSurvey
 
 # %% auto #0
 __all__ = ['RUN2D_PATTERN', 'BOSS_RUN2D', 'PIXEL_MASK_BITS', 'DLOGLAM', 'SPZLINES', 'PS1_SOUTH', 'spectrum_name', 'spectrum_path',
            'specobjid_of_spectrum', 'specobjid_of_position', 'damage_reported', 'open_fits', 'mask_bits',
            'SDSSSpectrum', 'read_sdss', 'check_spectrum', 'sdss_spectrum_bytes', 'from_specutils', 'skycell_path',
-           'skycell_wcs', 'Pixel', 'sky_to_pixel', 'asinh_scale', 'asinh_unscale', 'linear_counts', 'Skycell',
-           'read_skycell', 'skycell_bytes', 'Cutout', 'read_cutout', 'check_cutout', 'air_to_vacuum']
+           'skycell_wcs', 'Pixel', 'sky_to_pixel', 'asinh_scale', 'linear_counts', 'Skycell', 'read_skycell',
+           'skycell_bytes', 'Cutout', 'read_cutout', 'check_cutout', 'air_to_vacuum']
 
 # %% ../nbs/04_formats.ipynb #75790185
 RUN2D_PATTERN = r"\d{2,3}|v\d+(_\d+){1,2}"
@@ -41,7 +42,7 @@ def spectrum_name(
     fiberid:int,
 ) -> str:
     "File name of a spectrum."
-    return f"spec-{int(plate):04d}-{int(mjd):05d}-{int(fiberid):04d}.fits"
+    return f"spec-{plate:04d}-{mjd:05d}-{fiberid:04d}.fits"
 
 # %% ../nbs/04_formats.ipynb #d86bb9ca
 def spectrum_path(
@@ -55,12 +56,10 @@ def spectrum_path(
     archive server. Raises `InvalidInputError` for a reduction or release of another form."""
     if not re.fullmatch(RUN2D_PATTERN, run2d):
         raise InvalidInputError(f"run2d is {run2d!r}; expected e.g. 26 or v5_13_2.")
-    if release not in BOSS_RUN2D:
-        known = ", ".join(BOSS_RUN2D)
-        raise InvalidInputError(f"There is no data release {release!r}; choose from {known}.")
+    ArchiveParameters(release=release)
     boss = "boss" if int(release[2:]) <= 12 else "eboss"
     survey = boss if run2d.startswith("v") else "sdss"
-    folder = f"{release}/{survey}/spectro/redux/{run2d}/spectra/lite/{int(plate):04d}"
+    folder = f"{release}/{survey}/spectro/redux/{run2d}/spectra/lite/{plate:04d}"
     return f"{folder}/{spectrum_name(plate, mjd, fiberid)}"
 
 # %% ../nbs/04_formats.ipynb #551116ed
@@ -93,11 +92,14 @@ def specobjid_of_position(
 # %% ../nbs/04_formats.ipynb #ead5359f
 @contextlib.contextmanager
 def damage_reported(
-    what:str="",  # what was read: the beginning of the message
+    source:str | os.PathLike | bytes,  # what is read: a path starts the message, contents do not
 ):
-    "Context in which all exceptions but specpred's own become `DamagedFileError`."
-    before = f"{what}: " if what else ""
+    """Context in which a missing file becomes `MissingInputError`, and all other exceptions but
+    specpred's own become `DamagedFileError`."""
+    before = "" if isinstance(source, bytes) else f"{source}: "
     try: yield
+    except FileNotFoundError as error:
+        raise MissingInputError(f"There is no file {source}.") from error
     except DamagedFileError as error: raise DamagedFileError(f"{before}{error}") from error
     except SpecpredError: raise
     except Exception as error:
@@ -107,11 +109,8 @@ def damage_reported(
 def _read_bytes(
     source:str | os.PathLike | bytes,  # a path, or the contents of a file
 ) -> bytes:
-    "The contents of a file. Raises `MissingInputError` or `DamagedFileError`."
-    if isinstance(source, bytes): return source
-    try: return Path(source).read_bytes()
-    except FileNotFoundError: raise MissingInputError(f"There is no file {source}.") from None
-    except OSError as error: raise DamagedFileError(f"{source} cannot be read: {error}") from error
+    "The contents of a file."
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 # %% ../nbs/04_formats.ipynb #2d872a23
 class _Unit(NamedTuple):
@@ -122,19 +121,16 @@ class _Unit(NamedTuple):
 
 _HEADER = re.compile(rb"(?:[A-Z0-9_ -]{8}[ -~]{72})+?END {77}")
 
-@lru_cache(maxsize=1024)
-def _parse_header(text:bytes) -> fits.Header: return fits.Header.fromstring(text)
-
 def _to_block(n_bytes:int) -> int: return n_bytes + -n_bytes % 2880
 
-def _data_size(header:fits.Header) -> int:
-    "Bytes of the data after a header. Raises `DamagedFileError` for a size that cannot be."
+@lru_cache(maxsize=1024)
+def _parse_header(text:bytes) -> fits.Header:
+    "A header. Raises `DamagedFileError` for numbers of axes and sizes that cannot be."
+    header = fits.Header.fromstring(text)
     counts = [int(header.get(key, 0)) for key in ("NAXIS", "ZNAXIS", "TFIELDS")]
     if not 0 <= max(counts) <= 999: raise DamagedFileError(f"a damaged header: {max(counts)} axes")
-    axes = [int(header[f"NAXIS{i}"]) for i in range(1, counts[0] + 1)]
-    bits = abs(header["BITPIX"])*header.get("GCOUNT", 1)*(header.get("PCOUNT", 0) + math.prod(axes))
-    if min(bits, *axes, 0) < 0: raise DamagedFileError("a damaged header: a negative size")
-    return bits//8 if axes else 0
+    if header.data_size < 0: raise DamagedFileError("a damaged header: a negative size")
+    return header
 
 # %% ../nbs/04_formats.ipynb #5948062b
 def _fits_units(content:bytes) -> list[_Unit]:
@@ -148,7 +144,7 @@ def _fits_units(content:bytes) -> list[_Unit]:
         if not match: raise DamagedFileError(f"a damaged header at byte {at} of {len(content)}")
         header = _parse_header(match[0])
         start = at + _to_block(len(match[0]))
-        size = _data_size(header)
+        size = header.data_size
         at = start + _to_block(size)
         if at > len(content):
             raise DamagedFileError(f"truncated: {len(content)} bytes of {at} or more")
@@ -156,12 +152,14 @@ def _fits_units(content:bytes) -> list[_Unit]:
     return units
 
 # %% ../nbs/04_formats.ipynb #e7f70b54
-def _check_claims(header:fits.Header, max_bytes:int):
+_MAX_BYTES = 1 << 30  # of an image after unpacking
+
+def _check_claims(header:fits.Header):
     "Raises `DamagedFileError` for a tile-compressed image that claims to be too large."
     for key in ("ZNAXIS", "ZTILE"):
         sides = [int(header.get(f"{key}{i}", 1)) for i in range(1, header.get("ZNAXIS", 0) + 1)]
-        if min(sides, default=1) < 1 or 8*math.prod(sides) > max_bytes:
-            raise DamagedFileError(f"an image that unpacks to more than {max_bytes >> 20} MB")
+        if min(sides, default=1) < 1 or 8*math.prod(sides) > _MAX_BYTES:
+            raise DamagedFileError(f"an image that unpacks to more than {_MAX_BYTES >> 20} MB")
 
 def _check_checksums(content:bytes):
     "Raises `DamagedFileError` where data or header differ from their DATASUM or CHECKSUM."
@@ -175,15 +173,13 @@ def _check_checksums(content:bytes):
 @contextlib.contextmanager
 def open_fits(
     source:str | os.PathLike | bytes,  # a path, or the contents of a file
-    max_bytes:int=1 << 30,  # largest image after unpacking
 ):
     """Context that gives astropy's HDUs of a file whose structure is sound. Raises
     `MissingInputError` where there is no file and `DamagedFileError`, also for what goes wrong
     while they are used."""
-    content = _read_bytes(source)
-    what = "" if isinstance(source, bytes) else f"{source} is not a readable FITS file"
-    with damage_reported(what):
-        for unit in _fits_units(content): _check_claims(unit.header, max_bytes)
+    with damage_reported(source):
+        content = _read_bytes(source)
+        for unit in _fits_units(content): _check_claims(unit.header)
         with fits.open(io.BytesIO(content)) as hdus: yield hdus
 
 # %% ../nbs/04_formats.ipynb #425a8810
@@ -197,11 +193,10 @@ def mask_bits(
     names,  # names of bits, e.g. ("BRIGHTSKY", "NODATA")
 ) -> int:
     "The bits of `and_mask` with these names, as one integer. Raises `InvalidInputError`."
-    unknown = [name for name in names if name not in PIXEL_MASK_BITS]
-    if unknown:
-        raise InvalidInputError(f"No SDSS pixel mask bit is called {', '.join(unknown)}; "
-            f"there are {', '.join(PIXEL_MASK_BITS)}.")
-    return sum(1 << PIXEL_MASK_BITS[name] for name in set(names))
+    try: return sum(1 << PIXEL_MASK_BITS[name] for name in set(names))
+    except KeyError as error:
+        raise InvalidInputError(f"No SDSS pixel mask bit is called {error}; there are "
+            f"{', '.join(PIXEL_MASK_BITS)}.") from error
 
 # %% ../nbs/04_formats.ipynb #50171a4e
 DLOGLAM = 1e-4  # width of SDSS's pixels, dex
@@ -214,14 +209,14 @@ class SDSSSpectrum:
     and_mask: np.ndarray  # (n,) SDSS's bits that are set in all exposures, see `mask_bits`
     loglam0: float  # log10 of the first pixel's wavelength (its centre), Angstrom
     redshift: float
-    zwarning: int
-    object_class: str  # GALAXY, QSO or STAR
-    subclass: str
-    ra: float  # degrees, J2000
-    dec: float
-    plate: int
-    mjd: int
-    fiberid: int
+    zwarning: int = 0
+    object_class: str = ""  # GALAXY, QSO or STAR
+    subclass: str = ""
+    ra: float = math.nan  # degrees, J2000
+    dec: float = math.nan
+    plate: int = 0
+    mjd: int = 0
+    fiberid: int = 0
     or_mask: np.ndarray | None = None  # (n,) bits that are set in any exposure
     model: np.ndarray | None = None  # (n,) SDSS's best-fitting template, unit of flux
 
@@ -247,10 +242,9 @@ def _record_type(header:bytes) -> np.dtype:
 
 def _table_rows(unit:_Unit) -> np.ndarray:
     "The rows of a binary table, as records. Raises `DamagedFileError`."
-    if "TFIELDS" not in unit.header: raise DamagedFileError("no spectrum: a table is missing")
-    rows = np.frombuffer(unit.data, _record_type(unit.text), unit.header["NAXIS2"])
-    if not len(rows): raise DamagedFileError("no spectrum: a table without rows")
-    return rows
+    if not (unit.data and "TFIELDS" in unit.header):
+        raise DamagedFileError("no spectrum: a table is missing or empty")
+    return np.frombuffer(unit.data, _record_type(unit.text), unit.header["NAXIS2"])
 
 # %% ../nbs/04_formats.ipynb #13d2fac4
 def _grid_start(loglam:np.ndarray) -> float:
@@ -278,7 +272,7 @@ def _spectrum_of_tables(pixels:np.ndarray, objects:np.ndarray) -> SDSSSpectrum:
     return SDSSSpectrum(**arrays, **values, loglam0=_grid_start(pixels["loglam"].astype(float)))
 
 # %% ../nbs/04_formats.ipynb #d07f7c59
-_SPEC_CLASS = {0: "UNKNOWN", 1: "STAR", 2: "GALAXY", 3: "QSO", 4: "QSO", 5: "SKY", 6: "STAR"}
+_SPEC_CLASS = ("UNKNOWN", "STAR", "GALAXY", "QSO", "QSO", "SKY", "STAR")  # by SPEC_CLN
 _NUMBERS = dict(loglam0="COEFF0", redshift="Z", ra="RAOBJ", dec="DECOBJ")
 _INTEGERS = dict(plate="PLATEID", mjd="MJD", fiberid="FIBERID")
 
@@ -294,8 +288,7 @@ def _spectrum_of_spspec(unit:_Unit) -> SDSSSpectrum:
     with np.errstate(divide="ignore"): ivar = np.where(error > 0, 1/error**2, 0)
     and_mask = np.nan_to_num(mask).astype(np.int64).astype(np.uint32)
     return SDSSSpectrum(flux.astype(np.float32), ivar.astype(np.float32), and_mask, **values,
-        zwarning=int(header.get("Z_WARNIN", 0)), subclass="",
-        object_class=_SPEC_CLASS.get(header["SPEC_CLN"], "UNKNOWN"))
+        zwarning=int(header.get("Z_WARNIN", 0)), object_class=_SPEC_CLASS[header["SPEC_CLN"]])
 
 # %% ../nbs/04_formats.ipynb #a8de68ea
 def read_sdss(
@@ -304,11 +297,10 @@ def read_sdss(
 ) -> SDSSSpectrum:
     """Reads a spectrum of any of SDSS's data releases. Raises `MissingInputError` where there is no
     file, `DamagedFileError` for one that is cut off or something else."""
-    content = _read_bytes(source)
-    with damage_reported("" if isinstance(source, bytes) else str(source)):
-        units = _fits_units(content)
+    with damage_reported(source):
+        units = _fits_units(_read_bytes(source))
         if units[0].data: return _spectrum_of_spspec(units[0])
-        if len(units) < 3: raise DamagedFileError("no spectrum: a table is missing")
+        if len(units) < 3: raise DamagedFileError("no spectrum: a table is missing or empty")
         return _spectrum_of_tables(_table_rows(units[1]), _table_rows(units[2]))
 
 # %% ../nbs/04_formats.ipynb #99f79aa4
@@ -381,61 +373,21 @@ def _table_bytes(name:str, n_rows:int, values:dict) -> bytes:
     for column, value in values.items(): rows[column] = value
     return header + rows.tobytes() + bytes(-rows.nbytes % 2880)
 
-# %% ../nbs/04_formats.ipynb #b6323537
-_PRIMARY = fits.Header.fromstring("""\
-SIMPLE  =                    T / conforms to FITS standard
-BITPIX  =                    8 / array data type
-NAXIS   =                    0 / number of array dimensions
-EXTEND  =                    T
-RA      =                  0.0 / Right ascension of the plate
-DEC     =                  0.0 / Declination of the plate
-EQUINOX =               2000.0
-RADECSYS= 'FK5     '
-TIMESYS = 'tai     '           / TAI, not UTC
-MJD     =                    0 / MJD of observation
-VERSION = 'MOCK    '           / specpred mock survey
-TELESCOP= 'SDSS 2.5-M'         / Sloan Digital Sky Survey (simulated)
-FLAVOR  = 'science '
-QUALITY = 'excellent'          / night/image quality
-PLATEID =                    0 / Plate Id
-VACUUM  =                    T / Wavelengths are in vacuum
-NWORDER =                    2 / Linear-log10 coefficients
-WFITTYPE= 'LOG-LINEAR'         / Linear-log10 dispersion
-COEFF0  =                  0.0 / Central wavelength (log10) of first pixel
-COEFF1  =               0.0001 / Log10 dispersion per pixel
-DC-FLAG =                    1 / Log-linear flag
-BUNIT   = '1E-17 erg/cm^2/s/Ang'
-PLUG_RA =                  0.0 / of object [deg]
-PLUG_DEC=                  0.0 / of object [deg]
-FIBERID =                    0 / Fiber number (1-640)
-SPEC_ID = '                      ' / Unique object identifier
-""", sep="\n")
-
-# %% ../nbs/04_formats.ipynb #5b19b5d6
-def _primary_header(spectrum:SDSSSpectrum, specobjid:int) -> bytes:
-    "The first header of a file."
-    header = _PRIMARY.copy()
-    header.update(RA=spectrum.ra, DEC=spectrum.dec, MJD=spectrum.mjd, PLATEID=spectrum.plate,
-        COEFF0=spectrum.loglam0, PLUG_RA=spectrum.ra, PLUG_DEC=spectrum.dec,
-        FIBERID=spectrum.fiberid, SPEC_ID=f"{specobjid:22d}")
+# %% ../nbs/04_formats.ipynb #a75fd615
+def _primary_header(spectrum:SDSSSpectrum) -> bytes:
+    "The first header of a file, by which other readers know it."
+    header = fits.PrimaryHDU().header
+    header.update(TELESCOP="SDSS 2.5-M", VERSION="MOCK", RA=spectrum.ra, DEC=spectrum.dec,
+        PLATEID=spectrum.plate, MJD=spectrum.mjd, FIBERID=spectrum.fiberid)
     return header.tostring().encode()
 
-# %% ../nbs/04_formats.ipynb #a75fd615
-_LEGACY_SURVEY = dict(SURVEY="sdss", INSTRUMENT="SDSS", CHUNK="mock", PROGRAMNAME="legacy",
-    PLATERUN="mock", PLATEQUALITY="good", LAMBDA_EFF=5000, BLUEFIBER=-1, SNTURNOFF=-9999,
-    NTURNOFF=-1, SPECPRIMARY=1, SPECLEGACY=1, NSPECOBS=1, FIRSTRELEASE="dr7", RUN2D="26",
-    DESIGNID=-1, SOURCETYPE="GALAXY", TARGETTYPE="SCIENCE", TCOLUMN=-1)  # the same in all rows
-
-def _specobj_values(spectrum:SDSSSpectrum, specobjid:int, bestobjid:int) -> dict:
-    "Columns of SPECOBJ that follow from the spectrum and its identifiers."
-    good = spectrum.ivar > 0
-    wavelength, s_n = spectrum.wavelength[good], (spectrum.flux*np.sqrt(spectrum.ivar))[good]
-    return dict(SPECOBJID=f"{specobjid:22d}", FLUXOBJID=str(bestobjid), BESTOBJID=str(bestobjid),
-        TARGETOBJID=f"{bestobjid:22d}", PLATE=spectrum.plate, TILE=spectrum.plate, MJD=spectrum.mjd,
-        FIBERID=spectrum.fiberid, PLUG_RA=spectrum.ra, PLUG_DEC=spectrum.dec,
-        CLASS=spectrum.object_class, SUBCLASS=spectrum.subclass, Z=spectrum.redshift,
-        Z_NOQSO=spectrum.redshift, ZWARNING=spectrum.zwarning, WAVEMIN=wavelength[0],
-        WAVEMAX=wavelength[-1], SN_MEDIAN_ALL=np.median(s_n))
+def _specobj_values(spectrum:SDSSSpectrum) -> dict:
+    "Columns of SPECOBJ that follow from the spectrum."
+    identity = spectrum.plate, spectrum.mjd, spectrum.fiberid, "26"
+    s_n = (spectrum.flux*np.sqrt(spectrum.ivar))[spectrum.ivar > 0]
+    values = {column.upper(): getattr(spectrum, name) for name, column in _OBJECT_COLUMNS.items()}
+    return values | dict(SURVEY="sdss", INSTRUMENT="SDSS", RUN2D="26", SPECPRIMARY=1,
+        SPECOBJID=f"{specobjid_of_spectrum(*identity):22d}", SN_MEDIAN_ALL=np.median(s_n))
 
 # %% ../nbs/04_formats.ipynb #806fe97f
 def sdss_spectrum_bytes(
@@ -443,19 +395,16 @@ def sdss_spectrum_bytes(
     bestobjid:int=0,  # identifier of the photometric object
     wdisp=0.0,  # (n,) resolution, sigma in pixels
     sky=0.0,  # (n,) flux of the night sky, unit of flux
-    lines:dict | None=None,  # columns of SPZLINE by name: a number, or one for each line
     specobj:dict | None=None,  # further columns of SPECOBJ by name, e.g. dict(Z_ERR=1e-5)
 ) -> bytes:
     "A *lite* file of the legacy spectrograph (run2d 26), from which `read_sdss` reads `spectrum`."
-    specobjid = specobjid_of_spectrum(spectrum.plate, spectrum.mjd, spectrum.fiberid, "26")
     pixels = {name: getattr(spectrum, name) for name in ("loglam", *_PIXEL_COLUMNS)}
-    row = _LEGACY_SURVEY | _specobj_values(spectrum, specobjid, bestobjid) | (specobj or {})
-    table = dict(PLATE=spectrum.plate, MJD=spectrum.mjd, FIBERID=spectrum.fiberid,
-        LINENAME=list(SPZLINES), LINEWAVE=list(SPZLINES.values()), LINEZ=spectrum.redshift,
-        LINECHI2=-1) | (lines or {})
-    return (_primary_header(spectrum, specobjid)
+    row = _specobj_values(spectrum) | dict(BESTOBJID=str(bestobjid)) | (specobj or {})
+    lines = dict(LINENAME=list(SPZLINES), LINEWAVE=list(SPZLINES.values()), LINEZ=spectrum.redshift,
+        LINEAREA_ERR=-1)  # not measured
+    return (_primary_header(spectrum)
         + _table_bytes("COADD", len(spectrum.flux), pixels | dict(wdisp=wdisp, sky=sky))
-        + _table_bytes("SPECOBJ", 1, row) + _table_bytes("SPZLINE", len(SPZLINES), table))
+        + _table_bytes("SPECOBJ", 1, row) + _table_bytes("SPZLINE", len(SPZLINES), lines))
 
 # %% ../nbs/04_formats.ipynb #3bcc131c
 _META = ("zwarning", "object_class", "subclass", "ra", "dec", "plate", "mjd", "fiberid",
@@ -471,18 +420,21 @@ def to_specutils(self:SDSSSpectrum) -> specutils.Spectrum:  # noqa: F821
         uncertainty=InverseVariance(self.ivar/_FLUX_UNIT**2), mask=~(self.ivar > 0),
         redshift=self.redshift, meta={name: getattr(self, name) for name in _META})
 
-# %% ../nbs/04_formats.ipynb #5075bf2c
-_UNKNOWN = dict(zwarning=0, object_class="", subclass="", ra=math.nan, dec=math.nan, plate=0, mjd=0,
-    fiberid=0, or_mask=None, model=None)
+# %% ../nbs/04_formats.ipynb #9eb64d0c
+class _Calibration(NamedTuple):
+    "What brings a spectrum to SDSS's pixels and unit."
+    loglam0: float
+    factor: np.ndarray  # (n,) by which the flux is multiplied
 
-def _sdss_units(spectrum) -> tuple[np.ndarray, np.ndarray]:
-    "Wavelength in Angstrom, and the factors that bring the flux to SDSS's unit, (n,) each."
+def _calibrate(spectrum) -> _Calibration:
+    "Start of the grid and unit of the flux. Raises `InvalidInputError`."
     try:
-        wavelength = spectrum.spectral_axis.to_value(units.AA, units.spectral())
-        one = np.ones(len(wavelength))*spectrum.flux.unit
-        return wavelength, one.to_value(_FLUX_UNIT, units.spectral_density(wavelength*units.AA))
-    except (units.UnitConversionError, AttributeError, TypeError) as error:
-        raise InvalidInputError(f"This is no spectrum of a flux density ({error}).") from error
+        wavelength = spectrum.spectral_axis.to(units.AA, units.spectral())
+        flux_density = np.ones(len(wavelength))*spectrum.flux.unit
+        factor = flux_density.to_value(_FLUX_UNIT, units.spectral_density(wavelength))
+        return _Calibration(_grid_start(np.log10(wavelength.value)), factor)
+    except (units.UnitConversionError, AttributeError, TypeError, DamagedFileError) as error:
+        raise InvalidInputError(f"This is no flux density on SDSS's pixels ({error}).") from error
 
 # %% ../nbs/04_formats.ipynb #fe19c31b
 def from_specutils(
@@ -492,19 +444,17 @@ def from_specutils(
     """An `SDSSSpectrum` from a `specutils.Spectrum` with any units of wavelength and flux density.
     Raises `InvalidInputError` when its pixels are not SDSS's, its units no flux density, its
     uncertainty unknown, or an array of another length."""
-    wavelength, factor = _sdss_units(spectrum)
+    loglam0, factor = _calibrate(spectrum)
     if spectrum.uncertainty is not None:
         with np.errstate(divide="ignore"):  # where nothing was measured
             ivar = spectrum.uncertainty.represent_as(InverseVariance).array/factor**2
     if ivar is None: raise InvalidInputError("This spectrum has no uncertainty; give its ivar.")
-    values = _UNKNOWN | dict(and_mask=np.zeros(len(factor), np.uint32))
-    values |= {name: spectrum.meta[name] for name in _META if name in spectrum.meta}
-    shapes = {np.shape(values[name]) for name in ("and_mask", "or_mask", "model")} - {()}
+    known = {name: spectrum.meta[name] for name in _META if name in spectrum.meta}
+    values = dict(and_mask=np.zeros(len(factor), np.uint32)) | known
+    shapes = {np.shape(values.get(name)) for name in ("and_mask", "or_mask", "model")} - {()}
     if shapes | {np.shape(ivar), spectrum.flux.shape} != {factor.shape}:
         raise InvalidInputError("Flux, ivar, masks and model have several shapes.")
-    measured = np.ones(len(factor), bool) if spectrum.mask is None else ~spectrum.mask
-    try: loglam0 = _grid_start(np.log10(wavelength))
-    except DamagedFileError as error: raise InvalidInputError(str(error)) from error
+    measured = spectrum.mask is None or ~spectrum.mask
     return SDSSSpectrum((spectrum.flux.value*factor).astype(np.float32),
         np.where(measured, np.nan_to_num(ivar), 0).astype(np.float32),
         loglam0=loglam0, redshift=float(spectrum.redshift.value), **values)
@@ -530,18 +480,14 @@ def skycell_wcs(
 ) -> astropy.wcs.WCS:  # noqa: F821
     "Gnomonic projection around the centre of a skycell; east is left."
     from astropy.wcs import WCS
-    wcs = WCS(naxis=2)
-    wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
-    wcs.wcs.crval = [ra, dec]
-    wcs.wcs.crpix = [side/2 + 0.5]*2
-    wcs.wcs.cdelt = [-pixel_scale/3600, pixel_scale/3600]
-    return wcs
+    centre, step = side/2 + 0.5, pixel_scale/3600
+    return WCS(dict(CTYPE1="RA---TAN", CRVAL1=ra, CRPIX1=centre, CDELT1=-step,
+        CTYPE2="DEC--TAN", CRVAL2=dec, CRPIX2=centre, CDELT2=step))
 
 def _pixel_matrix(header) -> np.ndarray:
     "(2, 2) degrees per pixel, from CDELT and the PC matrix in its new or old spelling."
     def element(i, j): return header.get(f"PC00{i}00{j}", header.get(f"PC{i}_{j}", float(i == j)))
-    rows = [[header[f"CDELT{i}"]*element(i, j) for j in (1, 2)] for i in (1, 2)]
-    return np.array(rows)
+    return np.array([[header[f"CDELT{i}"]*element(i, j) for j in (1, 2)] for i in (1, 2)])
 
 # %% ../nbs/04_formats.ipynb #43ecc2d3
 class Pixel(NamedTuple):
@@ -555,14 +501,13 @@ def sky_to_pixel(
     dec:float,  # degrees
 ) -> Pixel:
     "The pixel of a position; infinite beyond the horizon of the projection."
-    d, d0 = math.radians(dec), math.radians(header["CRVAL2"])
-    a = math.radians(ra - header["CRVAL1"])
-    c = math.sin(d0)*math.sin(d) + math.cos(d0)*math.cos(d)*math.cos(a)
+    angles = np.radians([dec, header["CRVAL2"], ra - header["CRVAL1"]])
+    (sin_d, sin_d0, sin_a), (cos_d, cos_d0, cos_a) = np.sin(angles), np.cos(angles)
+    c = sin_d0*sin_d + cos_d0*cos_d*cos_a
     if c <= 0: return Pixel(math.inf, math.inf)
-    xi = math.cos(d)*math.sin(a)/c
-    eta = (math.cos(d0)*math.sin(d) - math.sin(d0)*math.cos(d)*math.cos(a))/c
-    offset = np.linalg.solve(_pixel_matrix(header), np.degrees([xi, eta]))
-    return Pixel(*(offset + [header["CRPIX1"] - 1, header["CRPIX2"] - 1]).tolist())
+    xi, eta = cos_d*sin_a/c, (cos_d0*sin_d - sin_d0*cos_d*cos_a)/c
+    x, y = np.linalg.solve(_pixel_matrix(header), np.degrees([xi, eta])).tolist()
+    return Pixel(x + header["CRPIX1"] - 1, y + header["CRPIX2"] - 1)
 
 # %% ../nbs/04_formats.ipynb #4500ed93
 _POGSON = 2.5*math.log10(math.e)
@@ -575,27 +520,19 @@ def asinh_scale(
     "PS1's stored values of linear counts."
     return _POGSON*np.arcsinh((counts - boffset)/(2*bsoften))
 
-def asinh_unscale(
-    values,  # as stored, any shape
-    bsoften:float,
-    boffset:float,
-):
-    "Linear counts of PS1's stored values."
-    return boffset + 2*bsoften*np.sinh(values/_POGSON)
-
 def linear_counts(
     values,  # pixels of an image
     header,  # its header
 ) -> np.ndarray:
     "Linear counts, float32: decoded where BSOFTEN and BOFFSET are in the header, else unchanged."
     if "BSOFTEN" not in header or "BOFFSET" not in header: return np.asarray(values, np.float32)
-    values = np.asarray(values, np.float64)
-    return asinh_unscale(values, header["BSOFTEN"], header["BOFFSET"]).astype(np.float32)
+    asinh = np.asarray(values, np.float64)/_POGSON
+    return (header["BOFFSET"] + 2*header["BSOFTEN"]*np.sinh(asinh)).astype(np.float32)
 
 # %% ../nbs/04_formats.ipynb #59546653
 class Skycell(NamedTuple):
     "A stack image."
-    counts: np.ndarray  # (side, side) float64, linear; NaN where there are no data
+    counts: np.ndarray  # (side, side) float32, linear; NaN where there are no data
     header: fits.Header
 
 def read_skycell(
@@ -604,8 +541,7 @@ def read_skycell(
     "Reads a stack image. Raises `MissingInputError` or `DamagedFileError`."
     with open_fits(source) as hdus:
         header = hdus[1].header
-        values = np.asarray(hdus[1].data, np.float64)
-        return Skycell(asinh_unscale(values, header["BSOFTEN"], header["BOFFSET"]), header)
+        return Skycell(linear_counts(hdus[1].data, header), header)
 
 # %% ../nbs/04_formats.ipynb #4795c7dc
 def skycell_bytes(
@@ -616,17 +552,13 @@ def skycell_bytes(
     noise:float,  # standard deviation of the sky, counts; sets the asinh scale
     projcell:int=0,
     subcell:int=0,
-    cards=(),  # further header cards: (keyword, value) or (keyword, value, comment)
 ) -> bytes:
     "The contents of a stack file as PS1 stores it."
-    bsoften, boffset = float(np.float32(np.sqrt(_POGSON)*noise)), 0.0
+    bsoften = float(np.float32(np.sqrt(_POGSON)*noise))
     header = wcs.to_header()
-    header.extend([("FILTER", f"{band}.00000", "PS1 filter"),
-        ("HIERARCH FPA.FILTER", f"{band}.00000"), ("EXPTIME", exptime, "seconds"),
-        ("PROJCELL", projcell), ("SUBCELL", subcell), ("HIERARCH FPA.ZP", PS1.zero_point),
-        ("BSOFTEN", bsoften, "scale of the asinh"), ("BOFFSET", boffset, "zero of the asinh"),
-        *cards])
-    values = asinh_scale(counts, bsoften, boffset).astype(np.float32)
+    header.extend([("FILTER", f"{band}.00000", "PS1 filter"), ("EXPTIME", exptime, "seconds"),
+        ("BSOFTEN", bsoften, "scale of the asinh"), ("BOFFSET", 0.0, "zero of the asinh")])
+    values = asinh_scale(counts, bsoften, 0.0).astype(np.float32)
     image = fits.CompImageHDU(values, header, compression_type="RICE_1",
         tile_shape=(64, counts.shape[1]), quantize_level=32, quantize_method=1,
         dither_seed=1 + (projcell*100 + subcell) % 9999)
@@ -637,9 +569,9 @@ def skycell_bytes(
 # %% ../nbs/04_formats.ipynb #5e0dc48f
 def _band_of(header) -> str | None:
     "The band that a header names by one letter; None for none or another form."
-    spellings = (header.get(key) for key in ("FPA.FILTERID", "FPA.FILTER", "FILTER"))
-    name = next((str(name) for name in spellings if name), "").split(".")[0].strip()
-    return name if re.fullmatch("[a-z]", name) else None
+    name = header.get("FPA.FILTERID") or header.get("FPA.FILTER") or header.get("FILTER")
+    match = re.match(r"([a-z])\s*(\.|$)", str(name))
+    return match and match[1]
 
 @dataclass
 class Cutout:
@@ -678,10 +610,9 @@ def check_cutout(
     ra:float,  # degrees
     dec:float,  # degrees
     size:int,  # side, pixels
-    min_finite:float=0.5,  # fraction of pixels with data; at the edge of the survey some have none
 ):
     """Raises `DamagedFileError` unless `content` is a (size, size) image of that band with an
-    exposure time, centred within 2 pixels of the position."""
+    exposure time, centred within 2 pixels of the position, and most of its pixels have data."""
     _check_checksums(content)
     with open_fits(content) as hdus:
         cutout = _cutout_of(hdus[0], PS1)
@@ -689,11 +620,11 @@ def check_cutout(
             raise DamagedFileError(f"another shape: {cutout.counts.shape}, asked for side {size}")
         if cutout.band != band:
             raise DamagedFileError(f"another band: {cutout.band}, asked for {band}")
-        distance = math.dist(sky_to_pixel(hdus[0].header, ra, dec), ((size - 1)/2, (size - 1)/2))
+        distance = math.dist(sky_to_pixel(hdus[0].header, ra, dec), [(size - 1)/2]*2)
         if not distance <= 2:
             raise DamagedFileError(f"another position: {distance:.1f} pixels off the centre")
         finite = 1 - cutout.mask.mean()
-        if finite < min_finite:
+        if finite < 0.5:  # at the edge of the survey some have none
             raise DamagedFileError(f"empty: {finite:.0%} of the pixels are finite")
 
 # %% ../nbs/04_formats.ipynb #692b85b7

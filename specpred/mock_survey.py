@@ -323,10 +323,8 @@ def make_skycell(
         if path.is_file(): continue
         pixels = _skycell_pixels(cell, galaxies, conditions, survey, stamp, seed)
         unit = survey.to_njy(1.0, conditions.exptime)
-        seeing = round(conditions.seeing/survey.pixel_scale, 4)
         content = skycell_bytes(pixels, wcs, conditions.band, conditions.exptime,
-            conditions.sky_noise/unit, cell.projcell, cell.subcell,
-            cards=[("MJD-OBS", conditions.mjd), ("HIERARCH CHIP.SEEING", seeing, "FWHM, pixels")])
+            conditions.sky_noise/unit, cell.projcell, cell.subcell)
         with atomic_path(path) as part: part.write_bytes(content)
 
 # %% ../nbs/07_mock_survey.ipynb #fe5f952b
@@ -368,8 +366,7 @@ def _spectrum_content(galaxy, measured, observed, model):
     specobj = dict(Z_ERR=z_err, Z_ERR_NOQSO=z_err, VDISP=galaxy.sigma_stars,
         PRIMTARGET=MAIN_GALAXY, LEGACY_TARGET1=MAIN_GALAXY)
     return sdss_spectrum_bytes(spectrum, int(galaxy.bestobjid), sdss_wdisp(spectrum.wavelength),
-        sky, lines=dict.fromkeys(["LINEAREA_ERR", "LINEEW_ERR", "LINECONTLEVEL_ERR"], -1),
-        specobj=specobj)
+        sky, specobj)
 
 # %% ../nbs/07_mock_survey.ipynb #c35f82cd
 class SpectraBlock(NamedTuple):

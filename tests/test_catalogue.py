@@ -218,7 +218,7 @@ def test_any_positions_in_any_format_become_a_catalogue(
         ("ra,dec\n1,2,3\n", "own.csv: row 1 has 3 fields"),
         ("ra,dec\n", "no rows"),
         ("", "own.csv: not CSV"),
-        ("ra,dec,ra\n1,2,1\n", "two columns have the same name"),
+        ("ra,dec,ra\n1,2,1\n", "'ra' and 'ra' both mean ra"),
         ("ra;dec\n1;2\n", "separate columns by commas"),
         ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1"),
         ("ra,dec,plate,mjd,fiberid\n1,2,266.5,51602,1\n", "'plate', row 1"),
