@@ -62,7 +62,7 @@ class Sample:
 def make_sample(
     images:ImageStore,
     latents:pd.DataFrame,  # specobjid, split, target_1 …, standardised
-    stretch:str = "asinh",  # of the images, see `images.STRETCHES`
+    stretch:str = "asinh",  # of the images, "asinh", "linear" or "image"
     seed:int = 0,  # chooses the galaxies that the transform is fitted on
     n_fit:int = 1000,  # how many at most
 ) -> Sample:
@@ -120,10 +120,10 @@ class GalaxySet:
 def read(self:GalaxySet, positions) -> torch.Tensor:
     """Network input (n, bands, size, size) of galaxies by position, from the store, in its
     precision."""
-    flux = torch.from_numpy(self.images.read_rows(self.rows[positions]))
+    values = self.transform(self.images.read_rows(self.rows[positions]))
     # half precision ends at 65504, which a saturated star may exceed
     stored = torch.float16 if self.images.pixels.dtype == np.float16 else torch.float32
-    return self.transform(flux).clamp_(-6e4, 6e4).to(stored)
+    return torch.from_numpy(values).clamp_(-6e4, 6e4).to(stored)
 
 @patch
 def _read_all(self:GalaxySet, memory:torch.device) -> torch.Tensor:
