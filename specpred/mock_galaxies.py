@@ -24,8 +24,8 @@ from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
 __all__ = ['COSMOLOGY', 'R_LIMITS', 'REDSHIFTS', 'KINDS', 'SDSS_EXTINCTION', 'LSUN', 'FIBRE_RADIUS', 'FIBRE_SEEING',
-           'MOFFAT_BETA', 'LOGLAM', 'KM_S_PER_PIXEL', 'Brightness', 'draw_brightness', 'draw_galaxies', 'filter_names',
-           'dilution', 'sersic_growth', 'Petrosian', 'petrosian_radii', 'fibre_fraction', 'ComponentLight',
+           'MOFFAT_BETA', 'LOGLAM', 'WAVELENGTH', 'KM_S_PER_PIXEL', 'Brightness', 'draw_brightness', 'draw_galaxies',
+           'of_component', 'dilution', 'sersic_growth', 'petrosian_radii', 'fibre_fraction', 'ComponentLight',
            'GalaxyLight', 'component_light', 'make_light', 'galaxy_image', 'sdss_wdisp', 'pixel_of', 'gaussian_lines',
            'FibreSpectrum', 'fibre_spectrum']
 
@@ -39,6 +39,7 @@ class Brightness(NamedTuple):
     r: np.ndarray  # (N) dereddened Petrosian magnitude
     absolute: np.ndarray  # (N) rough absolute magnitude in r
 
+# %% ../nbs/06_mock_galaxies.ipynb #f4c6375a
 def draw_brightness(
     n:int,
     rng:np.random.Generator,
@@ -60,71 +61,58 @@ def draw_brightness(
 # %% ../nbs/06_mock_galaxies.ipynb #eb5cf6d9
 KINDS = ("quiescent", "star-forming", "fading", "post-starburst", "starburst")
 
-def _draw_kinds(absolute, rng):
-    "(N) Index into `KINDS` of galaxies of these absolute magnitudes."
-    p_quiescent = 0.08 + 0.68/(1 + np.exp((absolute + 20.9)/0.6))
-    u, v = rng.random((2, len(absolute)))
-    return np.where(u < p_quiescent, 0, 1 + np.digitize(v, [0.85, 0.93, 0.96]))
-
 # %% ../nbs/06_mock_galaxies.ipynb #b61e53ff
-def _draw_histories(kind, absolute, universe_age, rng):
+def _draw_histories(kind, brightness, universe_age, rng):
     "Columns of the histories of star formation of bulge and disk, Gyr."
     n = len(kind)
-    def uniform(*range_): return rng.uniform(*range_, n)
-    def by_kind(*ranges): return np.choose(kind, [uniform(*r) for r in ranges])
-    table = {}
-    age = by_kind((8, 12.5), (6, 12), (7, 12), (5, 10), (5, 11))
-    table["bulge_age"] = age*universe_age/13.5
-    table["bulge_tau"] = 10**by_kind((-0.9, 0), *[(-0.5, 0.3)]*4)
-    table["bulge_recent_age"] = uniform(0.5, 1.5)
-    table["bulge_recent_factor"] = 10**by_kind((-3.5, -1.5), *[(-2, -0.3)]*4)
-    table["disk_age"] = table["bulge_age"]*uniform(0.6, 1.0)
-    tau = by_kind((-0.6, 0.2), (0.15, 0.7), (0, 0.5), (0.1, 0.6), (0.2, 0.8))
-    table["disk_tau"] = 10**(0.1*np.clip(absolute + 21, -1, 2) + tau)
-    table["disk_recent_age"] = 10**by_kind(
-        (-0.3, 0.3), (-1.3, -0.5), (-0.7, 0.3), (-0.9, -0.3), (-1.7, -0.7))
-    table["disk_recent_factor"] = 10**np.choose(kind, [uniform(-3.5, -1.3),
-        rng.normal(-0.1, 0.25, n), uniform(-1.3, -0.4), uniform(-3.5, -2), uniform(0.4, 1.0)])
-    return table
+    def uniform(*limits): return rng.uniform(*limits, n)
+    def by_kind(*limits): return np.choose(kind, [uniform(*pair) for pair in limits])
+    bulge_age = by_kind((8, 12.5), (6, 12), (7, 12), (5, 10), (5, 11))*universe_age/13.5
+    return dict(bulge_age=bulge_age, bulge_tau=10**by_kind((-0.9, 0), *[(-0.5, 0.3)]*4),
+        bulge_recent_age=uniform(0.5, 1.5),
+        bulge_recent_factor=10**by_kind((-3.5, -1.5), *[(-2, -0.3)]*4),
+        disk_age=bulge_age*uniform(0.6, 1.0),
+        disk_tau=10**(by_kind((-0.6, 0.2), (0.15, 0.7), (0, 0.5), (0.1, 0.6), (0.2, 0.8))
+            - 0.1*np.clip(brightness, -2, 1)),
+        disk_recent_age=10**by_kind(
+            (-0.3, 0.3), (-1.3, -0.5), (-0.7, 0.3), (-0.9, -0.3), (-1.7, -0.7)),
+        disk_recent_factor=10**np.choose(kind, [uniform(-3.5, -1.3), rng.normal(-0.1, 0.25, n),
+            uniform(-1.3, -0.4), uniform(-3.5, -2), uniform(0.4, 1.0)]))
 
 # %% ../nbs/06_mock_galaxies.ipynb #92b1a8ec
-def _draw_chemistry(kind, absolute, rng):
+def _draw_chemistry(kind, brightness, rng):
     "Columns of metallicity, ionization parameter and dust."
-    n, brightness = len(kind), -(absolute + 21)
+    n = len(kind)
     bulge = np.clip(0.05 + 0.12*brightness + rng.normal(0, 0.1, n), -1.5, 0.5)
     disk = np.clip(-0.12 + 0.18*brightness + rng.normal(0, 0.12, n), -1.5, 0.4)
-    # a disk of thickness 0.17 seen from a random side
     axis_ratio = np.sqrt(0.17**2 + (1 - 0.17**2)*rng.random(n)**2)
-    dustiness = np.choose(kind, (0.05, 0.28, 0.22, 0.2, 0.65))
-    face_on = 10**(rng.normal(0, 0.2, n) + 0.12*brightness)*dustiness
+    face_on = 10**(rng.normal(0, 0.2, n) + 0.12*brightness)
+    face_on *= np.choose(kind, (0.05, 0.28, 0.22, 0.2, 0.65))
     disk_av = np.clip(face_on*axis_ratio**-0.6, 0, 2.5)
-    log_u = -2.4 - 0.45*(disk + GAS_METALLICITY) + rng.normal(0, 0.1, n)
-    return dict(bulge_log_z=bulge, disk_log_z=disk, log_u=np.clip(log_u, -3.9, -2.0),
+    return dict(bulge_log_z=bulge, disk_log_z=disk,
+        log_u=np.clip(-2.4 - 0.45*(disk + GAS_METALLICITY) + rng.normal(0, 0.1, n), -3.9, -2.0),
         disk_axis_ratio=axis_ratio, disk_av=disk_av,
         bulge_av=np.clip(0.05 + 0.35*disk_av*rng.random(n), 0, 1))
 
 # %% ../nbs/06_mock_galaxies.ipynb #dfa37c13
-def _draw_shapes(kind, absolute, redshift, rng):
+def _draw_shapes(kind, brightness, redshift, rng):
     "Columns of sizes (arcsec), shapes, angles (degrees) and velocities (km/s)."
-    n, brightness = len(kind), -(absolute + 21)
+    n = len(kind)
     def normal(scatter): return rng.normal(0, scatter, n)
     share = np.where(kind == 0, rng.beta(4, 2.2, n),
         rng.beta(1.6, np.clip(7 - 1.8*brightness, 3, 12), n))
-    arcsec = 60/COSMOLOGY.kpc_proper_per_arcmin(redshift).value  # that one kpc subtends
+    kpc = 60/COSMOLOGY.kpc_proper_per_arcmin(redshift).value  # arcsec
     angle = rng.uniform(0, 180, n)
-    log_bulge = 0.52 + 0.24*brightness - 0.45*(1 - share) + normal(0.12)  # kpc
-    log_disk = 0.66 + 0.19*brightness + normal(0.13)
-    sersic = 1.2 + 3.3*share + normal(0.5)
-    table = dict(bulge_fraction=share,
-        bulge_radius=np.clip(10**log_bulge*arcsec, 0.3, 8),
-        disk_radius=np.clip(10**log_disk*arcsec, 0.6, 14),
-        bulge_sersic=np.clip(np.round(2*sersic)/2, 1, 5), disk_sersic=np.ones(n),
+    return dict(bulge_fraction=share, disk_fraction=1 - share,
+        bulge_radius=np.clip(
+            10**(0.52 + 0.24*brightness - 0.45*(1 - share) + normal(0.12))*kpc, 0.3, 8),
+        disk_radius=np.clip(10**(0.66 + 0.19*brightness + normal(0.13))*kpc, 0.6, 14),
+        bulge_sersic=np.clip(np.round(2*(1.2 + 3.3*share + normal(0.5)))/2, 1, 5),
+        disk_sersic=1.0,
         bulge_axis_ratio=rng.uniform(0.55, 1, n),
-        disk_angle=angle, bulge_angle=(angle + normal(12)) % 180)
-    log_sigma = 2.18 + 0.1*brightness + 0.15*share + normal(0.07)
-    log_gas = 1.92 + 0.08*brightness + normal(0.1)
-    return table | dict(sigma_stars=np.clip(10**log_sigma, 60, 350),
-        sigma_gas=np.clip(10**log_gas, 40, 220))
+        disk_angle=angle, bulge_angle=(angle + normal(12)) % 180,
+        sigma_stars=np.clip(10**(2.18 + 0.1*brightness + 0.15*share + normal(0.07)), 60, 350),
+        sigma_gas=np.clip(10**(1.92 + 0.08*brightness + normal(0.1)), 40, 220))
 
 # %% ../nbs/06_mock_galaxies.ipynb #26ec0300
 def draw_galaxies(
@@ -136,23 +124,26 @@ def draw_galaxies(
     and shape of bulge and disk."""
     rng = random_generator(seed, "mock", "galaxies", *purpose)
     redshift, r, absolute = draw_brightness(n, rng)
-    kind = _draw_kinds(absolute, rng)
-    columns = dict(redshift=redshift, r_petro_dereddened=r, kind=np.array(KINDS)[kind])
-    columns |= _draw_histories(kind, absolute, COSMOLOGY.age(redshift).value, rng)
-    columns |= _draw_chemistry(kind, absolute, rng)
-    columns |= _draw_shapes(kind, absolute, redshift, rng)
-    columns["ebv"] = np.clip(10**rng.normal(-1.5, 0.25, n), 0.005, 0.3)
-    return pd.DataFrame(columns)
+    p_quiescent = 0.08 + 0.68/(1 + np.exp((absolute + 20.9)/0.6))
+    u, v = rng.random((2, n))
+    kind = np.where(u < p_quiescent, 0, 1 + np.digitize(v, [0.85, 0.93, 0.96]))
+    brightness = -(absolute + 21)
+    return pd.DataFrame(dict(redshift=redshift, r_petro_dereddened=r, kind=np.array(KINDS)[kind],
+        **_draw_histories(kind, brightness, COSMOLOGY.age(redshift).value, rng),
+        **_draw_chemistry(kind, brightness, rng), **_draw_shapes(kind, brightness, redshift, rng),
+        ebv=np.clip(10**rng.normal(-1.5, 0.25, n), 0.005, 0.3)))
+
+# %% ../nbs/06_mock_galaxies.ipynb #6d99efdb
+def of_component(
+    galaxies,  # table of galaxies, or a row of it
+    component:str,  # "bulge" or "disk"
+    *names,  # of the columns, without the component's
+) -> list:
+    "Columns of a component."
+    return [np.asarray(getattr(galaxies, f"{component}_{name}")) for name in names]
 
 # %% ../nbs/06_mock_galaxies.ipynb #23a6da27
 SDSS_EXTINCTION = dict(g=3.793, r=2.751, i=2.086, z=1.479)  # A/E(B-V), Stoughton et al. 2002
-
-def filter_names(
-    survey:ImagingSurvey,
-) -> dict[str, str]:
-    "speclite's name of each filter: the survey's by band, SDSS's as `sdss_g` to `sdss_z`."
-    own = {band: f"{survey.filters}-{band}" for band in survey.bands}
-    return own | {f"sdss_{band}": f"sdss2010-{band}" for band in SDSS_EXTINCTION}
 
 # %% ../nbs/06_mock_galaxies.ipynb #d61ac215
 LSUN = 3.828e33  # erg/s
@@ -162,23 +153,25 @@ def dilution(
 ) -> np.ndarray:  # (N) 1e-17 erg/s/cm2/Angstrom, observed, per solar luminosity/Angstrom, emitted
     """Flux density of a luminosity density of one: L_sun / (4 pi d_L^2 (1+z)). For whole lines omit
     the (1+z)."""
-    redshift = np.asarray(redshift)
     distance = COSMOLOGY.luminosity_distance(redshift).cgs.value
     return LSUN*1e17/(4*np.pi*distance**2*(1 + redshift))
 
 # %% ../nbs/06_mock_galaxies.ipynb #f596598d
-def _through_filters(wavelength, luminosity, galaxies, filters):
-    "(N, filters) nJy of luminosities (N, W) in bins or lines at rest wavelengths (W)."
-    redshift, ebv = (galaxies[name].to_numpy()[:, None] for name in ("redshift", "ebv"))
+def _through_filters(wavelength, luminosity, galaxies, survey):
+    "nJy, a column a filter, of luminosities (N, W) in bins or lines at rest wavelengths (W)."
+    redshift, ebv = galaxies[["redshift", "ebv"]].to_numpy().T[..., None]
     observed = wavelength*(1 + redshift)
     extinction = 10**(-0.4*ebv*milky_way_curve(observed))
     photons = luminosity*observed*(1 + redshift)*extinction
-    per_filter = []
-    for curve in map(load_filter, filters):
+    filters = {band: f"{survey.filters}-{band}" for band in survey.bands}
+    filters |= {f"sdss_{band}": f"sdss2010-{band}" for band in SDSS_EXTINCTION}
+    flux = pd.DataFrame(index=galaxies.index)
+    for name, in_speclite in filters.items():
+        curve = load_filter(in_speclite)
         response = np.interp(observed, curve.wavelength, curve.response, left=0, right=0)
         norm = np.trapezoid(curve.response/curve.wavelength, curve.wavelength)
-        per_filter.append((photons*response).sum(1)/(LIGHT_SPEED*1e13*norm))
-    return np.stack(per_filter, 1)*1e15
+        flux[name] = (photons*response).sum(1)/(LIGHT_SPEED*1e13*norm)*1e15
+    return flux
 
 # %% ../nbs/06_mock_galaxies.ipynb #d51087b8
 def sersic_growth(
@@ -186,35 +179,30 @@ def sersic_growth(
     n,  # Sersic index, broadcast with `radius`
 ) -> np.ndarray:
     "Fraction of a Sersic profile's light within a radius (Graham & Driver 2005, eq. 2)."
-    n = np.asarray(n)
-    return special.gammainc(2*n, special.gammaincinv(2*n, 0.5)*np.asarray(radius)**(1/n))
+    return special.gammainc(2*n, special.gammaincinv(2*n, 0.5)*radius**(1/n))
 
 # %% ../nbs/06_mock_galaxies.ipynb #b3b5b186
-class Petrosian(NamedTuple):
-    captured: np.ndarray  # (N) fraction of the light in the Petrosian magnitude
-    r50: np.ndarray  # (N) arcsec
-    r90: np.ndarray  # (N) arcsec
+def _petrosian(radius, growth):
+    "Light in the Petrosian magnitude, and radii of half and nine tenths of it."
+    brightness = np.gradient(growth, radius)/radius
+    ratio = brightness*radius**2/(2*growth)  # local over mean surface brightness
+    limit = 2*radius[((ratio < 0.2) & (radius > 0.3)).argmax()]
+    captured = np.interp(limit, radius, growth)
+    return captured, *np.interp([0.5*captured, 0.9*captured], growth, radius)
 
+# %% ../nbs/06_mock_galaxies.ipynb #0a1ec897
 def petrosian_radii(
     galaxies:pd.DataFrame,  # of `draw_galaxies`
     bulge_to_total,  # (N) of the light
-) -> Petrosian:
+) -> pd.DataFrame:  # petro_fraction of the light in the Petrosian magnitude, petro_r50, r90: arcsec
     "SDSS's Petrosian quantities of the circularized, seeing-free profile."
-    radius = np.geomspace(0.03, 120, 400)
-    growth = 0
+    radius, growth = np.geomspace(0.03, 120, 400), 0
     for part, share in (("bulge", bulge_to_total), ("disk", 1 - bulge_to_total)):
-        major, axis_ratio, n = (
-            galaxies[f"{part}_{name}"].to_numpy() for name in ("radius", "axis_ratio", "sersic"))
+        major, axis_ratio, n = of_component(galaxies, part, "radius", "axis_ratio", "sersic")
         scaled = radius/(major*np.sqrt(axis_ratio))[:, None]
-        growth = growth + share[:, None]*sersic_growth(scaled, n[:, None])
-    brightness = np.gradient(growth, radius, axis=1)/radius
-    ratio = brightness*radius**2/(2*growth)  # local over mean surface brightness
-    beyond = (ratio < 0.2) & (radius > 0.3)
-    limit = 2*radius[np.where(beyond.any(1), beyond.argmax(1), -1)]
-    captured = np.array([np.interp(x, radius, g) for x, g in zip(limit, growth, strict=True)])
-    r50, r90 = (np.array([np.interp(part*c, g, radius)
-        for c, g in zip(captured, growth, strict=True)]) for part in (0.5, 0.9))
-    return Petrosian(captured, r50, r90)
+        growth += share[:, None]*sersic_growth(scaled, n[:, None])
+    return pd.DataFrame([_petrosian(radius, curve) for curve in growth], galaxies.index,
+        ["petro_fraction", "petro_r50", "petro_r90"], float)
 
 # %% ../nbs/06_mock_galaxies.ipynb #b8391d12
 FIBRE_RADIUS = 1.5  # arcsec
@@ -227,6 +215,7 @@ def _sersic_transform(n):
     profile, k = galsim.Sersic(n=n, half_light_radius=1.0), np.geomspace(1e-3, 300, 300)
     return np.log10(k), np.array([profile.kValue(x, 0).real for x in k])
 
+# %% ../nbs/06_mock_galaxies.ipynb #c9d9b538
 def fibre_fraction(
     n,  # (N) Sersic index, in steps of a half
     radius,  # (N) half-light radius along the major axis, arcsec
@@ -239,29 +228,23 @@ def fibre_fraction(
     kernel = special.j1(k*FIBRE_RADIUS)*seeing*FIBRE_RADIUS
     angles = (np.arange(12) + 0.5)*np.pi/24
     stretch = np.hypot(np.cos(angles), axis_ratio[:, None]*np.sin(angles))*radius[:, None]
-    fraction = np.zeros(len(radius))
-    for index in np.unique(n):
-        rows = n == index
-        profile = np.mean([np.interp(np.log10(k*s[:, None]), *_sersic_transform(float(index)))
-            for s in stretch[rows].T], 0)
-        fraction[rows] = np.trapezoid(profile*kernel, k, axis=1)
-    return fraction
+    profiles = [np.interp(np.log10(k*s[:, None]), *_sersic_transform(index)).mean(0)
+        for s, index in zip(stretch, n, strict=True)]
+    return np.trapezoid(np.reshape(profiles, (-1, 400))*kernel, k, axis=1)
 
 # %% ../nbs/06_mock_galaxies.ipynb #c968df9c
 class ComponentLight(NamedTuple):
     "Light of the bulges or of the disks of N galaxies."
     population: CompositePopulation  # continuum before dust, lines after the galaxy's dust
-    flux: pd.DataFrame  # N rows, a column for each of `filter_names`: nJy as observed
-    av: np.ndarray  # (N) attenuation of the stars by the galaxy's dust, magnitudes
-    fibre_fraction: np.ndarray  # (N) part of the light that enters the fibre
+    flux: pd.DataFrame  # N rows, nJy as observed: a column a band, and `sdss_g` to `sdss_z`
 
     def scaled(self,
         mass:np.ndarray,  # (N)
     ) -> ComponentLight:
         "The same for `mass` times as many stars."
-        return self._replace(population=self.population.scaled(mass),
-            flux=self.flux.mul(mass, axis=0))
+        return ComponentLight(self.population.scaled(mass), self.flux.mul(mass, axis=0))
 
+# %% ../nbs/06_mock_galaxies.ipynb #9cf9154d
 class GalaxyLight(NamedTuple):
     "N galaxies and all that images and spectra are made of."
     galaxies: pd.DataFrame  # of `draw_galaxies`, with masses, magnitudes, sizes, fibre fractions
@@ -273,25 +256,23 @@ def component_light(
     library:StellarLibrary,
     galaxies:pd.DataFrame,  # of `draw_galaxies`
     component:str,  # "bulge" or "disk"
-    survey:ImagingSurvey=PS1,
+    survey:ImagingSurvey,
 ) -> ComponentLight:
-    "Light of one component of each galaxy, for one solar mass formed."
-    def columns(*names): return [galaxies[f"{component}_{name}"].to_numpy() for name in names]
-    formed = star_formation_history(*columns("age", "tau", "recent_age", "recent_factor"))
-    log_z, av = columns("log_z", "av")
-    population = composite_population(library, formed, log_z, galaxies.log_u.to_numpy())
-    gas_dust = av[:, None]/0.44*calzetti_curve(library.line_wavelength)
+    "Light of one component of each galaxy, for one solar mass formed in the whole galaxy."
+    *history, log_z, av, share = of_component(galaxies, component,
+        "age", "tau", "recent_age", "recent_factor", "log_z", "av", "fraction")
+    formed = star_formation_history(*history)
+    population = composite_population(library, formed, log_z, galaxies.log_u)
+    av = av[:, None]
+    gas_dust = av/0.44*calzetti_curve(library.line_wavelength)
     lines = population.lines*10**(-0.4*gas_dust)
     coarse = coarse_basis(library)
-    dust = 10**(-0.4*av[:, None]*calzetti_curve(coarse.wavelength))
+    dust = 10**(-0.4*av*calzetti_curve(coarse.wavelength))
     continuum = np.maximum(population.coefficients @ coarse.basis, 0)*dust*coarse.width
-    filters = filter_names(survey)
-    flux = dilution(galaxies.redshift.to_numpy())[:, None]*(
-        _through_filters(coarse.wavelength, continuum, galaxies, filters.values())
-        + _through_filters(library.line_wavelength, lines, galaxies, filters.values()))
-    return ComponentLight(population._replace(lines=lines),
-        pd.DataFrame(flux, columns=list(filters), index=galaxies.index), av,
-        fibre_fraction(*columns("sersic", "radius", "axis_ratio")))
+    flux = (_through_filters(coarse.wavelength, continuum, galaxies, survey)
+        + _through_filters(library.line_wavelength, lines, galaxies, survey))
+    flux = flux.mul(dilution(galaxies.redshift.to_numpy()), axis=0)
+    return ComponentLight(population._replace(lines=lines), flux).scaled(share)
 
 # %% ../nbs/06_mock_galaxies.ipynb #f8bd9b08
 def make_light(
@@ -300,35 +281,30 @@ def make_light(
     survey:ImagingSurvey=PS1,
 ) -> GalaxyLight:
     "Light of all components, scaled to the drawn brightness, and what the truth table says of it."
-    share = galaxies.bulge_fraction.to_numpy()
-    bulge = component_light(library, galaxies, "bulge", survey).scaled(share)
-    disk = component_light(library, galaxies, "disk", survey).scaled(1 - share)
-    in_r = (bulge.flux.sdss_r + disk.flux.sdss_r).to_numpy()
-    petrosian = petrosian_radii(galaxies, bulge.flux.sdss_r.to_numpy()/in_r)
-    r = (galaxies.r_petro_dereddened + SDSS_EXTINCTION["r"]*galaxies.ebv).to_numpy()
-    mass = AB_ZERO*10**(-0.4*r)/(petrosian.captured*in_r)
-    light = GalaxyLight(galaxies, bulge.scaled(mass), disk.scaled(mass))
-    return light._replace(galaxies=galaxies.assign(**_truth(light, survey, petrosian)))
+    bulge = component_light(library, galaxies, "bulge", survey)
+    disk = component_light(library, galaxies, "disk", survey)
+    in_r = bulge.flux.sdss_r + disk.flux.sdss_r
+    petrosian = petrosian_radii(galaxies, (bulge.flux.sdss_r/in_r).to_numpy())
+    r = galaxies.r_petro_dereddened + SDSS_EXTINCTION["r"]*galaxies.ebv
+    mass = (AB_ZERO*10**(-0.4*r)/(petrosian.petro_fraction*in_r)).to_numpy()
+    light = GalaxyLight(galaxies.join(petrosian), bulge.scaled(mass), disk.scaled(mass))
+    return light._replace(galaxies=_truth(light, survey))
 
 # %% ../nbs/06_mock_galaxies.ipynb #b3461447
-def _truth(light, survey, petrosian):
-    "Columns of the truth table that follow from the light."
-    bulge, disk = light.bulge.population, light.disk.population
+def _truth(light, survey):
+    "The table of the galaxies with what follows from their light."
+    table, bulge, disk = light.galaxies, light.bulge.population, light.disk.population
     mass, sfr = bulge.living_mass + disk.living_mass, bulge.sfr + disk.sfr
-    columns = dict(log_mass=np.log10(mass), sfr=sfr, log_ssfr=np.log10(sfr/mass),
-        petro_r50=petrosian.r50, petro_r90=petrosian.r90)
-    for name, part in (("bulge", light.bulge), ("disk", light.disk)):
-        columns[f"{name}_mass_weighted_age"] = part.population.mass_weighted_age
-        columns[f"{name}_light_weighted_age"] = part.population.light_weighted_age
-        columns[f"{name}_fibre_fraction"] = part.fibre_fraction
-        columns |= {f"{name}_flux_{band}": part.flux[band] for band in survey.bands}
-    share = light.galaxies.bulge_fraction.to_numpy()
-    age = share*bulge.mass_weighted_age + (1 - share)*disk.mass_weighted_age
-    columns["mass_weighted_age"] = age
     magnitudes = 22.5 - 2.5*np.log10((light.bulge.flux + light.disk.flux)/3631)
-    columns |= dict(magnitudes.rename(columns={band: f"mag_{band}" for band in survey.bands}))
-    columns["petro_r"] = magnitudes.sdss_r - 2.5*np.log10(petrosian.captured)
-    return columns
+    table = table.join(magnitudes.rename(columns={band: f"mag_{band}" for band in survey.bands}))
+    for name in ("bulge", "disk"):
+        shape = of_component(table, name, "sersic", "radius", "axis_ratio")
+        table[f"{name}_fibre_fraction"] = fibre_fraction(*shape)
+        table = table.join(getattr(light, name).flux.add_prefix(f"{name}_flux_"))
+    return table.assign(log_mass=np.log10(mass), sfr=sfr, log_ssfr=np.log10(sfr/mass),
+        mass_weighted_age=table.bulge_fraction*bulge.mass_weighted_age
+            + table.disk_fraction*disk.mass_weighted_age,
+        petro_r=magnitudes.sdss_r - 2.5*np.log10(table.petro_fraction))
 
 # %% ../nbs/06_mock_galaxies.ipynb #9e1682f6
 _FAST = galsim.GSParams(folding_threshold=1e-2, maxk_threshold=3e-3)
@@ -339,35 +315,49 @@ def galaxy_image(
     seeing:float,  # full width at half maximum, arcsec
     size:int,  # pixels
     pixel_scale:float=PS1.pixel_scale,  # arcsec
-    offset:tuple[float, float]=(0.0, 0.0),  # of the centre from the stamp's, pixels
+    offset=(0.0, 0.0),  # x and y of the centre from the stamp's, pixels
 ) -> np.ndarray:  # (size, size) nJy a pixel
     "The noiseless image of a galaxy."
     profiles = []
     for part in ("bulge", "disk"):
-        flux, n, radius, q, angle = (getattr(galaxy, f"{part}_{name}") for name in
-            (f"flux_{band}", "sersic", "radius", "axis_ratio", "angle"))
-        profile = galsim.Sersic(n=n, half_light_radius=radius*np.sqrt(q), flux=flux, gsparams=_FAST)
+        flux, n, radius, q, angle = map(float, of_component(galaxy, part,
+            f"flux_{band}", "sersic", "radius", "axis_ratio", "angle"))
+        profile = galsim.Sersic(n=n, half_light_radius=radius*np.sqrt(q), flux=flux)
         profiles.append(profile.shear(q=q, beta=angle*galsim.degrees))
-    moffat = galsim.Moffat(beta=MOFFAT_BETA, fwhm=seeing, gsparams=_FAST)
+    moffat = galsim.Moffat(beta=MOFFAT_BETA, fwhm=seeing)
     blurred = galsim.Convolve(galsim.Add(profiles), moffat, gsparams=_FAST)
-    image = blurred.drawImage(nx=size, ny=size, scale=pixel_scale, offset=offset, dtype=np.float32)
-    return image.array
+    return blurred.drawImage(nx=size, ny=size, scale=pixel_scale, offset=offset,
+        dtype=np.float32).array
 
 # %% ../nbs/06_mock_galaxies.ipynb #55208828
 LOGLAM = 3.5785 + DLOGLAM*np.arange(3866)  # log10 of the observed wavelength, vacuum Angstrom
+WAVELENGTH = 10**LOGLAM
 KM_S_PER_PIXEL = LIGHT_SPEED*np.log(10)*DLOGLAM
+
+# wavelength and resolution of the two arms
+_BLUE_ARM = np.array("""
+    3800 1.15  4160 1.03  4540 0.95  4960 0.88  5420 0.83  5950 0.80""".split(), float)
+_RED_ARM = np.array("""
+    5850 0.96  6000 0.94  6460 0.89  7060 0.80  7700 0.75  8420 0.72  9200 0.72""".split(), float)
 
 def sdss_wdisp(
     wavelength,  # observed, Angstrom
 ) -> np.ndarray:
     """Resolution of the SDSS spectrographs (sigma, pixels): better towards the red in each of the
     two arms, which meet near 6000 Angstrom."""
-    blue = np.interp(wavelength, [3800, 4160, 4540, 4960, 5420, 5950],
-        [1.15, 1.03, 0.95, 0.88, 0.83, 0.80])
-    red = np.interp(wavelength, [5850, 6000, 6460, 7060, 7700, 8420, 9200],
-        [0.96, 0.94, 0.89, 0.80, 0.75, 0.72, 0.72])
-    return np.where(np.asarray(wavelength) < 5920, blue, red)
+    blue, red = (np.interp(wavelength, arm[::2], arm[1::2]) for arm in (_BLUE_ARM, _RED_ARM))
+    return np.where(wavelength < 5920, blue, red)
 
+# %% ../nbs/06_mock_galaxies.ipynb #64f1f019
+def _observed_continuum(fine, rest, z, sigma_stars):
+    "The continuum on `LOGLAM`, with the resolution of SDSS and of the galaxy's stars."
+    start = LOGLAM - np.log10(1 + z)
+    instrument = sdss_wdisp(WAVELENGTH)*KM_S_PER_PIXEL
+    variance = sigma_stars**2 + instrument**2 - np.interp(start, fine.loglam, fine.sigma)**2
+    sigma = 2*np.sqrt(np.maximum(variance, 0))/KM_S_PER_PIXEL  # two steps a pixel
+    return broaden(np.maximum(rest, 0), (start[0] - fine.loglam[0])/FINE_STEP, sigma)
+
+# %% ../nbs/06_mock_galaxies.ipynb #79fddf5f
 def pixel_of(
     wavelength,  # observed, Angstrom
 ) -> np.ndarray:
@@ -375,54 +365,42 @@ def pixel_of(
     return (np.log10(wavelength) - LOGLAM[0])/DLOGLAM
 
 def gaussian_lines(
-    centre,  # (L) pixels of `LOGLAM`
-    sigma,  # (L) pixels
-) -> np.ndarray:  # (L, P)
-    "Fraction of each Gaussian line in each pixel of `LOGLAM`."
+    wavelength,  # (L) observed, Angstrom
+    flux,  # (L)
+    velocity:float=0.0,  # dispersion of the gas, km/s
+) -> np.ndarray:  # (P)
+    "Flux of the lines in each pixel of `LOGLAM`, at the resolution of SDSS."
+    centre = pixel_of(wavelength)
+    inside = (centre > -10) & (centre < len(LOGLAM) + 10)
+    centre = centre[inside, None]
+    instrument = np.interp(centre, np.arange(len(LOGLAM)), sdss_wdisp(WAVELENGTH))
+    sigma = np.sqrt(velocity**2/KM_S_PER_PIXEL**2 + instrument**2)
     edges = np.arange(len(LOGLAM) + 1) - 0.5
-    return np.diff(special.ndtr((edges - centre[:, None])/sigma[:, None]), axis=1)
+    return flux[inside] @ np.diff(special.ndtr((edges - centre)/sigma), axis=1)
 
 # %% ../nbs/06_mock_galaxies.ipynb #a84bc3f9
 class FibreSpectrum(NamedTuple):
     flux: np.ndarray  # (P) noiseless, on `LOGLAM`, 1e-17 erg/s/cm2/Angstrom
     lines: np.ndarray  # (L) flux of each of the library's lines, 1e-17 erg/s/cm2
 
+# %% ../nbs/06_mock_galaxies.ipynb #b23c8164
 def fibre_spectrum(
     fine:FineBasis,
     light:GalaxyLight,
     k:int,  # which of the galaxies
-    whole:bool=False,  # as if the fibre caught all light
 ) -> FibreSpectrum:
     "The noiseless observed spectrum of a galaxy."
     galaxy, rest, lines = light.galaxies.iloc[k], 0, 0
-    for part in (light.bulge, light.disk):
-        share = 1.0 if whole else float(part.fibre_fraction[k])
-        stars = part.population.coefficients[k].astype("f4") @ fine.basis
-        rest = rest + share*stars*np.exp(-0.4*np.log(10)*part.av[k]*fine.dust)
-        lines = lines + share*part.population.lines[k]
+    for name in ("bulge", "disk"):
+        share, av = map(float, of_component(galaxy, name, "fibre_fraction", "av"))
+        population = getattr(light, name).population
+        stars = population.coefficients[k].astype("f4") @ fine.basis
+        rest += share*stars*np.exp(-0.4*np.log(10)*av*fine.dust)
+        lines += share*population.lines[k]
     z, factor = galaxy.redshift, dilution(galaxy.redshift)
     lines = lines*factor*(1 + z)
     line_wavelength = fine.line_wavelength*(1 + z)
     flux = (_observed_continuum(fine, rest, z, galaxy.sigma_stars)*factor
-        + _observed_lines(line_wavelength, lines, galaxy.sigma_gas))
+        + gaussian_lines(line_wavelength, lines, galaxy.sigma_gas)/(WAVELENGTH*np.log(10)*DLOGLAM))
     def extinction(wavelength): return 10**(-0.4*galaxy.ebv*milky_way_curve(wavelength))
-    return FibreSpectrum(flux*extinction(10**LOGLAM), lines*extinction(line_wavelength))
-
-# %% ../nbs/06_mock_galaxies.ipynb #3a5c44eb
-def _observed_continuum(fine, rest, z, sigma_stars):
-    "The continuum on `LOGLAM`, with the resolution of SDSS and of the galaxy's stars."
-    start = LOGLAM - np.log10(1 + z)
-    instrument = sdss_wdisp(10**LOGLAM)*KM_S_PER_PIXEL
-    variance = sigma_stars**2 + instrument**2 - np.interp(start, fine.loglam, fine.sigma)**2
-    sigma = 2*np.sqrt(np.maximum(variance, 0))/KM_S_PER_PIXEL  # two steps a pixel
-    first = (LOGLAM[0] - np.log10(1 + z) - fine.loglam[0])/FINE_STEP
-    return broaden(np.maximum(rest, 0), first, sigma)
-
-def _observed_lines(wavelength, flux, sigma_gas):
-    "Lines of these fluxes and observed wavelengths on `LOGLAM`."
-    centre = pixel_of(wavelength)
-    inside = (centre > -10) & (centre < len(LOGLAM) + 10)
-    instrument = np.interp(centre[inside], np.arange(len(LOGLAM)), sdss_wdisp(10**LOGLAM))
-    sigma = np.sqrt(sigma_gas**2/KM_S_PER_PIXEL**2 + instrument**2)
-    profiles = gaussian_lines(centre[inside], sigma)
-    return flux[inside] @ profiles/(10**LOGLAM*np.log(10)*DLOGLAM)
+    return FibreSpectrum(flux*extinction(WAVELENGTH), lines*extinction(line_wavelength))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -22,17 +21,17 @@ from tqdm.auto import tqdm
 from .config import InvalidInputError, MockParameters, random_generator
 from .formats import (DLOGLAM, SPZLINES, SDSSSpectrum, mask_bits, sdss_spectrum_bytes,
     skycell_bytes, skycell_path, skycell_wcs, specobjid_of_spectrum, spectrum_path)
-from .mock_galaxies import (KM_S_PER_PIXEL, LOGLAM, SDSS_EXTINCTION, FibreSpectrum,
+from .mock_galaxies import (KM_S_PER_PIXEL, LOGLAM, SDSS_EXTINCTION, WAVELENGTH,
     draw_galaxies, fibre_spectrum, galaxy_image, gaussian_lines, make_light, pixel_of, sdss_wdisp)
 from .populations import FineBasis, StellarLibrary
 from .stages import atomic_path
 from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
-__all__ = ['TRUTH_LINES', 'PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG', 'SUBCELLS', 'MAIN_GALAXY', 'BLOCK', 'NightSky',
-           'night_sky', 'sdss_variance', 'ObservedSpectrum', 'observe_spectrum', 'true_lines', 'draw_subclass',
+__all__ = ['SKY_BRIGHTNESS', 'SKY_FLUX', 'TRUTH_LINES', 'DIAGNOSTICS', 'PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG',
+           'SUBCELLS', 'MAIN_GALAXY', 'BLOCK', 'sdss_variance', 'ObservedSpectrum', 'observe_spectrum', 'draw_subclass',
            'Conditions', 'draw_conditions', 'layout_skycells', 'draw_survey', 'make_skycell', 'SpectraBlock',
-           'make_spectra', 'skip_if_orphaned', 'make_survey', 'true_spectra']
+           'make_spectra', 'make_survey', 'true_spectra']
 
 # %% ../nbs/07_mock_survey.ipynb #fe12eca1
 # wavelength in air and strength relative to the sky's continuum
@@ -50,34 +49,29 @@ _SKY_LINES = np.array("""
     9104.8 0.6""".split(), float).reshape(-1, 2)
 
 # %% ../nbs/07_mock_survey.ipynb #74e6f380
-class NightSky(NamedTuple):
-    continuum: np.ndarray  # (P) on `LOGLAM`, 1e-17 erg/s/cm2/Angstrom through a fibre
-    brightness: np.ndarray  # (P) whole sky over its continuum
-
-@functools.cache
-def night_sky() -> NightSky:
-    "The sky over Apache Point."
-    wavelength = 10**LOGLAM
-    continuum = np.interp(wavelength,
-        [3790, 4100, 4600, 5000, 5500, 6000, 6500, 7000, 7700, 8400, 9230],
-        [7.8, 7.4, 7.3, 7, 7.8, 8.0, 6.8, 6.4, 6.0, 5.4, 5.0])
-    air, strength = _SKY_LINES.T
-    centre = pixel_of(air*1.000277)
-    sigma = np.interp(centre, np.arange(len(LOGLAM)), sdss_wdisp(wavelength))
-    return NightSky(continuum, 1 + 3.0*strength @ gaussian_lines(centre, sigma))
+# wavelength, and the sky's continuum through a fibre in 1e-17 erg/s/cm2/Angstrom
+_SKY_CONTINUUM = np.array("""
+    3790 7.8  4100 7.4  4600 7.3  5000 7.0  5500 7.8  6000 8.0  6500 6.8  7000 6.4  7700 6.0
+    8400 5.4  9230 5.0""".split(), float)
+# on `LOGLAM`: whole sky over its continuum, and flux of the whole sky
+SKY_BRIGHTNESS = 1 + gaussian_lines(_SKY_LINES[:, 0]*1.000277, 3.0*_SKY_LINES[:, 1])
+SKY_FLUX = np.interp(WAVELENGTH, _SKY_CONTINUUM[::2], _SKY_CONTINUUM[1::2])*SKY_BRIGHTNESS
 
 # %% ../nbs/07_mock_survey.ipynb #b11d6efb
+# wavelength, error of a faint galaxy's pixel between sky lines, and its photon noise
+_NOISE = np.array("""
+    3790 1.80 0.250   3812 1.60 0.200   4164 1.13 0.078   4548 0.94 0.050   4967 0.85 0.038
+    5425 0.83 0.030   5925 0.75 0.024   6471 0.62 0.020   7068 0.66 0.020   7720 0.72 0.022
+    8431 0.95 0.028   9209 1.45 0.035""".split(), float)
+
+# %% ../nbs/07_mock_survey.ipynb #47eeb2ea
 def sdss_variance(
     flux,  # (P) noiseless spectrum on `LOGLAM`
     depth:float=1.0,  # sky noise of this plate relative to a usual one
 ) -> np.ndarray:
     "Variance of an SDSS spectrum's pixels, (1e-17 erg/s/cm2/Angstrom)^2."
-    nodes = [3790, 3812, 4164, 4548, 4967, 5425, 5925, 6471, 7068, 7720, 8431, 9209]
-    sky = np.interp(10**LOGLAM, nodes,
-        [1.8, 1.60, 1.13, 0.94, 0.85, 0.83, 0.75, 0.62, 0.66, 0.72, 0.95, 1.45])
-    photon = np.interp(10**LOGLAM, nodes,
-        [0.25, 0.20, 0.078, 0.05, 0.038, 0.030, 0.024, 0.02, 0.02, 0.022, 0.028, 0.035])
-    usual = sky**2*night_sky().brightness + photon*np.maximum(flux, 0)
+    sky, photon = (np.interp(WAVELENGTH, _NOISE[::3], _NOISE[k::3]) for k in (1, 2))
+    usual = sky**2*SKY_BRIGHTNESS + photon*np.maximum(flux, 0)
     return depth**2*usual + (0.012*flux)**2
 
 # %% ../nbs/07_mock_survey.ipynb #7e1d1559
@@ -87,69 +81,61 @@ class ObservedSpectrum(NamedTuple):
     ivar: np.ndarray  # (P) inverse variance, 0 where there are no data
     and_mask: np.ndarray  # (P) bits that are set in all exposures
     or_mask: np.ndarray  # (P) bits that are set in any exposure
-    sky: np.ndarray  # (P) sky that was subtracted
 
+# %% ../nbs/07_mock_survey.ipynb #7d83868f
 def _cosmic_rays(n, mean, longest, rng):
     "Slices of the pixels that are hit."
     starts = rng.integers(0, n, rng.poisson(mean))
     lengths = rng.integers(1, longest + 1, 99)
-    return [slice(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+    return map(slice, starts, starts + lengths[:len(starts)])
 
 # %% ../nbs/07_mock_survey.ipynb #ff756289
 def observe_spectrum(
     flux,  # (P) noiseless, on `LOGLAM`
+    variance,  # (P) of `sdss_variance`
     rng:np.random.Generator,
-    depth:float=1.0,  # sky noise of this plate relative to a usual one
 ) -> ObservedSpectrum:
     "Adds noise and loses some pixels."
-    n, sky, variance = len(flux), night_sky(), sdss_variance(flux, depth)
+    n = len(flux)
     observed, ivar = flux + rng.normal(size=n)*np.sqrt(variance), 1/variance
     and_mask, or_mask = np.zeros((2, n), np.int32)
-    and_mask[sky.brightness > 2.5] = mask_bits(["BRIGHTSKY"])
+    and_mask[SKY_BRIGHTNESS > 2.5] = mask_bits(["BRIGHTSKY"])
     for hit in _cosmic_rays(n, 2, 5, rng):
         and_mask[hit] |= mask_bits(["FULLREJECT", "NODATA", "COMBINEREJ"])
         ivar[hit] = 0
         observed[hit] += rng.normal(0, 30, len(observed[hit]))
     for hit in _cosmic_rays(n, 18, 7, rng):
         or_mask[hit] |= mask_bits(["PARTIALREJECT", "COMBINEREJ"])
-    or_mask[(sky.brightness > 1.6) & (rng.random(n) < 0.5)] |= mask_bits(["BRIGHTSKY"])
-    return ObservedSpectrum(observed, ivar, and_mask, or_mask | and_mask,
-        sky.continuum*sky.brightness)
+    or_mask[(SKY_BRIGHTNESS > 1.6) & (rng.random(n) < 0.5)] |= mask_bits(["BRIGHTSKY"])
+    return ObservedSpectrum(observed, ivar, and_mask, or_mask | and_mask)
 
 # %% ../nbs/07_mock_survey.ipynb #d5821d7b
-# lines of the truth table and their names in SDSS's table SPZLINE
-TRUTH_LINES = dict(oii_3727="[O_II] 3725", oii_3730="[O_II] 3727", hbeta="H_beta",
-    oiii_5007="[O_III] 5007", halpha="H_alpha", nii_6585="[N_II] 6583", sii_6718="[S_II] 6716",
-    sii_6733="[S_II] 6730")
-
-def true_lines(
-    line_wavelength,  # (L) of the stellar library, Angstrom
-    spectrum:FibreSpectrum,
-) -> dict[str, float]:  # by name in `TRUTH_LINES`
-    "Fluxes of lines through the fibre, 1e-17 erg/s/cm2."
-    return {name: spectrum.lines[np.abs(line_wavelength - SPZLINES[line]).argmin()]
-        for name, line in TRUTH_LINES.items()}
+# names of lines in SDSS's table SPZLINE, and their columns in the truth table
+TRUTH_LINES = {"[O_II] 3725": "flux_oii_3727", "[O_II] 3727": "flux_oii_3730",
+    "H_beta": "flux_hbeta", "[O_III] 5007": "flux_oiii_5007", "H_alpha": "flux_halpha",
+    "[N_II] 6583": "flux_nii_6585", "[S_II] 6716": "flux_sii_6718", "[S_II] 6730": "flux_sii_6733"}
+DIAGNOSTICS = ["H_beta", "[O_III] 5007", "[N_II] 6583", "H_alpha"]
 
 # %% ../nbs/07_mock_survey.ipynb #fdb9bd08
 def draw_subclass(
-    lines:dict[str, float],  # of `true_lines`
-    spectrum:FibreSpectrum,
+    lines:dict,  # true fluxes by name, those of `DIAGNOSTICS` among them, 1e-17 erg/s/cm2
+    flux,  # (P) noiseless, on `LOGLAM`
     variance,  # (P) of its pixels
     galaxy,  # row of the galaxies' table
     rng:np.random.Generator,
 ) -> str:
     """SDSS's subclass of a galaxy: STARFORMING when four lines are seen (3 sigma), STARBURST when
     H alpha also has an observed equivalent width of more than 50 Angstrom."""
-    names = ["hbeta", "oiii_5007", "nii_6585", "halpha"]
-    in_table = [list(SPZLINES).index(TRUTH_LINES[name]) for name in names]
+    in_table = [list(SPZLINES).index(name) for name in DIAGNOSTICS]
     observed = np.array(list(SPZLINES.values()))[in_table]*(1 + galaxy.redshift)
     pixel = np.round(pixel_of(observed)).astype(int)[:, None]
     sigma = np.hypot(galaxy.sigma_gas/KM_S_PER_PIXEL, sdss_wdisp(observed))
     pixel_error = np.sqrt(np.median(variance[pixel + np.arange(-3, 4)], axis=1))
     error = pixel_error*observed*np.log(10)*DLOGLAM*np.sqrt(2*np.sqrt(np.pi)*sigma)
-    area = [lines[name] for name in names] + error*rng.normal(size=len(SPZLINES))[in_table]
+    noise = error*rng.normal(size=len(SPZLINES))[in_table]
+    area = [lines[name] for name in DIAGNOSTICS] + noise
     if not (area > 3*error).all(): return ""
-    continuum = np.median(spectrum.flux[pixel[-1] + np.arange(-20, 21)])
+    continuum = np.median(flux[pixel[-1] + np.arange(-20, 21)])
     return "STARBURST" if area[-1] > 50*continuum else "STARFORMING"
 
 # %% ../nbs/07_mock_survey.ipynb #92921e05
@@ -157,6 +143,7 @@ def draw_subclass(
 PS1_EXPOSURES = dict(g=(43, 10), r=(40, 12), i=(45, 17), z=(30, 11), y=(30, 12))
 OTHER_EXPOSURES = (30, 100)  # of other surveys
 
+# %% ../nbs/07_mock_survey.ipynb #e9ee0426
 class Conditions(NamedTuple):
     "What one stacked image was taken under."
     band: str
@@ -169,30 +156,26 @@ class Conditions(NamedTuple):
 def draw_conditions(
     seed:int,
     cell:int,  # number of the skycell
-    survey:ImagingSurvey=PS1,
+    survey:ImagingSurvey,
 ) -> list[Conditions]:
     "Exposure times, seeing and noise of the images of a skycell, one a band."
     rng = random_generator(seed, "mock", "skycell", cell)
-    exposures = [PS1_EXPOSURES[band] if survey == PS1 else OTHER_EXPOSURES for band in survey.bands]
-    numbers = [max(4, rng.poisson(usual)) for _, usual in exposures]
+    seconds, usual = np.transpose([PS1_EXPOSURES[band] if survey == PS1 else OTHER_EXPOSURES
+        for band in survey.bands])
+    number = np.maximum(4, rng.poisson(usual))
     conditions = []
-    for band, depth, seeing, (seconds, usual), number in zip(
-            survey.bands, survey.depth, survey.seeing, exposures, numbers, strict=True):
-        usual_noise = AB_ZERO*10**(-0.4*depth)/(5*np.sqrt(2.266)*seeing/survey.pixel_scale)
-        conditions.append(Conditions(band, exptime=float(seconds*number),
-            seeing=float(seeing*np.exp(rng.normal(0, 0.08))),
-            mjd=float(np.round(rng.uniform(55200, 56900), 3)),
-            sky_noise=float(usual_noise*np.sqrt(usual/number))))
+    for k, band in enumerate(survey.bands):
+        seeing, limit = survey.seeing[k], AB_ZERO*10**(-0.4*survey.depth[k])
+        conditions.append(Conditions(band, float(seconds[k]*number[k]),
+            float(seeing*np.exp(rng.normal(0, 0.08))), np.round(rng.uniform(55200, 56900), 3),
+            limit/(5*np.sqrt(2.266)*seeing/survey.pixel_scale)*np.sqrt(usual[k]/number[k])))
     return conditions
 
 # %% ../nbs/07_mock_survey.ipynb #77db4f79
 PROJCELL_DEG, SUBCELLS = 4.0, 10
-
-def _projection_cells():
-    "(cells, 2) Centres: rings of declination 0 to 60, right ascension 115 to 250, degrees."
-    rings = np.arange(PROJCELL_DEG/2, 60, PROJCELL_DEG)
-    return np.array([(ra, dec) for dec in rings
-        for ra in np.arange(115, 250, PROJCELL_DEG/np.cos(np.radians(dec)))])
+# rings of declination 0 to 60, right ascension 115 to 250, degrees
+_CENTRES = np.array([(ra, dec) for dec in np.arange(PROJCELL_DEG/2, 60, PROJCELL_DEG)
+    for ra in np.arange(115, 250, PROJCELL_DEG/np.cos(np.radians(dec)))])
 
 # %% ../nbs/07_mock_survey.ipynb #9fe96d1c
 def layout_skycells(
@@ -202,17 +185,15 @@ def layout_skycells(
 ) -> pd.DataFrame:
     """projcell, subcell, ra, dec (degrees), mjd, side (pixels) of the skycells; none overlap.
     Raises `InvalidInputError` for more than the sky holds."""
-    rng, centres = random_generator(seed, "mock", "sky"), _projection_cells()
-    most = len(centres)*SUBCELLS**2
+    rng, n_cells = random_generator(seed, "mock", "sky"), len(_CENTRES)
+    most = n_cells*SUBCELLS**2
     if n > most: raise InvalidInputError(f"{n} skycells are more than the {most} of the mock sky.")
-    subcells = np.array([rng.permutation(SUBCELLS**2) for _ in centres])
-    rounds = np.arange(n)//len(centres)  # a round uses every projection cell once
-    order = [rng.permutation(len(centres)) for _ in range(n//len(centres) + 1)]
-    projcell = np.concatenate(order)[:n]
-    subcell = subcells[projcell, rounds]
-    (ra, dec), step = centres[projcell].T, PROJCELL_DEG/SUBCELLS
-    x = (subcell % SUBCELLS - (SUBCELLS - 1)/2)*step
-    y = (subcell//SUBCELLS - (SUBCELLS - 1)/2)*step
+    subcells = np.array([rng.permutation(SUBCELLS**2) for _ in _CENTRES])
+    order = [rng.permutation(n_cells) for _ in range(n//n_cells + 1)]
+    projcell = np.concatenate(order)[:n]  # every projection cell once before any is used again
+    subcell = subcells[projcell, np.arange(n)//n_cells]
+    ra, dec = _CENTRES[projcell].T
+    y, x = ((k - (SUBCELLS - 1)/2)*(PROJCELL_DEG/SUBCELLS) for k in divmod(subcell, SUBCELLS))
     return pd.DataFrame(dict(projcell=1000 + projcell, subcell=subcell,
         ra=ra + x/np.cos(np.radians(dec)), dec=dec + y,
         mjd=rng.uniform(55200, 56900, n).round(3), side=side))
@@ -220,59 +201,52 @@ def layout_skycells(
 # %% ../nbs/07_mock_survey.ipynb #6ca2771f
 def _place_in_skycells(cells, n, per_side, stamp, pixel_scale, seed):
     "Columns cell, x, y (pixels), ra, dec (degrees) and field of the galaxies with images."
-    index = np.arange(n)
-    cell, slot = index//per_side**2, index % per_side**2
+    cell, slot = divmod(np.arange(n), per_side**2)
     moved = random_generator(seed, "mock", "jitter").uniform(-stamp/16, stamp/16, (2, n))
     x, y = np.array([slot % per_side, slot//per_side])*stamp + (stamp - 1)/2 + moved
-    sky = np.empty((n, 2))
+    ra, dec = np.empty((2, n))
     for centre in cells.itertuples():
         rows = cell == centre.Index
         wcs = skycell_wcs(centre.ra, centre.dec, centre.side, pixel_scale)
-        sky[rows] = np.transpose(wcs.all_pix2world(x[rows], y[rows], 0))
-    field = cells.projcell.to_numpy()[cell]
-    return dict(cell=cell, x=x, y=y, ra=sky[:, 0], dec=sky[:, 1], field=field)
+        ra[rows], dec[rows] = wcs.all_pix2world(x[rows], y[rows], 0)
+    return dict(cell=cell, x=x, y=y, ra=ra, dec=dec, field=cells.projcell.to_numpy()[cell])
 
 # %% ../nbs/07_mock_survey.ipynb #d61549b0
 def _place_in_the_south(n, seed):
     "The same columns for galaxies without images, in fields of 1.4 degrees radius."
-    rng = random_generator(seed, "mock", "south")
-    field = np.arange(n)//600
-    n_fields = n//600 + 1
+    rng, field, n_fields = random_generator(seed, "mock", "south"), np.arange(n)//600, n//600 + 1
     ra, dec = rng.uniform(0, 360, n_fields)[field], rng.uniform(-60, -34, n_fields)[field]
     radius, angle = 1.4*np.sqrt(rng.random(n)), rng.uniform(0, 2*np.pi, n)
-    dec = dec + radius*np.sin(angle)
-    ra = (ra + radius*np.cos(angle)/np.cos(np.radians(dec))) % 360
-    return dict(cell=-1, x=np.nan, y=np.nan, ra=ra, dec=dec, field=100_000 + field)
+    dec += radius*np.sin(angle)
+    ra += radius*np.cos(angle)/np.cos(np.radians(dec))
+    return dict(cell=-1, x=np.nan, y=np.nan, ra=ra % 360, dec=dec, field=100_000 + field)
 
 # %% ../nbs/07_mock_survey.ipynb #cbf4d7dc
 def _assign_fibres(table, seed):
-    "The table with plates, fibres and identifiers, and each plate's pixels and depth."
+    "Adds plates, fibres and identifiers, and each plate's pixels and depth."
     rng = random_generator(seed, "mock", "plates")
     part = table.groupby("field").cumcount()//640
-    plate = table.groupby([table.field, part]).ngroup().to_numpy()
-    n_plates = plate.max(initial=-1) + 1
-    if n_plates > 2700:
-        raise InvalidInputError(f"{n_plates} plates are more than there are numbers.")
-    plates = pd.DataFrame(dict(mjd=rng.integers(51600, 54500, n_plates),
-        first_pixel=rng.integers(0, 30, n_plates), last_pixel=rng.integers(3836, 3867, n_plates),
-        depth=np.exp(rng.normal(0, 0.1, n_plates))), index=266 + np.arange(n_plates))
-    table = table.assign(plate=266 + plate).join(plates, on="plate")
+    table["plate"] = 266 + table.groupby([table.field, part]).ngroup()
+    n = table.plate.nunique()
+    plates = pd.DataFrame(dict(mjd=rng.integers(51600, 54500, n),
+        first_pixel=rng.integers(0, 30, n), last_pixel=rng.integers(3836, 3867, n),
+        depth=np.exp(rng.normal(0, 0.1, n))), index=266 + np.arange(n))
+    table = table.join(plates, on="plate")
     table["fiberid"] = table.groupby("plate").plate.transform(
         lambda plate: rng.permutation(640)[:len(plate)] + 1)
-    number = np.arange(len(table), dtype=np.uint64)
-    bestobjid = np.uint64(1237648720000000000) + number*np.uint64(65536) + np.uint64(17)
-    specobjid = specobjid_of_spectrum(table.plate, table.mjd, table.fiberid, "26")
-    return table.assign(specobjid=specobjid, bestobjid=bestobjid)
+    table["specobjid"] = specobjid_of_spectrum(table.plate, table.mjd, table.fiberid, "26")
+    table["bestobjid"] = 1237648720000000017 + 65536*np.arange(len(table), dtype=np.uint64)
+    return table
 
 # %% ../nbs/07_mock_survey.ipynb #d0f46176
 def draw_survey(
     parameters:MockParameters,
     seed:int,
     survey:ImagingSurvey=PS1,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # skycells, galaxies
+) -> tuple:  # two tables, of skycells and of galaxies
     "Skycells, and galaxies with their places on the sky, in the images and on plates."
-    n, per_side, stamp = parameters.n_galaxies, parameters.galaxies_per_side, parameters.stamp_size
-    n_south = parameters.n_spectra_only
+    n, n_south = parameters.n_galaxies, parameters.n_spectra_only
+    per_side, stamp = parameters.galaxies_per_side, parameters.stamp_size
     cells = layout_skycells(-(-n//per_side**2), seed, per_side*stamp)
     north = draw_galaxies(n, seed, "with images").assign(
         **_place_in_skycells(cells, n, per_side, stamp, survey.pixel_scale, seed))
@@ -290,22 +264,26 @@ def _lose_pixels(pixels, rng):
     if rng.random() < 0.1: pixels[:, rng.integers(0, side)] = np.nan
 
 # %% ../nbs/07_mock_survey.ipynb #c6e2aee1
-def _skycell_pixels(cell, galaxies, conditions, survey, stamp, seed):
-    "(side, side) the stack image of a skycell in one band, in the unit of the survey."
+def _skycell_content(cell, galaxies, conditions, survey, stamp, seed):
+    "The file of a skycell in one band; pixels are in the unit of the survey."
     band, unit = conditions.band, survey.to_njy(1.0, conditions.exptime)
     photon = PS1.to_njy(1.0, conditions.exptime)/unit  # other telescopes may collect more
-    rng = random_generator(seed, "mock", "skycell", cell.Index, band)
-    pixels = rng.normal(0, conditions.sky_noise/unit, (cell.side, cell.side))
+    sky_noise, rng = conditions.sky_noise/unit, random_generator(seed, "mock", "skycell",
+        cell.Index, band)
+    pixels = rng.normal(0, sky_noise, (cell.side, cell.side))
     for galaxy in galaxies.itertuples():
-        x0, y0 = (int(p//stamp)*stamp for p in (galaxy.x, galaxy.y))
-        offset = galaxy.x - x0 - (stamp - 1)/2, galaxy.y - y0 - (stamp - 1)/2
-        image = galaxy_image(galaxy, band, conditions.seeing, stamp, survey.pixel_scale, offset)
-        image = image/unit
+        position = np.array([galaxy.x, galaxy.y])
+        x, y = corner = position.astype(int)//stamp*stamp
+        image = galaxy_image(galaxy, band, conditions.seeing, stamp, survey.pixel_scale,
+            position - corner - (stamp - 1)/2)/unit
         noise = random_generator(seed, "mock", galaxy.Index, band).normal(size=image.shape)
-        noise *= np.sqrt(np.maximum(image, 0)*photon)
-        pixels[y0:y0 + stamp, x0:x0 + stamp] += image + noise
+        pixels[y:y + stamp, x:x + stamp] += image + noise*np.sqrt(np.maximum(image, 0)*photon)
     _lose_pixels(pixels, rng)
-    return pixels
+    wcs = skycell_wcs(cell.ra, cell.dec, cell.side, survey.pixel_scale)
+    seeing = round(conditions.seeing/survey.pixel_scale, 4)
+    return skycell_bytes(pixels, wcs, band, conditions.exptime, sky_noise,
+        cell.projcell, cell.subcell,
+        [("MJD-OBS", conditions.mjd), ("HIERARCH CHIP.SEEING", seeing, "FWHM, pixels")])
 
 # %% ../nbs/07_mock_survey.ipynb #dc61360d
 def make_skycell(
@@ -317,62 +295,53 @@ def make_skycell(
     seed:int,
 ):
     "Draws and writes the images of a skycell, those that are not there yet."
-    wcs = skycell_wcs(cell.ra, cell.dec, cell.side, survey.pixel_scale)
     for conditions in draw_conditions(seed, cell.Index, survey):
         path = folder/skycell_path(cell.projcell, cell.subcell, conditions.band)
         if path.is_file(): continue
-        pixels = _skycell_pixels(cell, galaxies, conditions, survey, stamp, seed)
-        unit = survey.to_njy(1.0, conditions.exptime)
-        content = skycell_bytes(pixels, wcs, conditions.band, conditions.exptime,
-            conditions.sky_noise/unit, cell.projcell, cell.subcell)
+        content = _skycell_content(cell, galaxies, conditions, survey, stamp, seed)
         with atomic_path(path) as part: part.write_bytes(content)
 
 # %% ../nbs/07_mock_survey.ipynb #fe5f952b
 MAIN_GALAXY = 64  # the bit of SDSS's main galaxy sample in primTarget
 
-@functools.cache
-def _library():
-    "The library and its fine grid, read once a process."
-    library = StellarLibrary.load()
-    return library, FineBasis.of(library)
-
-def _observe_galaxy(folder, galaxy, spectrum, lines, seed):
-    "Writes a spectrum unless it is there; returns what SDSS's pipeline measures, and true lines."
+def _observe_galaxy(folder, galaxy, flux, lines, seed):
+    "Writes a spectrum unless it is there; returns what SDSS's pipeline measures of it."
     rng = random_generator(seed, "mock", galaxy.Index, "spectrum")
-    observed = observe_spectrum(spectrum.flux, rng, galaxy.depth)
-    variance = sdss_variance(spectrum.flux, galaxy.depth)
-    subclass = draw_subclass(lines, spectrum, variance, galaxy, rng)
-    s_n = np.median(spectrum.flux*np.sqrt(observed.ivar))
+    variance = sdss_variance(flux, galaxy.depth)
+    observed = observe_spectrum(flux, variance, rng)
+    s_n = np.median(flux*np.sqrt(observed.ivar))
     z_err = 8e-5/(1 + s_n)
-    measured = dict(z_observed=galaxy.redshift + z_err*rng.normal(), z_err=z_err,
-        subclass=subclass, s_n=s_n)
+    measured = dict(subclass=draw_subclass(lines, flux, variance, galaxy, rng),
+        z_observed=galaxy.redshift + z_err*rng.normal(), z_err=z_err, s_n=s_n)
     path = folder/spectrum_path("26", galaxy.plate, galaxy.mjd, galaxy.fiberid)
     if not path.is_file():
-        content = _spectrum_content(galaxy, measured, observed, spectrum.flux)
+        content = _spectrum_content(galaxy, measured, observed, flux)
         with atomic_path(path) as part: part.write_bytes(content)
-    return measured | {f"flux_{name}": flux for name, flux in lines.items()}
+    return measured
 
 # %% ../nbs/07_mock_survey.ipynb #59205bcb
 def _spectrum_content(galaxy, measured, observed, model):
     "The file of an observed spectrum, of the pixels that its plate covers; without fits of lines."
     pixels = slice(galaxy.first_pixel, galaxy.last_pixel)
     columns = {name: values[pixels] for name, values in observed._asdict().items()}
-    sky = columns.pop("sky")
     known = {name: getattr(galaxy, name) for name in ("ra", "dec", "plate", "mjd", "fiberid")}
     spectrum = SDSSSpectrum(**columns, **known, model=model[pixels],
-        loglam0=float(LOGLAM[galaxy.first_pixel]), redshift=measured["z_observed"], zwarning=0,
+        loglam0=LOGLAM[galaxy.first_pixel], redshift=measured["z_observed"], zwarning=0,
         object_class="GALAXY", subclass=measured["subclass"])
-    z_err = measured["z_err"]
-    specobj = dict(Z_ERR=z_err, Z_ERR_NOQSO=z_err, VDISP=galaxy.sigma_stars,
-        PRIMTARGET=MAIN_GALAXY, LEGACY_TARGET1=MAIN_GALAXY)
-    return sdss_spectrum_bytes(spectrum, int(galaxy.bestobjid), sdss_wdisp(spectrum.wavelength),
-        sky, specobj)
+    specobj = dict(Z_ERR=measured["z_err"], Z_ERR_NOQSO=measured["z_err"],
+        VDISP=galaxy.sigma_stars, PRIMTARGET=MAIN_GALAXY, LEGACY_TARGET1=MAIN_GALAXY)
+    return sdss_spectrum_bytes(spectrum, galaxy.bestobjid, sdss_wdisp(spectrum.wavelength),
+        SKY_FLUX[pixels], specobj=specobj,
+        lines=dict.fromkeys(["LINEAREA_ERR", "LINEEW_ERR", "LINECONTLEVEL_ERR"], -1))
 
 # %% ../nbs/07_mock_survey.ipynb #c35f82cd
+_stellar_library = functools.cache(StellarLibrary.load)  # read once a process
+
 class SpectraBlock(NamedTuple):
     truth: pd.DataFrame  # the galaxies with their light, measured redshift and lines
     noiseless: np.ndarray  # (N, P) float32 spectra on `LOGLAM`
 
+@threadpool_limits.wrap(limits=1)  # products of several threads round differently
 def make_spectra(
     folder:Path,  # mock/sas
     galaxies:pd.DataFrame,  # of `draw_survey`
@@ -380,33 +349,24 @@ def make_spectra(
     seed:int,
 ) -> SpectraBlock:
     "Observes galaxies through the fibre and writes the spectra that are not there yet."
-    library, fine = _library()
-    light = make_light(library, galaxies, survey)
+    library = _stellar_library()
+    fine, light = FineBasis.of(library), make_light(library, galaxies, survey)
     noiseless, measured = np.empty((len(galaxies), len(LOGLAM)), np.float32), []
     for k, galaxy in enumerate(light.galaxies.itertuples()):
         spectrum = fibre_spectrum(fine, light, k)
-        lines = true_lines(fine.line_wavelength, spectrum)
+        lines = {name: spectrum.lines[np.abs(fine.line_wavelength - SPZLINES[name]).argmin()]
+            for name in TRUTH_LINES}
         noiseless[k] = spectrum.flux
-        measured.append(_observe_galaxy(folder, galaxy, spectrum, lines, seed))
-    truth = light.galaxies.join(pd.DataFrame(measured, index=galaxies.index))
-    return SpectraBlock(truth, noiseless)
+        measured.append(lines | _observe_galaxy(folder, galaxy, spectrum.flux, lines, seed))
+    columns = pd.DataFrame(measured, galaxies.index).rename(columns=TRUTH_LINES)
+    return SpectraBlock(light.galaxies.join(columns), noiseless)
 
 # %% ../nbs/07_mock_survey.ipynb #a9d0dd2a
-def skip_if_orphaned(
-    parent:int,  # the process that asked for it
-    task,
-    *arguments,  # of the task
-):
-    "The task, unless `parent` is gone and its folder, by now, perhaps another survey's."
-    if parent not in (os.getpid(), os.getppid()): raise SystemExit
-    # matrix products of several threads round differently
-    with threadpool_limits(1): return task(*arguments)
-
 def _run(task, arguments, n_jobs, title, progress):
     "Results of a task for each of several `arguments`, in order."
-    calls = [joblib.delayed(skip_if_orphaned)(os.getpid(), task, *a) for a in arguments]
-    results = joblib.Parallel(n_jobs, return_as="generator")(calls)
-    return list(tqdm(results, title, len(calls), disable=not progress))
+    results = joblib.Parallel(n_jobs, return_as="generator")(
+        joblib.delayed(task)(*a) for a in arguments)
+    return list(tqdm(results, title, len(arguments), disable=not progress))
 
 # %% ../nbs/07_mock_survey.ipynb #515b7345
 BLOCK = 100  # galaxies of a task
@@ -431,12 +391,11 @@ def make_survey(
         for i in range(0, max(len(galaxies), 1), BLOCK)]
     observed = _run(make_spectra, blocks, n_jobs, "spectra", progress)
     truth = pd.concat([block.truth for block in observed])
-    members, stamp = truth.groupby("cell"), parameters.stamp_size
-    skycells = [(folder/"ps1", cell, members.get_group(cell.Index), survey, stamp, seed)
-        for cell in cells.itertuples()]
+    skycells = [(folder/"ps1", cell, truth[truth.cell == cell.Index], survey,
+        parameters.stamp_size, seed) for cell in cells.itertuples()]
     _run(make_skycell, skycells, n_jobs, "skycells", progress)
-    noiseless = np.concatenate([block.noiseless for block in observed])
-    return _write_tables(folder, cells, truth, noiseless, seed)
+    _write_tables(folder, cells, truth, np.concatenate([b.noiseless for b in observed]), seed)
+    return truth
 
 # %% ../nbs/07_mock_survey.ipynb #802ab910
 def _claim_folder(folder, parameters, seed, survey):
@@ -452,19 +411,15 @@ def _claim_folder(folder, parameters, seed, survey):
 
 # %% ../nbs/07_mock_survey.ipynb #f1aa5bac
 def _write_tables(folder, cells, truth, noiseless, seed):
-    "The catalogue, and where there are galaxies the truth. Returns the truth table."
-    catalogue = _specobj_table(truth, seed)
-    truth = truth.drop(columns=["first_pixel", "last_pixel", "field"])
-    truth.insert(0, "specobjid", truth.pop("specobjid"))
-    tables = {"skyserver/SpecObj.parquet": catalogue}
+    "The catalogue, and where there are galaxies the truth."
+    tables = {"skyserver/SpecObj.parquet": _specobj_table(truth, seed)}
     if len(truth):
         tables |= {"ps1/skycells.parquet": cells, "truth.parquet": truth}
         with atomic_path(folder/"truth.h5") as part, h5py.File(part, "w") as f:
-            f["loglam"], f["specobjid"] = LOGLAM, truth.specobjid.to_numpy()
+            f["loglam"], f["specobjid"] = LOGLAM, truth.specobjid
             f.create_dataset("flux", data=noiseless, chunks=(1, len(LOGLAM)))
     for name, table in tables.items():
         with atomic_path(folder/name) as part: table.to_parquet(part, index=False)
-    return truth
 
 # %% ../nbs/07_mock_survey.ipynb #7f32c1d9
 _CATALOGUE = dict(column.split(":") for column in """
@@ -478,10 +433,10 @@ _MODEL_MAG_ERROR = dict(g=0.015, r=0.01, i=0.01, z=0.02)
 def _specobj_table(truth, seed):
     "The survey as SDSS's CAS knows it."
     rng = random_generator(seed, "mock", "photometry")
-    names = dict(specobjid="specObjID", bestobjid="bestObjID", fiberid="fiberID", z_observed="z",
-        z_err="zErr", subclass="subClass", petro_r="petroMag_r", petro_r50="petroR50_r",
-        petro_r90="petroR90_r")
-    table = truth.rename(columns=names).assign(run2d="26", zWarning=0, primTarget=MAIN_GALAXY)
+    table = truth.rename(columns=dict(specobjid="specObjID", bestobjid="bestObjID",
+        fiberid="fiberID", z_observed="z", z_err="zErr", subclass="subClass",
+        petro_r="petroMag_r", petro_r50="petroR50_r", petro_r90="petroR90_r"),
+    ).assign(run2d="26", zWarning=0, primTarget=MAIN_GALAXY)
     table["class"] = "GALAXY"
     for band, error in _MODEL_MAG_ERROR.items():
         table[f"modelMag_{band}"] = truth[f"sdss_{band}"] + rng.normal(0, error, len(truth))
@@ -492,7 +447,7 @@ def _specobj_table(truth, seed):
 def true_spectra(
     folder,  # of the mock survey
     specobjids,  # (N) which spectra, integers
-) -> tuple[np.ndarray, np.ndarray] | None:
+) -> tuple | None:  # two arrays
     """log10 of the observed vacuum wavelength (P) and noiseless flux (N, P) through the fibre,
     1e-17 erg/s/cm2/Angstrom, in the order of `specobjids`. None where there is no truth, as for the
     real sky. Raises `InvalidInputError` for galaxies that are not in the survey."""

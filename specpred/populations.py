@@ -124,7 +124,6 @@ class CompositePopulation(NamedTuple):
     living_mass: np.ndarray  # (N) solar masses that are still in stars
     sfr: np.ndarray  # (N) star-formation rate of the last 100 Myr, solar masses/year
     mass_weighted_age: np.ndarray  # (N) Gyr
-    light_weighted_age: np.ndarray  # (N) Gyr, weighted by the light at 5000 to 6000 Angstrom
 
     def scaled(self,
         mass:np.ndarray,  # (N)
@@ -151,14 +150,10 @@ def composite_population(
     continuum = mix("na,nz,azk->nk", ages, stars_z, library.coefficients)
     continuum += mix("na,nz,azk->nk", young, gas_z, library.nebular_coefficients)
     lines = mix("nu,nz,na,uzal->nl", u_weights, gas_z, young, library.line_luminosity)
-    coarse = coarse_basis(library)
-    green = coarse.basis[:, (coarse.wavelength > 5000) & (coarse.wavelength < 6000)].mean(1)
-    light = ages*np.maximum(mix("nz,azk,k->na", stars_z, library.coefficients, green), 0)
     return CompositePopulation(continuum, np.maximum(lines, 0),
         living_mass=mix("na,nz,az->n", ages, stars_z, library.living_fraction),
         sfr=formed[:, LOOKBACK <= 1e8].sum(1)/1e8,
-        mass_weighted_age=ages @ library.age/1e9,
-        light_weighted_age=light @ library.age/light.sum(1)/1e9)
+        mass_weighted_age=ages @ library.age/1e9)
 
 # %% ../nbs/05_populations.ipynb #0c2ea6a6
 def calzetti_curve(
@@ -203,6 +198,7 @@ class FineBasis(NamedTuple):
     line_wavelength: np.ndarray  # (L) Angstrom
 
     @classmethod
+    @functools.cache
     def of(cls, library:StellarLibrary) -> FineBasis:
         loglam = np.arange(np.log10(2800), np.log10(11000), FINE_STEP)
         wavelength = 10**loglam

@@ -142,11 +142,6 @@ def test_interrupted_survey_goes_on_and_processes_do_not_matter(tmp_path, monkey
     assert (tmp_path/paths[1]).stat().st_mtime_ns == kept
 
 
-def test_orphaned_workers_stop():
-    assert mock.skip_if_orphaned(os.getpid(), sum, [1, 2]) == 3
-    with pytest.raises(SystemExit): mock.skip_if_orphaned(0, sum, [1, 2])
-
-
 @pytest.mark.parametrize("other", [dict(seed=6), dict(seed=5, survey=RUBIN)],
     ids=["seed", "survey"])
 def test_two_surveys_do_not_share_a_folder(survey, other):
