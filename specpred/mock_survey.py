@@ -280,10 +280,8 @@ def _skycell_content(cell, galaxies, conditions, survey, stamp, seed):
         pixels[y:y + stamp, x:x + stamp] += image + noise*np.sqrt(np.maximum(image, 0)*photon)
     _lose_pixels(pixels, rng)
     wcs = skycell_wcs(cell.ra, cell.dec, cell.side, survey.pixel_scale)
-    seeing = round(conditions.seeing/survey.pixel_scale, 4)
-    return skycell_bytes(pixels, wcs, band, conditions.exptime, sky_noise,
-        cell.projcell, cell.subcell,
-        [("MJD-OBS", conditions.mjd), ("HIERARCH CHIP.SEEING", seeing, "FWHM, pixels")])
+    return skycell_bytes(pixels, wcs, band, conditions.exptime, sky_noise, cell.projcell,
+        cell.subcell)
 
 # %% ../nbs/07_mock_survey.ipynb #dc61360d
 def make_skycell(
@@ -331,8 +329,7 @@ def _spectrum_content(galaxy, measured, observed, model):
     specobj = dict(Z_ERR=measured["z_err"], Z_ERR_NOQSO=measured["z_err"],
         VDISP=galaxy.sigma_stars, PRIMTARGET=MAIN_GALAXY, LEGACY_TARGET1=MAIN_GALAXY)
     return sdss_spectrum_bytes(spectrum, galaxy.bestobjid, sdss_wdisp(spectrum.wavelength),
-        SKY_FLUX[pixels], specobj=specobj,
-        lines=dict.fromkeys(["LINEAREA_ERR", "LINEEW_ERR", "LINECONTLEVEL_ERR"], -1))
+        SKY_FLUX[pixels], specobj)
 
 # %% ../nbs/07_mock_survey.ipynb #c35f82cd
 _stellar_library = functools.cache(StellarLibrary.load)  # read once a process
