@@ -126,7 +126,7 @@ def bin_weights(
     `InvalidInputError` for impossible norms. Source: Portillo et al. (2020)."""
     norm = _numbers(norm, np.shape(error)[:1], "norm")
     if (norm <= 0).any(): raise InvalidInputError("norm must be positive.")
-    counts = ~np.asarray(missing) & np.isfinite(error) & (error >= min_error)
+    counts = ~np.asarray(missing) & (error >= min_error)
     relative = np.where(counts, error, 1)/norm[:, None]
     return np.where(counts, 1/(relative**2 + 1/2e6), 0).astype(np.float32)
 
@@ -163,20 +163,21 @@ def _batch_loss(vae, x, weights, parameters, generator) -> InfoVAELoss:
 
 # %% ../nbs/16_vae.ipynb #3b658477
 def _epoch(vae, spectra, parameters, generator, optimizer=None) -> InfoVAELoss:
-    """Terms of the loss per spectrum, as numbers; the discrepancy is the mean of the batches. With
-    an optimizer the order is random and each batch is followed by a step."""
-    x, weights = spectra
-    order = torch.randperm(len(x), generator=generator) if optimizer else torch.arange(len(x))
+    """Terms of the loss per spectrum, as numbers, for a tensor (2, N, n_bins) of spectra and
+    weights; the discrepancy is the mean of the batches. With an optimizer the order is random and
+    each batch is followed by a step."""
+    n = spectra.shape[1]
+    order = torch.randperm(n, generator=generator) if optimizer else torch.arange(n)
     sums = np.zeros(len(InfoVAELoss._fields))
     for rows in order.split(parameters.batch_size):
         with torch.set_grad_enabled(optimizer is not None):
-            terms = _batch_loss(vae, x[rows], weights[rows], parameters, generator)
+            terms = _batch_loss(vae, *spectra[:, rows], parameters, generator)
         if optimizer:
             optimizer.zero_grad()
             terms.total.backward()
             optimizer.step()
         sums += [term.item() for term in terms._replace(mmd=terms.mmd*len(rows))]
-    return InfoVAELoss(*(sums/len(x)).tolist())
+    return InfoVAELoss(*(sums/n).tolist())
 
 # %% ../nbs/16_vae.ipynb #25ad75da
 class Training:
@@ -202,13 +203,13 @@ class Training:
 
 # %% ../nbs/16_vae.ipynb #de744bcb
 def _divide(x, weights, valid_fraction, seed):
-    "Two pairs of tensors, spectra and weights: those to train on and those held back."
-    order = random_generator(seed, "vae", "valid").permutation(len(x))
+    "Two tensors (2, n, n_bins) of spectra and weights: those to train on and those held back."
     n_valid = round(valid_fraction*len(x))
     if not 0 < n_valid < len(x):
         raise InvalidInputError(f"{len(x)} spectra cannot be divided by {valid_fraction=}.")
-    return [(torch.from_numpy(x[rows]), torch.from_numpy(weights[rows]))
-            for rows in (order[n_valid:], order[:n_valid])]
+    order = random_generator(seed, "vae", "valid").permutation(len(x))
+    spectra = torch.from_numpy(np.stack([x, weights]))
+    return spectra[:, order[n_valid:]], spectra[:, order[:n_valid]]
 
 # %% ../nbs/16_vae.ipynb #8cab99cb
 @patch
@@ -290,7 +291,7 @@ def random_configurations(
     configurations = [parameters]
     for _ in range(parameters.n_trials - 1):
         outer = round(log_uniform(smallest, 2000))
-        inner = round(log_uniform(smallest, max(outer, smallest)))
+        inner = round(log_uniform(smallest, outer))
         configurations.append(
             replace(parameters, hidden=(outer, inner), lambda_=log_uniform(1, 1e5)))
     return configurations
@@ -314,8 +315,7 @@ def _trial(x, weights, configuration, parameters, seed) -> Trial:
     history = fit(vae, x, weights, short, seed, progress=False)
     held_back = Training(vae, x, weights, parameters, seed).valid
     loss = _epoch(vae, held_back, parameters, torch.Generator().manual_seed(0))
-    return Trial(configuration.lambda_, *configuration.hidden, len(history), loss.nll, loss.kld,
-        loss.mmd, loss.total)
+    return Trial(configuration.lambda_, *configuration.hidden, len(history), *loss[1:], loss.total)
 
 # %% ../nbs/16_vae.ipynb #6a2749eb
 def search(
@@ -380,18 +380,21 @@ class SpectrumModel:
 
 # %% ../nbs/16_vae.ipynb #3e855616
 @torch.no_grad()
-def _in_batches(function, x:np.ndarray, size:int=4096) -> np.ndarray:
+def _in_batches(function, x:np.ndarray) -> np.ndarray:
     "A network's function of a numpy array, as numpy array."
-    batches = torch.from_numpy(x.astype(np.float32)).split(size)
+    batches = torch.from_numpy(x.astype(np.float32)).split(4096)
     return torch.cat([function(batch) for batch in batches]).numpy()
+
+def _latent_means(vae, filled, mean) -> np.ndarray:
+    x = _numbers(filled, (None, vae.n_bins), "spectra")
+    return _in_batches(lambda batch: vae.encode(batch)[0], x - mean)
 
 @patch
 def latents(self:SpectrumModel,
     filled,  # (N, n_bins) normalised spectra without gaps
 ) -> np.ndarray:
     "Means of the latents, (N, n_latents) float32. Raises `InvalidInputError`."
-    x = _numbers(filled, (None, self.vae.n_bins), "spectra")
-    return _in_batches(lambda batch: self.vae.encode(batch)[0], x - self.mean)
+    return _latent_means(self.vae, filled, self.mean)
 
 @patch
 def encode(self:SpectrumModel,
@@ -436,8 +439,7 @@ def fit(cls:SpectrumModel,
 ) -> tuple[SpectrumModel, np.ndarray]:
     """The model of a trained autoencoder, with axes and scales from the training spectra, and the
     fraction of the latents' variance along each axis."""
-    zeros, ones = np.zeros(vae.n_latents), np.ones(vae.n_latents)
-    mu = cls(vae, wavelength, mean, np.diag(ones), zeros, zeros, ones).latents(filled)
+    mu = _latent_means(vae, filled, mean)
     axes = latent_pca(mu, n_targets)
     targets = (mu - axes.centre) @ axes.components.T
     scale = targets.mean(0), targets.std(0)
@@ -480,8 +482,8 @@ def load_published(
     path,  # a pickled network of class InfoVAE, as Portillo et al. (2020) published it
 ) -> InfoVAE:
     """The published autoencoder, its sizes taken from the file. No code of the file is run. Raises
-    `MissingInputError`, `WeightsError`, `DamagedFileError`."""
-    tensors = {name: value.float() for name, value in published_vae_tensors(path).items()}
+    `MissingInputError`, `WeightsError`."""
+    tensors = published_vae_tensors(path)
     try:
         outer, n_bins = tensors["encd.weight"].shape
         inner, n_latents = len(tensors["enc2.weight"]), len(tensors["mu.weight"])
@@ -491,21 +493,19 @@ def load_published(
 
 # %% ../nbs/16_vae.ipynb #1b194899
 def target_stats(
-    catalogue,  # DataFrame or path of the published CSV table, columns VAE1, VAE2, … in order
+    catalogue,  # path of the published CSV table, columns VAE1, VAE2, … in order
 ) -> Stats:
     """Mean and standard deviation of the targets over all rows, with which Wu & Peek (2020)
     standardised them. Raises `MissingInputError`, `InvalidInputError`."""
-    if not isinstance(catalogue, pd.DataFrame):
-        try: catalogue = pd.read_csv(catalogue)
-        except FileNotFoundError:
-            raise MissingInputError(f"There is no catalogue {catalogue}.") from None
-        except (ValueError, OSError) as error:
-            raise InvalidInputError(f"{catalogue} is no CSV table ({error}).") from error
-    columns = catalogue.filter(regex=r"^VAE\d+$")
-    targets = _numbers(columns, (None, None), "targets of the catalogue")
+    try: table = pd.read_csv(catalogue)
+    except FileNotFoundError:
+        raise MissingInputError(f"There is no catalogue {catalogue}.") from None
+    except (ValueError, OSError) as error:
+        raise InvalidInputError(f"{catalogue} is no CSV table ({error}).") from error
+    targets = _numbers(table.filter(regex=r"^VAE\d+$"), (None, None), "targets of the catalogue")
     if not targets.size or not targets.std(0).all():
-        raise InvalidInputError(f"{len(targets)} rows of targets, columns VAE1, VAE2, …, have no "
-            f"standard deviation; the columns are {', '.join(map(str, catalogue.columns))}.")
+        raise InvalidInputError(
+            f"{catalogue} has no columns VAE1, VAE2, …, each with a standard deviation.")
     return Stats(targets.mean(0), targets.std(0))
 
 # %% ../nbs/16_vae.ipynb #79238027
@@ -517,8 +517,8 @@ def from_published(cls:SpectrumModel,
     target_stats,  # mean and std of the targets, from `target_stats` of the published catalogue
     wavelength = None,  # of the bins, vacuum Angstrom; None: the published grid
 ) -> SpectrumModel:
-    """The published files as one model. Raises as `load_published`, and `InvalidInputError` for
-    statistics that do not fit."""
+    """The published files as one model. Raises as `load_published`, `DamagedFileError` for
+    a mean spectrum that cannot be read, and `InvalidInputError` for statistics that do not fit."""
     network, axes = load_published(vae), published_pca(pca)
     try: mean = np.load(meanspec, allow_pickle=False).squeeze()
     except FileNotFoundError:
@@ -531,44 +531,35 @@ def from_published(cls:SpectrumModel,
 # %% ../nbs/16_vae.ipynb #e72d8c31
 def _along(model:SpectrumModel, axis:str, values) -> np.ndarray:
     "Spectra (axis, value, n_bins) with one target or latent at each value, in its deviations."
-    origin, steps = model.centre, np.eye(model.vae.n_latents)
-    if axis == "target":
-        origin = origin + model.target_mean @ model.components
-        steps = model.components*model.target_std[:, None]
-    return np.stack([model.decode_latents(origin + np.outer(values, step)) for step in steps])
-
-def _plot_family(ax, wavelength, spectra, values, middle):
-    "Spectra coloured by value, the mean on top; linear up to `middle`, logarithmic beyond."
-    import matplotlib.pyplot as plt
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
-    for value, colour, spectrum in zip(values, colours, spectra, strict=True):
-        ax.plot(wavelength, spectrum, lw=0.6, color=colour, zorder=3 - abs(value)/100,
-            label=f"{value:+g} σ" if value else "mean")
-    ticks = middle*np.array([0, 1, 3, 10])
-    ax.set_yscale("asinh", linear_width=middle)
-    ax.minorticks_off()
-    ax.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    def from_latents(steps): return model.decode_latents(model.centre + steps)
+    choices = {"target": (model.decode, model.n_targets),
+        "latent": (from_latents, model.vae.n_latents)}
+    if axis not in choices:
+        raise InvalidInputError(f'axis is "target" or "latent", not {axis!r}.')
+    decode, n = choices[axis]
+    return np.stack([decode(np.outer(values, unit)) for unit in np.eye(n)])
 
 # %% ../nbs/16_vae.ipynb #3049f58c
 def plot_traversals(
     model:SpectrumModel,
     axis:str = "target",  # what changes: "target" or "latent"
-    values = (-2, -1, 0, 1, 2),  # standard deviations
 ):
-    "Decoded spectra along each target or latent, the others at their mean: one panel for each."
+    """Decoded spectra along each target or latent, up to two standard deviations from the mean and
+    the others at their mean: one panel for each. Raises `InvalidInputError` for another axis."""
     import matplotlib.pyplot as plt
-    if axis not in ("target", "latent"):
-        raise InvalidInputError(f'axis is "target" or "latent", not {axis!r}.')
-    spectra = _along(model, axis, values)
-    n, limits = len(spectra), (min(0, np.percentile(spectra, 0.1)), 1.1*spectra.max())
-    fig, axes = plt.subplots(math.ceil(n/2), 2, figsize=(10, 2.3*math.ceil(n/2)), sharex=True,
-        sharey=True, layout="constrained", squeeze=False)
-    for k, ax in enumerate(axes.flat[:n]):
-        _plot_family(ax, model.wavelength, spectra[k], values, np.median(spectra))
-        ax.set(title=f"{axis} {k + 1}", xlim=model.wavelength[[0, -1]], ylim=limits)
-    for ax in axes.flat[n:]: ax.set_axis_off()
+    labels = "−2 σ", "−1 σ", "mean", "+1 σ", "+2 σ"
+    spectra = _along(model, axis, range(-2, 3))
+    rows = math.ceil(len(spectra)/2)
+    fig, axes = plt.subplots(rows, 2, figsize=(10, 2.3*rows), sharex=True, sharey=True,
+        layout="constrained", squeeze=False)
+    for k, ax in enumerate(axes.flat):
+        if k == len(spectra): ax.set_axis_off()
+        else:
+            ax.set_prop_cycle(color=plt.get_cmap("viridis")(np.linspace(0, 0.9, 5)))
+            ax.plot(model.wavelength, spectra[k].T, lw=0.6, label=labels)
+            ax.set(title=f"{axis} {k + 1}", xmargin=0)
+    ax.set_yscale("asinh", linear_width=np.median(spectra))
     fig.supxlabel("rest-frame wavelength (Å)")
     fig.supylabel("normalised flux")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(values),
-        loc="outside upper center")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncols=5, loc="outside upper center")
     return fig

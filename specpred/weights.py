@@ -23,7 +23,7 @@ from .stages import atomic_path
 
 # %% auto #0
 __all__ = ['Stats', 'WeightsFile', 'write_weights', 'read_weights', 'tensor_shapes', 'check_keys', 'load_state', 'fingerprint',
-           'save_checkpoint', 'load_checkpoint', 'Record', 'published_image_tensors', 'RecordReader', 'PickledFile',
+           'save_checkpoint', 'load_checkpoint', 'Record', 'published_image_tensors', 'RecordReader',
            'published_vae_tensors', 'LatentAxes', 'published_pca']
 
 # %% ../nbs/15_weights.ipynb #d1780d6b
@@ -56,15 +56,6 @@ def write_weights(
 def _check_exists(path):
     if not Path(path).is_file(): raise MissingInputError(f"There is no weights file {path}.")
 
-def _read_safetensors(path) -> tuple[dict, dict]:
-    "Text entries and tensors of a safetensors file."
-    _check_exists(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
-
 # %% ../nbs/15_weights.ipynb #7af25c08
 def read_weights(
     path,  # of a file that `write_weights` wrote
@@ -73,7 +64,13 @@ def read_weights(
     """Reads a weights file. Raises `MissingInputError` where there is none, `DamagedFileError` for
     one that is cut short or no safetensors file, `WeightsError` for one without our metadata or of
     another kind."""
-    entries, tensors = _read_safetensors(path)
+    _check_exists(path)
+    try:
+        with safe_open(path, "pt") as file:
+            entries = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
     try: metadata = dict(json.loads(entries[_ENTRY]))
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has no metadata of ours, or those of an older version, so "
@@ -94,13 +91,13 @@ def check_keys(
     found:dict[str, tuple],  # likewise
     problem:str,  # beginning of the message
 ):
-    "Raises a `WeightsError` that lists the differences unless names and shapes agree."
-    other = [key for key, shape in expected.items() if found.get(key, shape) != shape]
+    "Raises a `WeightsError` unless names and shapes agree. Four of a kind are named."
     differences = {
         "missing": [key for key in expected if key not in found],
         "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} {found[key]}, not {expected[key]}" for key in other]}
-    lists = [f"{len(keys)} {kind}: {', '.join(keys[:4] + ['…']*(len(keys) > 4))}"
+        "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items()
+            if found.get(key, shape) != shape]}
+    lists = [f"{len(keys)} {kind}: {', '.join(keys[:4])}"
              for kind, keys in differences.items() if keys]
     if lists: raise WeightsError(f"{problem}. Keys {'; '.join(lists)}.")
 
@@ -143,10 +140,9 @@ def save_checkpoint(
 def load_checkpoint(
     path,  # of a file that `save_checkpoint` wrote
     fingerprint:str,  # that it must have
-    device="cpu",  # of the tensors
 ):
     "The state, or None: no file, a damaged one, or one of another training."
-    try: saved = torch.load(path, map_location=device, weights_only=True)
+    try: saved = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError): return None
     same = isinstance(saved, dict) and saved.get("fingerprint") == fingerprint
     return saved.get("state") if same else None
@@ -164,28 +160,21 @@ class Record(dict):
 _HYPERPARAMETERS = ("fastcore.foundation.L", "numpy.dtype", "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar")
 
-def _load_with_records(path):
-    "What `torch.save` wrote, hyperparameters as records. Any other object is refused."
-    _check_exists(path)
-    records = [(Record, name) for name in _HYPERPARAMETERS]
-    try:
-        with torch.serialization.safe_globals(records):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        raise WeightsError(f"{path} is refused: it holds {name[1] if name else 'code'}, not weights"
-            " alone. Files of learn.save are read, those of learn.export are not.") from None
-    except Exception as error:  # a malformed file can raise anything
-        raise DamagedFileError(f"{path} is no complete file of learn.save "
-            f"({type(error).__name__}: {error}).") from error
-
-# %% ../nbs/15_weights.ipynb #9da40b7f
 def published_image_tensors(
     path,  # a .pth file of fastai's `learn.save`, with or without the optimizer
 ) -> dict[str, Tensor]:
     """The weights in the file by name. Raises `MissingInputError`, `DamagedFileError`, and
     `WeightsError` for a file that holds more than weights."""
-    saved = _load_with_records(path)
+    _check_exists(path)
+    try:
+        with torch.serialization.safe_globals([(Record, name) for name in _HYPERPARAMETERS]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{path} is refused: it holds more than weights. Files of learn.save "
+            "are read, those of learn.export are not.") from error
+    except Exception as error:  # a malformed file can raise anything
+        raise DamagedFileError(f"{path} is no complete file of learn.save "
+            f"({type(error).__name__}: {error}).") from error
     if isinstance(saved, dict): saved = saved.get("model", saved)
     named = isinstance(saved, dict) and all(isinstance(v, Tensor) for v in saved.values())
     if not named or not saved: raise WeightsError(f"{path} holds no weights by name.")
@@ -226,11 +215,6 @@ def _array(record:Record) -> np.ndarray:
     return np.frombuffer(data, f"{byte_order}{kind}").reshape(shape, order=order)
 
 # %% ../nbs/15_weights.ipynb #59d5a229
-class PickledFile(NamedTuple):
-    "The object in a pickle, and the numbers to which its tensors refer."
-    content: Record
-    storages: dict[str, np.ndarray]
-
 def _tensor(record:Record, storages:dict) -> Tensor:
     "The numbers in PyTorch's record of a tensor or a parameter."
     if type(record).__name__.endswith("_rebuild_parameter"): record = record.args[0]
@@ -241,55 +225,51 @@ def _tensor(record:Record, storages:dict) -> Tensor:
     return torch.tensor(numbers.reshape(size))
 
 # %% ../nbs/15_weights.ipynb #ee19feea
-def _read_stream(file) -> PickledFile:
-    "A plain pickle, or what PyTorch wrote before version 1.6."
+def _read_stream(file) -> tuple[Record, dict]:
+    "Object and storages of a plain pickle, or of what PyTorch wrote before version 1.6."
     first = RecordReader(file).load()
-    if first != torch.serialization.MAGIC_NUMBER: return PickledFile(first, {})
+    if first != torch.serialization.MAGIC_NUMBER: return first, {}
     for _ in ("version", "system"): RecordReader(file).load()
     reader, storages = RecordReader(file), {}
     content = reader.load()
     for key in RecordReader(file).load():
         size, dtype = int.from_bytes(file.read(8), "little"), reader.dtypes[key]
         storages[key] = np.frombuffer(file.read(size*dtype.itemsize), dtype)
-    return PickledFile(content, storages)
+    return content, storages
 
 # %% ../nbs/15_weights.ipynb #9ab8039f
-def _read_archive(file) -> PickledFile:
-    "What PyTorch writes since version 1.6."
+def _read_archive(file) -> tuple[Record, dict]:
+    "Object and storages of what PyTorch writes since version 1.6."
     with zipfile.ZipFile(file) as archive:
         if sum(m.file_size for m in archive.infolist()) > file.getbuffer().nbytes:
             raise WeightsError("it is compressed, which no file of torch.save is")
         members = {m.partition("/")[2]: archive.read(m) for m in archive.namelist()}
     reader = RecordReader(io.BytesIO(members["data.pkl"]))
     content = reader.load()
-    storages = {key: np.frombuffer(members[f"data/{key}"], dtype)
-                for key, dtype in reader.dtypes.items()}
-    return PickledFile(content, storages)
+    return content, {key: np.frombuffer(members[f"data/{key}"], dtype)
+                     for key, dtype in reader.dtypes.items()}
 
 # %% ../nbs/15_weights.ipynb #a66ab221
 def _extract(path, what:str, take):
-    "`take(PickledFile)` for a file; whatever goes wrong, the message names the file."
+    "`take(object, storages)` of a file; whatever goes wrong, the message names the file."
     _check_exists(path)
     content = Path(path).read_bytes()
     read = _read_archive if content.startswith(b"PK") else _read_stream
-    try: pickled = read(io.BytesIO(content))
+    try: return take(*read(io.BytesIO(content)))
     except WeightsError as error: raise WeightsError(f"{path} is refused: {error}.") from None
     except Exception as error:  # a malformed pickle can raise anything
-        raise DamagedFileError(
-            f"{path} is no complete pickle ({type(error).__name__}: {error}).") from error
-    try: return take(pickled)
-    except Exception as error:
-        raise WeightsError(f"{path} holds no {what} ({type(error).__name__}: {error}).") from error
+        raise WeightsError(f"{path} holds no {what}, or is damaged "
+            f"({type(error).__name__}: {error}).") from error
 
 # %% ../nbs/15_weights.ipynb #68e974a9
 def published_vae_tensors(
     path,  # a whole network of class InfoVAE that `torch.save` wrote
 ) -> dict[str, Tensor]:
     """Weights of the network by name, e.g. "encd.weight". No code of the file is run. Raises
-    `MissingInputError`, `DamagedFileError`, and `WeightsError` for a file of something else."""
-    def parameters(pickled):
-        layers = pickled.content.state["_modules"].items()
-        return {f"{layer}.{name}": _tensor(value, pickled.storages) for layer, part in layers
+    `MissingInputError`, and `WeightsError` for a damaged file or one of something else."""
+    def parameters(network, storages):
+        layers = network.state["_modules"].items()
+        return {f"{layer}.{name}": _tensor(value, storages) for layer, part in layers
                 for name, value in part.state["_parameters"].items() if value is not None}
     return _extract(path, "InfoVAE", parameters)
 
@@ -304,9 +284,9 @@ def published_pca(
     path,  # a pickled sklearn.decomposition.PCA
 ) -> LatentAxes:
     """The axes that a PCA has found. No code of the file is run. Raises `MissingInputError`,
-    `DamagedFileError`, and `WeightsError` for a file of something else."""
-    def axes(pickled):
-        fitted = pickled.content.state
+    and `WeightsError` for a damaged file or one of something else."""
+    def axes(pca, _):
+        fitted = pca.state
         names = "components_", "mean_", "explained_variance_ratio_"
         axes = LatentAxes(*(_array(fitted[name]).astype(float) for name in names))
         n, n_latents = axes.components.shape
