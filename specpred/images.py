@@ -16,10 +16,10 @@ import torch
 from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from pydantic import Field, model_validator
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, pad
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, ImageParameters, InvalidInputError,
-    MissingInputError, Settings, SpecpredError)
+    MissingInputError, Settings, SpecpredError, replace)
 from .formats import read_cutout
 from .stages import atomic_path, only_one
 from .surveys import PS1, ImagingSurvey
@@ -58,15 +58,11 @@ def read_galaxy(
     """Reads and calibrates the cutouts of one galaxy.
 
     Raises `MissingInputError`, `DamagedFileError` or `InvalidInputError`."""
-    files = {band: Path(folder)/f"{band}.fits" for band in survey.bands}
-    if missing := [file.name for file in files.values() if not file.is_file()]:
-        raise MissingInputError(f"{folder} has no {', '.join(missing)}; "
-            f"a galaxy of {survey.name} needs the bands {', '.join(survey.bands)}")
-    cutouts = {band: read_cutout(file, survey) for band, file in files.items()}
+    cutouts = {band: read_cutout(Path(folder)/f"{band}.fits", survey) for band in survey.bands}
     _check_cutouts(cutouts, folder)
     exptime = np.array([c.exptime for c in cutouts.values()], np.float32)
-    counts = central_crop(np.stack([c.counts for c in cutouts.values()]), size)
-    mask = central_crop(np.stack([c.mask for c in cutouts.values()]), size)
+    counts, mask = (central_crop(np.stack([getattr(c, name) for c in cutouts.values()]), size)
+        for name in ("counts", "mask"))
     flux = survey.to_njy(counts, exptime[:, None, None]).astype(np.float32)
     return Galaxy(flux, mask, exptime)
 
@@ -86,8 +82,6 @@ def _check_cutouts(cutouts:dict, folder):
 def composite(
     flux,  # (bands, height, width) nJy
     bands = PS1.bands,  # their names; shown are i, r, g, or else the last, middle and first
-    stretch:float = 400.,  # flux at which the scale turns from linear to logarithmic, nJy
-    q:float = 8.,  # strength of the compression
 ) -> np.ndarray:
     "(height, width, 3) uint8 colour image (Lupton et al. 2004). Raises `InvalidInputError`."
     from astropy.visualization import make_lupton_rgb
@@ -97,7 +91,8 @@ def composite(
             f"({len(bands)}, height, width), got {flux.shape}")
     chosen = "irg" if set("irg") <= set(bands) else (bands[-1], bands[len(bands)//2], bands[0])
     red, green, blue = (flux[list(bands).index(band)] for band in chosen)
-    return make_lupton_rgb(red*.75, green, blue*1.6, minimum=-0.2*stretch, stretch=stretch, Q=q)
+    # in nJy; linear up to about 400, then logarithmic
+    return make_lupton_rgb(red*.75, green, blue*1.6, minimum=-80., stretch=400., Q=8.)
 
 # %% ../nbs/11_images.ipynb #d453de88
 class GalaxyImage(TensorImage):
@@ -106,10 +101,10 @@ class GalaxyImage(TensorImage):
     `GalaxyImage(flux, bands=survey.bands)` for a survey other than Pan-STARRS1."""
     bands = PS1.bands
 
-    def show(self, ctx=None, figsize=(2, 2), title=None, **kwargs):
+    def show(self, ctx=None, title=None, **kwargs):
         "Draws the composite into the axes `ctx`, or into a new figure; returns the axes."
         import matplotlib.pyplot as plt
-        ax = ctx if ctx is not None else plt.subplots(figsize=figsize)[1]
+        ax = ctx or plt.subplots(figsize=(2, 2))[1]
         ax.imshow(composite(self.detach().cpu().numpy(), self.bands), origin="lower")
         ax.set(title=title or "", xticks=[], yticks=[])
         return ax
@@ -139,15 +134,14 @@ def aperture_magnitudes(
     flux:np.ndarray,  # (..., height, width) nJy
     pixel_scale:float,  # arcsec
     radius:float = 5.,  # of the aperture, arcsec
-    floor:float = 100.,  # nJy (26.4 mag): where asinh magnitudes turn linear
 ) -> np.ndarray:
     """AB magnitudes (...) in a circular aperture at the centre, as asinh magnitudes
-    (Lupton, Gunn & Szalay 1999)."""
+    (Lupton, Gunn & Szalay 1999) that turn linear at 100 nJy (26.4 mag)."""
     height, width = flux.shape[-2:]
     y, x = np.mgrid[:height, :width]
     inside = np.hypot(y - (height - 1)/2, x - (width - 1)/2) <= radius/pixel_scale
     total = flux[..., inside].sum(-1, dtype=np.float64)
-    return 31.4 - 2.5/np.log(10)*(np.arcsinh(total/(2*floor)) + np.log(floor))
+    return 31.4 - 2.5/np.log(10)*(np.arcsinh(total/200) + np.log(100))
 
 # %% ../nbs/11_images.ipynb #7a982406
 def storage_scale(
@@ -178,9 +172,8 @@ def _stored(galaxy:Galaxy, survey:ImagingSurvey, settings:ImageParameters, probl
         problem = f"masked: {mask_fraction.max():.0%} of a band"
     row = dict(usable=not problem, problem=problem, checksum=zlib.crc32(pixels))
     numbers = (mask_fraction, galaxy.exptime, sky, noise, scale)
-    for name, values in zip(PER_BAND, np.float32(numbers), strict=True):
-        row |= {f"{name}_{band}": v for band, v in zip(survey.bands, values, strict=True)}
-    return _Stored(pixels, row)
+    columns = [f"{name}_{band}" for name in PER_BAND for band in survey.bands]
+    return _Stored(pixels, row | dict(zip(columns, np.float32(numbers).flat, strict=True)))
 
 # %% ../nbs/11_images.ipynb #c926b398
 # a problem begins with its cause and a colon, so that causes can be counted
@@ -193,12 +186,11 @@ def _unread(survey:ImagingSurvey, settings:ImageParameters, problem:str) -> _Sto
     galaxy = Galaxy(np.zeros(shape, np.float32), np.ones(shape, bool), np.zeros(shape[0]))
     return _stored(galaxy, survey, settings, problem)
 
-def _stored_cutouts(folder:Path, survey:ImagingSurvey, settings:ImageParameters) -> _Stored:
-    "A galaxy whose cutouts lie in a folder."
-    try: galaxy = read_galaxy(folder, settings.size, survey)
+def _read_stored(read, survey:ImagingSurvey, settings:ImageParameters) -> _Stored:
+    "The galaxy that the function `read` returns."
+    try: return _stored(read(), survey, settings)
     except tuple(_CAUSES) as error:
         return _unread(survey, settings, f"{_CAUSES[type(error)]}: {error}")
-    return _stored(galaxy, survey, settings)
 
 # %% ../nbs/11_images.ipynb #5afd9d9b
 def _write_table(table:pd.DataFrame, folder:Path):
@@ -234,8 +226,8 @@ def _new_map(path:Path, shape:tuple, dtype:str) -> np.memmap:
 # %% ../nbs/11_images.ipynb #c22efc82
 BLOCK = 256  # galaxies between two looks at the table
 
-def _pack(specobjids, items, store, survey, settings, source, n_jobs, progress) -> dict[str, str]:
-    "Fills a store with the `items`, functions that give a `_Stored` each."
+def _pack(specobjids, readers, store, survey, settings, source, n_jobs, progress) -> dict[str, str]:
+    "Fills a store; each of the `readers` is a function that returns a `Galaxy`."
     from joblib import Parallel, delayed
     if not len(specobjids) == len(np.unique(specobjids)) > 0:
         raise InvalidInputError("no galaxy has images in all bands, or one is listed twice; "
@@ -247,7 +239,8 @@ def _pack(specobjids, items, store, survey, settings, source, n_jobs, progress) 
         waiting = np.flatnonzero(~table.usable)
         for start in tqdm(range(0, len(waiting), BLOCK), "packing", disable=not progress):
             rows = waiting[start:start + BLOCK]
-            galaxies = parallel(delayed(items[row])() for row in rows)
+            galaxies = parallel(
+                delayed(_read_stored)(readers[row], survey, settings) for row in rows)
             for row, galaxy in zip(rows, galaxies, strict=True): pixels[row] = galaxy.pixels
             pixels.flush()
             fresh = pd.DataFrame([galaxy.row for galaxy in galaxies], index=rows)
@@ -256,8 +249,7 @@ def _pack(specobjids, items, store, survey, settings, source, n_jobs, progress) 
         del table.attrs["source"]  # a store is the same wherever it was made
         _write_table(table, partial_store)
         with atomic_path(store) as part: partial_store.rename(part)
-    unusable = table[~table.usable]
-    return dict(zip(unusable.specobjid.astype(str), unusable.problem, strict=True))
+    return table[~table.usable].set_index("specobjid").problem.rename(str).to_dict()
 
 # %% ../nbs/11_images.ipynb #8441b2d8
 def _whole_numbers(values) -> np.ndarray:
@@ -286,9 +278,8 @@ def pack_images(
     `InvalidInputError` for settings outside their limits, no galaxy, or one listed twice."""
     specobjids, folder = _whole_numbers(specobjids), Path(raw_cutouts).resolve()
     settings = ImageParameters(size=size, max_mask_fraction=max_mask_fraction, dtype=dtype)
-    read = partial(_stored_cutouts, survey=survey, settings=settings)
-    items = [partial(read, folder/str(specobjid)) for specobjid in specobjids]
-    return _pack(specobjids, items, store, survey, settings, str(folder), n_jobs, progress)
+    readers = [partial(read_galaxy, folder/str(k), size, survey) for k in specobjids]
+    return _pack(specobjids, readers, store, survey, settings, str(folder), n_jobs, progress)
 
 # %% ../nbs/11_images.ipynb #6f1d1fb2
 def pack_arrays(
@@ -306,19 +297,14 @@ def pack_arrays(
     if flux.shape != expected:
         raise InvalidInputError(f"expected images of shape {expected}, got {flux.shape}")
     settings = ImageParameters(size=expected[-1], max_mask_fraction=max_mask_fraction, dtype=dtype)
-    items = [partial(_stored_array, image, survey, settings) for image in flux]
-    return _pack(specobjids, items, store, survey, settings, "", n_jobs=1, progress=False)
+    readers = [partial(_galaxy_of, image) for image in flux]
+    return _pack(specobjids, readers, store, survey, settings, "", n_jobs=1, progress=False)
 
 # %% ../nbs/11_images.ipynb #76550faf
-def _stored_array(flux, survey:ImagingSurvey, settings:ImageParameters) -> _Stored:
+def _galaxy_of(flux:np.ndarray) -> Galaxy:
     "A galaxy given as an array."
     mask = ~np.isfinite(flux)
-    if empty := [b for b, missing in zip(survey.bands, mask, strict=True) if missing.all()]:
-        problem = f"no data: band {', '.join(empty)} has no finite pixel"
-        return _unread(survey, settings, problem)
-    unknown = np.full(len(flux), np.nan)
-    galaxy = Galaxy(np.where(mask, 0, flux).astype(np.float32), mask, exptime=unknown)
-    return _stored(galaxy, survey, settings)
+    return Galaxy(np.where(mask, 0, flux).astype(np.float32), mask, np.full(len(flux), np.nan))
 
 # %% ../nbs/11_images.ipynb #909d69f3
 def find_rows(
@@ -329,8 +315,8 @@ def find_rows(
     wanted = _whole_numbers(wanted)
     rows = pd.Index(known).get_indexer(wanted)
     if (strangers := wanted[rows < 0]).size:
-        raise InvalidInputError(f"specobjid {', '.join(map(str, strangers[:3]))} is not among the "
-            f"{len(known)} galaxies of the store")
+        raise InvalidInputError(f"not among the {len(known)} galaxies of the store: "
+            f"specobjid {strangers[:3]}")
     return rows
 
 # %% ../nbs/11_images.ipynb #28ccef02
@@ -372,7 +358,7 @@ def open_images(
         survey = ImagingSurvey.from_dict(table.attrs["survey"])
         columns = {name: table[name].to_numpy() for name in ("specobjid", "usable", "checksum")}
         for name in PER_BAND:
-            columns[name] = table[[f"{name}_{band}" for band in survey.bands]].to_numpy()
+            columns[name] = table.filter(like=f"{name}_").to_numpy()
         pixels = np.load(path/"flux.npy", mmap_mode="r")
         if pixels.ndim != 4 or pixels.shape[:2] != columns["noise"].shape:
             raise ValueError(f"images {pixels.shape} do not fit a table {columns['noise'].shape}")
@@ -428,13 +414,11 @@ def check_images(
     """Reads all pixels of a store and compares them with the checksums, e.g. after it was copied.
     Raises `DamagedFileError` that names the galaxies that changed, and as `open_images` does."""
     store = open_images(path)
-    damaged = [specobjid for image, specobjid, checksum
-        in zip(store.pixels, store.specobjid, store.checksum, strict=True)
-        if zlib.crc32(image) != checksum]
-    if damaged:
+    damaged = store.specobjid[store.checksum != [zlib.crc32(image) for image in store.pixels]]
+    if damaged.size:
         raise DamagedFileError(f"the pixels of {len(damaged)} galaxies in {path} have changed "
-            f"since they were packed, specobjid {', '.join(map(str, damaged[:3]))}"
-            f"{', …' if len(damaged) > 3 else ''}; delete the store and run 11_images again")
+            f"since they were packed, specobjid {damaged[:3]}; delete the store and run "
+            "11_images again")
 
 # %% ../nbs/11_images.ipynb #02a9dca6
 class ImageTransform(Settings):
@@ -454,25 +438,25 @@ class ImageTransform(Settings):
         return self
 
 # %% ../nbs/11_images.ipynb #0477567d
-def _stretch(flux, stretch:str, softening):
-    "Images before standardisation, arrays or tensors."
-    xp = torch if isinstance(flux, torch.Tensor) else np
-    if stretch == "linear": return flux
-    if stretch == "asinh": return xp.arcsinh(flux/softening)
-    rms = (flux**2).mean((-3, -2, -1))[..., None, None, None]**.5
-    return flux/(rms + (rms == 0))  # an empty image stays empty
+@patch
+def _numbers(self:ImageTransform, images):
+    "Softening, mean and std, of the images' kind, to be broadcast against them."
+    if "float" not in str(images.dtype) or images.shape[-3] != len(self.mean):
+        raise InvalidInputError(f"expected floating-point images with {len(self.mean)} bands in "
+            f"axis -3, got {images.dtype} of shape {tuple(images.shape)}")
+    numbers = np.array([self.softening, self.mean, self.std])[..., None, None]
+    if isinstance(images, torch.Tensor): return torch.as_tensor(numbers).to(images)
+    return numbers.astype(images.dtype)
 
 @patch
-def _numbers(self:ImageTransform, images) -> list:
-    "Softening, mean and std, of the images' kind, to be broadcast against them."
-    if "float" not in str(images.dtype):
-        raise InvalidInputError(f"images are floating-point numbers, not {images.dtype}")
-    if images.shape[-3] != len(self.mean):
-        raise InvalidInputError(f"expected {len(self.mean)} bands in axis -3, "
-            f"got shape {tuple(images.shape)}")
-    numbers = np.array([self.softening, self.mean, self.std])[..., None, None]
-    if isinstance(images, torch.Tensor): return list(torch.as_tensor(numbers).to(images))
-    return list(numbers.astype(images.dtype))
+def _stretched(self:ImageTransform, flux):
+    "Images before standardisation, arrays or tensors."
+    softening = self._numbers(flux)[0]
+    xp = torch if isinstance(flux, torch.Tensor) else np
+    if self.stretch == "linear": return flux
+    if self.stretch == "asinh": return xp.arcsinh(flux/softening)
+    rms = (flux**2).mean((-3, -2, -1))[..., None, None, None]**.5
+    return flux/(rms + (rms == 0))  # an empty image stays empty
 
 # %% ../nbs/11_images.ipynb #5f31a2df
 @patch
@@ -480,8 +464,8 @@ def __call__(self:ImageTransform,
     flux,  # (..., bands, height, width) nJy, array or tensor
 ):
     "Network input of the same kind and shape."
-    softening, mean, std = self._numbers(flux)
-    return (_stretch(flux, self.stretch, softening) - mean)/std
+    _, mean, std = self._numbers(flux)
+    return (self._stretched(flux) - mean)/std
 
 @patch
 def inverse(self:ImageTransform,
@@ -491,8 +475,8 @@ def inverse(self:ImageTransform,
     softening, mean, std = self._numbers(values)
     stretched = values*std + mean
     if self.stretch == "linear": return stretched
-    if self.stretch == "image": return stretched*softening
-    return (torch if isinstance(values, torch.Tensor) else np).sinh(stretched)*softening
+    xp = torch if isinstance(values, torch.Tensor) else np
+    return (xp.sinh(stretched) if self.stretch == "asinh" else stretched)*softening
 
 # %% ../nbs/11_images.ipynb #0f6453da
 def fit_transform(
@@ -509,17 +493,14 @@ def fit_transform(
     if flux.ndim != 4 or not flux.size or noise.shape != (len(noise), flux.shape[1]):
         raise InvalidInputError("a transform is fitted on (N, bands, height, width) images and "
             f"(N, bands) noise, N > 0; got {flux.shape} and {noise.shape}")
-    if not np.isfinite(flux).all():
-        raise InvalidInputError("some pixels are not finite; put 0 where there are no data")
     softening = factor*np.median(noise, axis=0).astype(np.float32)
-    if stretch == "asinh" and softening.min() <= 0:
-        raise InvalidInputError(f"asinh needs noise in every band; the softening is {softening}")
     if stretch == "image":
         softening[:] = np.median(np.sqrt(np.mean(flux**2, axis=(1, 2, 3))))
-    stretched = _stretch(flux, stretch, softening[:, None, None])
+    transform = ImageTransform(stretch=stretch, softening=softening.tolist(),
+        mean=[0]*len(softening), std=[1]*len(softening))
+    stretched = transform._stretched(flux)
     mean, std = (f(stretched, axis=(0, 2, 3), dtype=np.float64) for f in (np.mean, np.std))
-    return ImageTransform(stretch=stretch, softening=softening.tolist(), mean=mean.tolist(),
-        std=std.tolist())
+    return replace(transform, mean=mean.tolist(), std=std.tolist())
 
 # %% ../nbs/11_images.ipynb #90c0d416
 def turn(
@@ -532,18 +513,17 @@ def turn(
 
 # %% ../nbs/11_images.ipynb #4c10850a
 def shift(
-    image:torch.Tensor,  # (..., height, width)
+    image:torch.Tensor,  # (bands, height, width)
     dy:int,  # pixels
     dx:int,
 ) -> torch.Tensor:
     "The image moved by whole pixels, mirrored at its edges. Raises `InvalidInputError`."
-    for axis, step in ((-2, dy), (-1, dx)):
-        last = image.shape[axis] - 1
-        if abs(step) > last:
-            raise InvalidInputError(f"an image of {last + 1} pixels cannot be moved by {step}")
-        source = (torch.arange(last + 1, device=image.device) - step).abs()
-        image = image.index_select(axis, last - (last - source).abs())
-    return image
+    height, width = image.shape[-2:]
+    y, x = abs(dy), abs(dx)
+    if y >= height or x >= width:
+        raise InvalidInputError(f"an image {height} x {width} cannot be moved by {dy}, {dx} pixels")
+    padded = pad(image, (x, x, y, y), mode="reflect")
+    return padded[..., y - dy:y - dy + height, x - dx:x - dx + width]
 
 # %% ../nbs/11_images.ipynb #9dbd6ed8
 def rotate(
@@ -551,7 +531,8 @@ def rotate(
     degrees:torch.Tensor,  # (n,)
 ) -> torch.Tensor:
     "Images rotated about their centres, bilinear, mirrored at the edges."
-    cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
+    angle = torch.deg2rad(degrees)
+    cos, sin = angle.cos(), angle.sin()
     zero = torch.zeros_like(cos)
     matrix = torch.stack([cos, -sin, zero, sin, cos, zero], -1).view(-1, 2, 3)
     grid = affine_grid(matrix, images.shape, align_corners=True)

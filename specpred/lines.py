@@ -5,7 +5,7 @@
 # %% ../nbs/14_lines.ipynb #d33aac5b
 from __future__ import annotations
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from .populations import FINE_STEP, LIGHT_SPEED, FineBasis, StellarLibrary
 from .spectra import GRID, to_rest_frame
 
 # %% auto #0
-__all__ = ['LINE_WINDOWS', 'LINES', 'DN4000_BANDS', 'HDELTA_A_BANDS', 'Line', 'line_profiles', 'RestFrameSpectra',
+__all__ = ['LINE_WINDOWS', 'LINES', 'N_TEMPLATES', 'DN4000_BANDS', 'HDELTA_A_BANDS', 'Line', 'line_profiles', 'RestFrameSpectra',
            'stellar_templates', 'stellar_continuum', 'fit_lines', 'BandMean', 'dn4000', 'hdelta_a', 'measure_spectra']
 
 # %% ../nbs/14_lines.ipynb #9ae0e694
@@ -27,15 +27,15 @@ _KMS_PER_DEX = LIGHT_SPEED*np.log(10)
 class Line(NamedTuple):
     "One column of the fit."
     name: str  # columns of one name are summed; "" is not reported
-    components: tuple  # ((vacuum Angstrom, strength relative to the first), ...)
+    components: dict  # strength relative to the first, by vacuum wavelength in Angstrom
 
 LINE_WINDOWS = {  # by first and last vacuum wavelength, Angstrom
-    (3680., 3775.): (Line("oii_3727", ((3727.092, 1),)), Line("oii_3727", ((3729.875, 1),))),
-    (4790., 5060.): (Line("hbeta", ((4862.683, 1),)),
-        Line("oiii_5007", ((5008.240, 1), (4960.295, 1/2.98))), Line("", ((5017.08, 1),))),
-    (6480., 6790.): (Line("halpha", ((6564.614, 1),)),
-        Line("nii_6584", ((6585.268, 1), (6549.859, 1/3.05))), Line("", ((6679.996, 1),)),
-        Line("sii_6717_31", ((6718.294, 1),)), Line("sii_6717_31", ((6732.678, 1),)))}
+    (3680., 3775.): (Line("oii_3727", {3727.092: 1}), Line("oii_3727", {3729.875: 1})),
+    (4790., 5060.): (Line("hbeta", {4862.683: 1}),
+        Line("oiii_5007", {5008.240: 1, 4960.295: 1/2.98}), Line("", {5017.08: 1})),
+    (6480., 6790.): (Line("halpha", {6564.614: 1}),
+        Line("nii_6584", {6585.268: 1, 6549.859: 1/3.05}), Line("", {6679.996: 1}),
+        Line("sii_6717_31", {6718.294: 1}), Line("sii_6717_31", {6732.678: 1}))}
 
 LINES = {"oii_3727": 3728.48, "hbeta": 4862.683, "oiii_5007": 5008.240, "halpha": 6564.614,
     "nii_6584": 6585.268, "sii_6717_31": 6725.49}  # reported lines, vacuum Angstrom
@@ -43,13 +43,13 @@ LINES = {"oii_3727": 3728.48, "hbeta": 4862.683, "oiii_5007": 5008.240, "halpha"
 # %% ../nbs/14_lines.ipynb #4fc954cc
 def line_profiles(
     edges:np.ndarray,  # (M, B + 1) edges of the bins, log10 of Angstrom
-    components,  # ((wavelength, strength), ...), see `Line`
+    components:dict,  # see `Line`
     sigma,  # km/s, a number or (M)
 ) -> np.ndarray:  # (M, B) per Angstrom
     "Gaussians of unit flux (the first component's), averaged over each bin."
     per_dex = _KMS_PER_DEX/np.reshape(sigma, (-1, 1))
     flux = sum(strength*np.diff(ndtr((edges - np.log10(wavelength))*per_dex), axis=1)
-        for wavelength, strength in components)
+        for wavelength, strength in components.items())
     return flux/np.diff(10**edges, axis=1)
 
 # %% ../nbs/14_lines.ipynb #b072acc9
@@ -97,7 +97,7 @@ def of(cls:RestFrameSpectra,
         raise InvalidInputError("Give log10 of the first bin's wavelength in Angstrom, 3 to 4.2, "
             "for all or each, bins below 0.01 dex and no negative errors; got "
             f"{loglam0[:3]}, {dloglam}.")
-    measured = ~missing & np.isfinite(flux) & np.isfinite(sigma) & (sigma > 0)
+    measured = ~missing & np.isfinite(flux) & (sigma > 0)
     weight = np.divide(1, sigma**2, where=measured, out=np.zeros(flux.shape))
     return cls(np.where(measured, flux, 0), weight, loglam0, dloglam, error is not None)
 
@@ -109,11 +109,10 @@ def _normal_equations(columns, weight, values) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../nbs/14_lines.ipynb #1b4aa856
 _START, _END = np.log10(3200.), np.log10(9300.)  # of the templates
+N_TEMPLATES = 18
 
-@lru_cache(maxsize=2)
-def stellar_templates(
-    n:int = 18,  # how many
-) -> np.ndarray:  # (n, P)
+@cache
+def stellar_templates() -> np.ndarray:  # (N_TEMPLATES, P)
     """Eigenspectra of starlight of 24 ages, four metallicities, three amounts of dust and three
     velocity dispersions, as running integrals from 3200 to 9300 vacuum Angstrom in steps of 5e-5
     dex."""
@@ -121,22 +120,22 @@ def stellar_templates(
     fine = FineBasis.of(library)
     inside = (fine.loglam >= _START) & (fine.loglam <= _END)
     ages = np.abs(np.log(library.age)[:, None] - np.log(np.geomspace(1e6, 1.35e10, 24))).argmin(0)
-    single = np.tensordot(library.coefficients[np.unique(ages)][:, 2:6], fine.basis, 1)
-    single = single.reshape(-1, len(fine.loglam))
+    coefficients = library.coefficients[np.unique(ages)][:, 2:6]
+    single = coefficients.reshape(-1, len(fine.basis)) @ fine.basis
     blurs = [sigma/_KMS_PER_DEX/FINE_STEP for sigma in (60., 150., 300.)]
     blurred = np.concatenate([gaussian_filter1d(single, blur, axis=1)[:, inside] for blur in blurs])
     dust = [10**(-0.4*av*fine.dust[inside]) for av in (0, 0.6, 1.8)]
     light = np.concatenate([blurred*transmission for transmission in dust])
     light = light/light.mean(1, keepdims=True)
-    vectors = np.linalg.eigh(light @ light.T)[1][:, -n:].T @ light
+    vectors = np.linalg.eigh(light @ light.T)[1][:, -N_TEMPLATES:].T @ light
     vectors = vectors/np.linalg.norm(vectors, axis=1, keepdims=True)
     widths = np.diff(10**(_START + FINE_STEP*np.arange(inside.sum() + 1)))
     return np.pad(np.cumsum(vectors*widths, axis=1), ((0, 0), (1, 0)))
 
 # %% ../nbs/14_lines.ipynb #f9b5b16d
-def _templates_in(edges, n:int) -> np.ndarray:
-    "Means of the templates in bins with `edges` (M, B + 1), log10: (M, B, n); 0 beyond their ends."
-    running = stellar_templates(n)
+def _templates_in(edges) -> np.ndarray:  # (M, B, N_TEMPLATES)
+    "Means of the templates in bins with `edges` (M, B + 1), log10; 0 beyond their ends."
+    running = stellar_templates()
     known = _START + FINE_STEP*np.arange(running.shape[1])
     integral = np.stack([np.interp(edges, known, one, np.nan, np.nan) for one in running], -1)
     return np.nan_to_num(np.diff(integral, axis=1)/np.diff(10**edges, axis=1)[..., None])
@@ -155,21 +154,20 @@ def _away_from_lines(edges, dloglam:float) -> np.ndarray:
 # %% ../nbs/14_lines.ipynb #bca1b75c
 def stellar_continuum(
     spectra:RestFrameSpectra,
-    n_templates:int = 18,
 ) -> np.ndarray:  # (N, n), unit of the flux
     """The starlight of each spectrum: the best linear combination of `stellar_templates`, fitted
     away from emission lines; NaN for spectra of which too little was measured.
 
     Raises `InvalidInputError` for bins that the templates do not reach."""
-    templates = _templates_in(spectra.edges, n_templates)
+    templates = _templates_in(spectra.edges)
     starlight = _away_from_lines(spectra.edges, spectra.dloglam) & (templates[..., 0] != 0)
-    needed, identity = 10*n_templates, np.eye(n_templates)
+    needed, identity = 10*N_TEMPLATES, np.eye(N_TEMPLATES)
     if (starlight.sum(1) < needed).all():
         raise InvalidInputError(f"Too few bins to fit the starlight: it takes {needed} away from "
             "emission lines, between 3200 and 9300 Angstrom.")
     weight = spectra.weight*starlight
     matrix, right = _normal_equations(templates, weight, spectra.flux)
-    matrix += 1e-9*np.trace(matrix, axis1=1, axis2=2)[:, None, None]/n_templates*identity
+    matrix += 1e-9*np.trace(matrix, axis1=1, axis2=2)[:, None, None]/N_TEMPLATES*identity
     too_few = (weight > 0).sum(1) < needed
     matrix[too_few] = identity
     continuum = (templates @ np.linalg.solve(matrix, right))[..., 0]
@@ -203,15 +201,14 @@ class WindowFit(NamedTuple):
     covariance: np.ndarray  # (N, k, k), from the scatter where errors are unknown
     chi2: np.ndarray  # (N,)
     measured: np.ndarray  # (N, lines) bool
-    columns: np.ndarray  # (N, B, k)
-    weight: np.ndarray  # (N, B) of the bins, 0 where they were left out
+    columns: np.ndarray  # (1 or N, B, k)
+    free: np.ndarray  # (N,) bins fitted, less k
 
 def _columns(window:_Window, sigma) -> np.ndarray:
-    "Profiles of the lines and the two columns of a straight line, (N, B, lines + 2)."
+    "Profiles of the lines and the two columns of a straight line, (1 or N, B, lines + 2)."
     profiles = [line_profiles(window.edges, line.components, sigma) for line in window.lines]
     ramp = np.broadcast_to(np.linspace(-1, 1, window.flux.shape[1]), profiles[0].shape)
-    columns = np.stack([*profiles, np.ones_like(ramp), ramp], -1)
-    return np.broadcast_to(columns, (len(window.flux), *columns.shape[1:]))
+    return np.stack([*profiles, np.ones_like(ramp), ramp], -1)
 
 # %% ../nbs/14_lines.ipynb #f97829a0
 def _fit_window(window:_Window, sigma) -> WindowFit:
@@ -228,32 +225,33 @@ def _fit_window(window:_Window, sigma) -> WindowFit:
     # leave out the bins of lines that are not measured
     weight = np.where((near & ~measured[:, None]).any(-1), 0, window.weight)
     measured &= mostly_measured(weight)
-    too_few = ((weight > 0).sum(1) < columns.shape[-1] + 3)[:, None]
+    n_columns = columns.shape[-1]
+    free = (weight > 0).sum(1) - n_columns
+    too_few = free[:, None] < 3
     matrix, right = _normal_equations(columns, weight, window.flux)
     # what is not measured is held at 0; the rest does not change
     scale = np.trace(matrix, axis1=1, axis2=2)[:, None] + 1e-300
     stiffness = scale*(1e-13 + 1e6*np.hstack([~measured, too_few, too_few]))
-    covariance = np.linalg.inv(matrix + stiffness[..., None]*np.eye(columns.shape[-1]))
+    covariance = np.linalg.inv(matrix + stiffness[..., None]*np.eye(n_columns))
     coefficients = (covariance @ right)[..., 0]
     chi2 = np.maximum((weight*window.flux**2).sum(1) - (coefficients*right[..., 0]).sum(1), 0)
     if not window.known_errors:
-        free = np.maximum((weight > 0).sum(1) - columns.shape[-1], 1)
-        covariance *= (chi2/free)[:, None, None]
-    return WindowFit(coefficients, covariance, chi2, measured & ~too_few, columns, weight)
+        covariance *= (chi2/np.maximum(free, 1))[:, None, None]
+    return WindowFit(coefficients, covariance, chi2, measured & ~too_few, columns, free)
 
 # %% ../nbs/14_lines.ipynb #f380bfaa
 _WIDTHS = np.geomspace(50, 500, 12)  # km/s, trial widths
 
 def _try_width(windows, sigma) -> np.ndarray:
-    "chi2 of each window, and how many of its bins were fitted: (2, windows, N)."
+    "chi2 and degrees of freedom of each window, (2, windows, N)."
     fits = [_fit_window(window, sigma) for window in windows]
-    return np.stack([(fit.chi2, (fit.weight > 0).sum(1)) for fit in fits], 1)
+    return np.stack([(fit.chi2, fit.free) for fit in fits], 1)
 
 def _chi2_unit(windows, trials) -> np.ndarray:
     """Smallest chi2 per degree of freedom among trials (widths, 2, windows, N), for unknown errors:
     (windows, N); infinite where too few bins are left."""
-    free = trials[:, 1] - np.array([len(window.lines) + 2 for window in windows])[:, None]
-    unit = np.where(free > 2, trials[:, 0]/np.maximum(free, 1), np.inf).min(0)
+    chi2, free = trials[:, 0], trials[:, 1]
+    unit = np.where(free > 2, chi2/np.maximum(free, 1), np.inf).min(0)
     rounding = [1e-10*(window.weight*window.flux**2).mean(1) + 1e-300 for window in windows]
     return np.maximum(unit, rounding)  # noiseless spectra leave only rounding errors
 
@@ -270,8 +268,8 @@ def _best_width(windows) -> np.ndarray:
     unit = 1. if windows[0].known_errors else _chi2_unit(windows, trials)
 
     def badness(trial, sigma):
-        chi2, bins = trial
-        return np.where(np.isinf(unit), 0, chi2/unit - bins).sum(0) + (np.log(sigma/120)/0.6)**2
+        chi2, free = trial
+        return np.where(np.isinf(unit), 0, chi2/unit - free).sum(0) + (np.log(sigma/120)/0.6)**2
 
     coarse = np.stack([badness(trial, sigma) for trial, sigma in zip(trials, _WIDTHS, strict=True)])
     best = np.clip(coarse.argmin(0), 1, len(_WIDTHS) - 2)
@@ -295,8 +293,8 @@ def _level(window:_Window, fit:WindowFit, wavelength:float) -> np.ndarray:
 
 def _line_columns(name:str, window:_Window, fit:WindowFit) -> dict:
     "Flux and equivalent width of one reported line, with errors."
-    part = np.array([line.name == name for line in window.lines] + [False, False])
-    known = np.where(fit.measured[:, part[:-2]].all(1), 1, np.nan)
+    part = [k for k, line in enumerate(window.lines) if line.name == name]
+    known = np.where(fit.measured[:, part].all(1), 1, np.nan)
     flux = fit.coefficients[:, part].sum(1)*known
     error = np.sqrt(fit.covariance[:, part][..., part].sum((1, 2)))*known
     level = _level(window, fit, LINES[name])
@@ -323,13 +321,13 @@ def fit_lines(
     spectra = replace(spectra, weight=np.where(np.isnan(continuum), 0, spectra.weight))
     windows = [_window(spectra, np.nan_to_num(continuum), *ends, lines)
         for ends, lines in LINE_WINDOWS.items()]
-    sigma, any_measured, table = _best_width(windows), False, {}
-    for window in windows:
-        fit = _fit_window(window, sigma)
-        any_measured = any_measured | fit.measured.any(1)
+    sigma, table = _best_width(windows), {}
+    fits = [_fit_window(window, sigma) for window in windows]
+    for window, fit in zip(windows, fits, strict=True):
         for name in dict.fromkeys(line.name for line in window.lines if line.name):
             table |= _line_columns(name, window, fit)
-    return pd.DataFrame(table | dict(sigma=np.where(any_measured, sigma, np.nan)))
+    measured = np.hstack([fit.measured for fit in fits]).any(1)
+    return pd.DataFrame(table | dict(sigma=np.where(measured, sigma, np.nan)))
 
 # %% ../nbs/14_lines.ipynb #e6e412ca
 # Angstrom, air: Balogh et al. (1999, ApJ 527, 54), Worthey & Ottaviani (1997, ApJS 111, 377)
@@ -339,18 +337,19 @@ HDELTA_A_BANDS = dict(blue=(4041.60, 4081.50), line=(4083.50, 4122.25), red=(412
 class BandMean(NamedTuple):
     "Mean flux density in a band; NaN where less than 80 % of it was measured."
     mean: np.ndarray  # (N,)
-    error: np.ndarray  # (N,)
+    error: np.ndarray  # (N,); NaN where errors are unknown
     share: np.ndarray  # (N, n) of each bin in the mean
 
-def _variance(weight): return np.divide(1, weight, where=weight > 0, out=np.zeros(weight.shape))
-
-def _band_mean(flux, weight, edges, band) -> BandMean:
-    "Mean of the measured part of a `band` (Angstrom, air); edges (1 or N, n + 1) vacuum Angstrom."
+def _band_mean(spectra:RestFrameSpectra, band) -> BandMean:
+    "Mean of the measured part of a `band` (Angstrom, air)."
     lo, hi = air_to_vacuum(band)
-    share = (np.clip(edges[:, 1:], lo, hi) - np.clip(edges[:, :-1], lo, hi))*(weight > 0)
+    known = spectra.weight > 0
+    share = np.diff(np.clip(10**spectra.edges, lo, hi), axis=1)*known
     covered = share.sum(1, keepdims=True)
     share = share/np.where(covered >= 0.8*(hi - lo), covered, np.nan)
-    return BandMean((share*flux).sum(1), np.sqrt((share**2*_variance(weight)).sum(1)), share)
+    variance = np.divide(1, spectra.weight, where=known, out=np.zeros(known.shape))
+    error = np.sqrt((share**2*variance).sum(1))
+    return BandMean((share*spectra.flux).sum(1), error if spectra.known_errors else np.nan, share)
 
 # %% ../nbs/14_lines.ipynb #8052f78b
 def dn4000(
@@ -361,12 +360,11 @@ def dn4000(
     NaN where less than 80 % of a band was measured; the error is NaN where errors are unknown."""
     edges = 10**spectra.edges
     to_nu = edges[:, 1:]*edges[:, :-1]
-    blue, red = (_band_mean(spectra.flux*to_nu, spectra.weight/to_nu**2, edges, band)
-        for band in DN4000_BANDS.values())
+    spectra = replace(spectra, flux=spectra.flux*to_nu, weight=spectra.weight/to_nu**2)
+    blue, red = (_band_mean(spectra, band) for band in DN4000_BANDS.values())
     level = np.where(blue.mean > 0, blue.mean, np.nan)
     ratio = red.mean/level
-    error = np.hypot(red.error, ratio*blue.error)/level
-    return ratio, error if spectra.known_errors else np.full_like(error, np.nan)
+    return ratio, np.hypot(red.error, ratio*blue.error)/level
 
 # %% ../nbs/14_lines.ipynb #129e780c
 def hdelta_a(
@@ -376,20 +374,21 @@ def hdelta_a(
 
     NaN where less than 80 % of a band was measured or a side band is not positive; the error is NaN
     where errors are unknown."""
-    flux, weight, edges = spectra.flux, spectra.weight, 10**spectra.edges
-    sides = [HDELTA_A_BANDS[name] for name in ("blue", "red")]
-    blue, red = (_band_mean(flux, weight, edges, band) for band in sides)
-    x0, x1 = air_to_vacuum(sides).mean(1)
-    x = np.clip(((edges[:, 1:] + edges[:, :-1])/2 - x0)/(x1 - x0), 0, 1)
+    edges = 10**spectra.edges
+    blue_band, line_band, red_band = HDELTA_A_BANDS.values()
+    blue, red = _band_mean(spectra, blue_band), _band_mean(spectra, red_band)
+    middles = air_to_vacuum([blue_band, red_band]).mean(1)
+    x = np.interp((edges[:, 1:] + edges[:, :-1])/2, middles, [0, 1])
     positive = np.where((blue.mean > 0) & (red.mean > 0), 1, np.nan)
     level = (blue.mean*positive)[:, None]*(1 - x) + red.mean[:, None]*x
-    line = _band_mean(flux/level, weight*level**2, edges, HDELTA_A_BANDS["line"])
-    width = np.ptp(air_to_vacuum(HDELTA_A_BANDS["line"]))
-    by_level = line.share*flux/level**2  # derivative of the mean
-    blue_part, red_part = ((by_level*part).sum(1) for part in (1 - x, x))
-    variance = line.error**2 + (blue_part*blue.error)**2 + (red_part*red.error)**2
-    error = width*np.sqrt(variance)
-    return width*(1 - line.mean), error if spectra.known_errors else np.full_like(error, np.nan)
+    divided = replace(spectra, flux=spectra.flux/level, weight=spectra.weight*level**2)
+    line = _band_mean(divided, line_band)
+    width = np.ptp(air_to_vacuum(line_band))
+    by_level = line.share*spectra.flux/level**2  # derivative of the mean
+    blue_error = blue.error*(by_level*(1 - x)).sum(1)
+    red_error = red.error*(by_level*x).sum(1)
+    error = np.sqrt(line.error**2 + blue_error**2 + red_error**2)
+    return width*(1 - line.mean), width*error
 
 # %% ../nbs/14_lines.ipynb #1fb3f7dd
 def measure_spectra(
@@ -410,8 +409,8 @@ def measure_spectra(
     to_rest_frame(0, redshift)  # raises for impossible redshifts
     table = pd.concat([_measure_block(block) for block in spectra.blocks(256)], ignore_index=True)
     fluxes = [f"{name}_flux{end}" for name in LINES for end in ("", "_err")]
-    stretch = np.broadcast_to(1 + np.asarray(redshift, float), len(table))
-    return table.assign(**table[fluxes].mul(stretch, axis=0))
+    table[fluxes] = table[fluxes].to_numpy()*(1 + np.reshape(redshift, (-1, 1)))
+    return table
 
 def _measure_block(spectra:RestFrameSpectra) -> pd.DataFrame:
     table = fit_lines(spectra, stellar_continuum(spectra))

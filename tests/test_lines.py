@@ -30,7 +30,7 @@ def native_lines(fluxes, sigma, loglam0, n=N_NATIVE):
     "Lines on SDSS's pixels, with the ratios of the doublets that atomic physics fixes."
     edges = loglam0 + DLOGLAM*(np.arange(n + 1) - 0.5)
     doublets = dict(oiii_4960=fluxes["oiii_5007"]/2.98, nii_6550=fluxes["nii_6584"]/3.05)
-    return sum(flux*line_profiles(edges[None], ((COMPONENTS[name], 1),), sigma)[0]
+    return sum(flux*line_profiles(edges[None], {COMPONENTS[name]: 1}, sigma)[0]
         for name, flux in (fluxes | doublets).items())
 
 
@@ -157,7 +157,7 @@ def test_without_lines_there_is_no_width():
 def test_the_continuum_beside_a_line_ends_with_the_spectrum(name, parts, start, ends):
     "The equivalent width does not depend on how much of the continuum is left, cut off or masked."
     edges = start + DLOGLAM*(np.arange(3001) - 0.5)
-    flux = 10 + sum(line_profiles(edges[None], ((w, 1),), 120.)*15 for w in parts)
+    flux = 10 + sum(line_profiles(edges[None], {w: 1}, 120.)*15 for w in parts)
     error, column = np.full(flux.shape, 0.1), f"{name}_ew"
     for end in ends:
         kept = (10**edges[1:] > end) if name == "oii_3727" else (10**edges[:-1] < end)
@@ -195,7 +195,7 @@ def test_the_break_of_a_power_law_is_the_integral(slope, level):
 @given(st.floats(1, 100), st.floats(-2, 2), st.floats(0.1, 8))
 def test_hdelta_is_the_area_below_the_line(level, slope, width):
     continuum = level*(1 + slope*(GRID.wavelength/4100 - 1))
-    profile = line_profiles(np.log10(GRID.edges)[None], ((air_to_vacuum(4102.), 1),), 300.)
+    profile = line_profiles(np.log10(GRID.edges)[None], {air_to_vacuum(4102.): 1}, 300.)
     index, _ = hdelta_a(RestFrameSpectra.of(continuum*(1 - width*profile)))
     assert index[0] == pytest.approx(width, abs=0.02 + 0.01*width)
 
