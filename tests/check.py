@@ -109,7 +109,7 @@ def not_in_sync():
 def pytest():
     threads = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     done = run(sys.executable, "-m", "pytest", "tests", "-q", "-ra", "--durations=15",
-        "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder", env=threads)
+        "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", env=threads)
     return ["tests have failed"]*bool(done.returncode)
 
 

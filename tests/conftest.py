@@ -1,37 +1,37 @@
 """Fixtures shared by all tests: one complete smoke run, and the optional folder of real files.
 
-All tests that need the smoke run go to one of the processes that run tests, which starts with
-them. Other tests of one file stay together, each notebook is by itself."""
+Two processes run the tests, each a file at a time. The file that makes the smoke run comes first,
+that which shows it comes last, so that neither process waits for the other."""
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from specpred.config import MockParameters, get_paths
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "smoke_output" in item.fixturenames: group = "smoke"
-        elif item.path.name == "test_notebooks.py": group = item.name
-        else: group = item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: "smoke_output" not in item.fixturenames)
+    place = {"test_pipeline.py": 0, "test_site.py": 2}
+    items.sort(key=lambda item: place.get(item.path.name, 1))
 
 
 @pytest.fixture(scope="session")
-def smoke_output(tmp_path_factory):
+def smoke_output(tmp_path_factory, worker_id):
     "Paths of a smoke run that was started far from the checkout, and what it printed."
-    data = tmp_path_factory.mktemp("data with space")
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    command = [Path(sys.executable).parent/"specpred", "reproduce", "--profile", "smoke",
-        "--data-dir", str(data)]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return get_paths("smoke", data), done.stdout
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master": shared = shared.parent  # of all processes
+    data, printed = shared/"data with space", shared/"printed.txt"
+    with FileLock(shared/"smoke.lock"):
+        if not printed.exists():
+            command = [Path(sys.executable).parent/"specpred", "reproduce", "--profile", "smoke",
+                "--data-dir", str(data)]
+            done = subprocess.run(command, cwd=shared, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            printed.write_text(done.stdout)
+    return get_paths("smoke", data), printed.read_text()
 
 
 @pytest.fixture(scope="session")
