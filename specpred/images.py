@@ -20,7 +20,7 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, ImageParameters, InvalidInputError,
     MissingInputError, Settings, SpecpredError, replace)
-from .formats import read_cutout
+from .formats import Cutout, read_cutout
 from .stages import atomic_path, only_one
 from .surveys import PS1, ImagingSurvey
 
@@ -58,25 +58,24 @@ def read_galaxy(
     """Reads and calibrates the cutouts of one galaxy.
 
     Raises `MissingInputError`, `DamagedFileError` or `InvalidInputError`."""
-    cutouts = {band: read_cutout(Path(folder)/f"{band}.fits", survey) for band in survey.bands}
-    _check_cutouts(cutouts, folder)
-    exptime = np.array([c.exptime for c in cutouts.values()], np.float32)
-    counts, mask = (central_crop(np.stack([getattr(c, name) for c in cutouts.values()]), size)
-        for name in ("counts", "mask"))
+    cutouts = [_read_band(f"{folder}/{band}.fits", band, survey) for band in survey.bands]
+    shapes = {cutout.counts.shape for cutout in cutouts}
+    if len(shapes) > 1:
+        raise DamagedFileError(f"the bands in {folder} have different shapes: {sorted(shapes)}")
+    exptime = np.array([cutout.exptime for cutout in cutouts], np.float32)
+    counts = central_crop(np.stack([cutout.counts for cutout in cutouts]), size)
+    mask = central_crop(np.stack([cutout.mask for cutout in cutouts]), size)
     flux = survey.to_njy(counts, exptime[:, None, None]).astype(np.float32)
     return Galaxy(flux, mask, exptime)
 
 # %% ../nbs/11_images.ipynb #fdbd1a26
-def _check_cutouts(cutouts:dict, folder):
-    "Raises `DamagedFileError` for another band, bands without data, or unequal shapes."
-    for band, cutout in cutouts.items():
-        file = f"{folder}/{band}.fits"
-        if cutout.band not in (None, band):
-            raise DamagedFileError(f"{file} holds the {cutout.band} band by its header")
-        if cutout.mask.all(): raise DamagedFileError(f"{file} has no finite pixel")
-    shapes = {cutout.counts.shape for cutout in cutouts.values()}
-    if len(shapes) > 1:
-        raise DamagedFileError(f"the bands in {folder} have different shapes: {sorted(shapes)}")
+def _read_band(file:str, band:str, survey:ImagingSurvey) -> Cutout:
+    "Raises `DamagedFileError` for another band or one without data."
+    cutout = read_cutout(file, survey)
+    if cutout.band not in (None, band):
+        raise DamagedFileError(f"{file} holds the {cutout.band} band by its header")
+    if cutout.mask.all(): raise DamagedFileError(f"{file} has no finite pixel")
+    return cutout
 
 # %% ../nbs/11_images.ipynb #3347fb6c
 def composite(
