@@ -165,7 +165,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'specpred.download.known_catalogue': ('download.html#known_catalogue', 'specpred/download.py'),
                                    'specpred.download.losses': ('download.html#losses', 'specpred/download.py'),
                                    'specpred.download.plan_download': ('download.html#plan_download', 'specpred/download.py'),
-                                   'specpred.download.plot_cutouts': ('download.html#plot_cutouts', 'specpred/download.py'),
                                    'specpred.download.query_file': ('download.html#query_file', 'specpred/download.py'),
                                    'specpred.download.raise_for_status': ('download.html#raise_for_status', 'specpred/download.py'),
                                    'specpred.download.read_image_names': ('download.html#read_image_names', 'specpred/download.py'),

@@ -22,24 +22,23 @@ import httpx
 import numpy as np
 import pandas as pd
 import tenacity
-from astropy.stats import mad_std
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from specpred.catalogue import (catalogue_query, plot_split, read_skyserver_csv, read_table,
+from specpred.catalogue import (catalogue_query, read_skyserver_csv, read_table,
     split_catalogue)
 from .config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError,
     MissingInputError)
-from specpred.formats import (PS1_SOUTH, check_cutout, check_spectrum, read_cutout, skycell_path,
+from specpred.formats import (PS1_SOUTH, check_cutout, check_spectrum, skycell_path,
     spectrum_path)
 from .local_archive import ArchiveURLs, serve
-from .stages import atomic_path, only_one, start_stage
-from .surveys import PS1, ImagingSurvey, find_survey
+from .stages import atomic_path, only_one
+from .surveys import ImagingSurvey
 
 # %% auto #0
 __all__ = ['STATUS', 'MAX_SPECTRUM_BYTES', 'TABLE', 'FILE', 'download', 'BusyError', 'NotFoundError', 'RefusedError',
-           'ArchiveClient', 'ArchiveFile', 'galaxy_files', 'Fetcher', 'DownloadState', 'losses', 'plot_cutouts',
-           'estimate', 'plan_download', 'describe_download']
+           'ArchiveClient', 'ArchiveFile', 'galaxy_files', 'Fetcher', 'DownloadState', 'losses', 'estimate',
+           'plan_download', 'describe_download']
 
 # %% ../nbs/10_download.ipynb #95213606
 def download(
@@ -523,25 +522,6 @@ def claim_folder(raw:Path, source:dict):
         with atomic_path(raw/"source.json") as part: part.write_text(json.dumps(source))
     for part in raw.rglob(".*.tmp"): shutil.rmtree(part, True)  # of a run that was killed
     (raw/"catalogue.parquet").unlink(missing_ok=True)  # its statuses are about to change
-
-# %% ../nbs/10_download.ipynb #e1af619e
-def plot_cutouts(
-    folder:str | Path,  # raw/cutouts/<specobjid>
-    survey:ImagingSurvey = PS1,
-):
-    "A galaxy's cutouts on an asinh stretch; σ is each one's robust scatter. Returns the figure."
-    import matplotlib.pyplot as plt
-    n = len(survey.bands)
-    figure, axes = plt.subplots(1, n, figsize=(2.2*n, 2.6), sharey=True, layout="constrained")
-    for ax, band in zip(axes, survey.bands, strict=True):
-        cutout = read_cutout(Path(folder)/f"{band}.fits", survey)
-        half = len(cutout.counts)*survey.pixel_scale/2
-        shown = ax.imshow(np.arcsinh(cutout.counts/mad_std(cutout.counts)/3), origin="lower",
-            vmin=-1, vmax=3, extent=(half, -half, -half, half))
-        ax.set(title=f"{band}, {cutout.exptime:.0f} s", xlabel="east (arcsec)")
-    axes[0].set_ylabel("north (arcsec)")
-    figure.colorbar(shown, shrink=0.75, label="asinh(counts / 3σ)")
-    return figure
 
 # %% ../nbs/10_download.ipynb #5d06d530
 def estimate(
