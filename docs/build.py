@@ -198,7 +198,9 @@ class Sources:
         "The page that lists the notebooks, from which the sidebar is made."
         chapters = [name for name in self.notebooks if name[0].isdigit()]
         appendices = [name for name in self.notebooks if name.startswith("appendix")]
-        return f"{NOTEBOOKS}\n{toctree('Chapters', chapters)}\n{toctree('Appendices', appendices)}"
+        project = [name.removesuffix(".md") for name in sorted(self.files) if name.endswith(".md")]
+        parts = dict(Chapters=chapters, Appendices=appendices, Project=project)
+        return "\n".join([NOTEBOOKS, *(toctree(*part) for part in parts.items() if part[1])])
 
     def api_page(self, module):
         source = (repo_root()/"specpred"/f"{module}.py").read_text()

@@ -651,6 +651,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'specpred.surveys.ImagingSurvey.to_njy': ('surveys.html#imagingsurvey.to_njy', 'specpred/surveys.py'),
                                   'specpred.surveys.find_survey': ('surveys.html#find_survey', 'specpred/surveys.py')},
             'specpred.training': { 'specpred.training.BatchLoader': ('training.html#batchloader', 'specpred/training.py'),
+                                   'specpred.training.BatchLoader.__init__': ('training.html#batchloader.__init__', 'specpred/training.py'),
                                    'specpred.training.BatchLoader.after_iter': ( 'training.html#batchloader.after_iter',
                                                                                  'specpred/training.py'),
                                    'specpred.training.BatchLoader.create_batch': ( 'training.html#batchloader.create_batch',

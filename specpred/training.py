@@ -152,6 +152,13 @@ class BatchLoader(DataLoader):
     "fastai `DataLoader` over a `GalaxySet` that makes a batch at once."
     n_inp, epoch = 1, 0
 
+    def __init__(self,
+        dataset:GalaxySet,
+        bs:int = 64,  # galaxies in a batch
+        **kwargs,  # of fastai's `DataLoader`, e.g. shuffle, drop_last, num_workers, device
+    ):
+        super().__init__(dataset, bs=bs, **kwargs)
+
     def create_item(self, position): return position
 
     def create_batch(self, positions): return self.dataset.batch(positions, self.epoch)

@@ -112,7 +112,9 @@ FORKING = """
 import json, os, sys
 path, parameters, raw, size = json.loads(sys.argv[1])
 sys.path[:] = path
-from specpred.download import ArchiveParameters, PS1, download
+from specpred.config import ArchiveParameters
+from specpred.download import download
+from specpred.surveys import PS1
 for _ in sys.stdin:
     if (pid := os.fork()) == 0:
         download(ArchiveParameters(**parameters), raw, PS1, size, 1, progress=False)
