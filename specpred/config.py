@@ -93,7 +93,7 @@ class ArchiveParameters(Settings):
     timeout: float = Field(60.0, ge=0.001, le=86_400)  # seconds without a byte
     # train, valid, calib, test
     split: tuple[_Fraction, _Fraction, _Fraction, _Fraction] = (0.6, 0.1, 0.1, 0.2)
-    nside: int = Field(32, ge=1, le=1024)  # of the HEALPix pixels, each in one split
+    nside: int = Field(32, ge=1, le=1024)  # of the HEALPix pixels, a power of two
 
     @model_validator(mode="after")
     def _consistent(self):
