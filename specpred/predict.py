@@ -130,7 +130,7 @@ def read_cube(
     "(bands, height, width) nJy; pixels without data are 0. Raises `DamagedFileError`."
     with open_fits(path) as hdus:
         cubes = [hdu for hdu in hdus if hdu.is_image and hdu.header.get("NAXIS") == 3]
-        if not cubes: raise DamagedFileError(f"{path} holds no three-dimensional image.")
+        if not cubes: raise DamagedFileError("no three-dimensional image")
         header, flux = cubes[0].header, np.asarray(cubes[0].data, np.float32)
         bands, unit = str(header.get("BANDS")), str(header.get("BUNIT"))
     expected = "".join(survey.bands)
