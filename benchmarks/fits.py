@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 from astropy.io import fits
 
+from specpred.cutouts import check_cutout, skycell_wcs
 from specpred.formats import (
     SDSSSpectrum,
-    check_cutout,
     check_spectrum,
     read_sdss,
     sdss_spectrum_bytes,
-    skycell_wcs,
 )
 
 try: import fitsio

@@ -19,10 +19,10 @@ from specpred.plotting import BLUE, GREEN, ORANGE, SKY
 from specpred.stages import STAGES, atomic_path
 
 TITLES = {
-    "07_mock_survey": "mock survey", "10_download": "download", "11_images": "images",
-    "13_eigenspectra": "spectra", "14_lines": "lines", "16_vae": "autoencoder",
-    "19_training": "training", "20_evaluation": "evaluation", "21_figures": "figures",
-    "22_predict": "prediction"}
+    "08_mock_survey": "mock survey", "11_download": "download", "12_images": "images",
+    "14_eigenspectra": "spectra", "15_lines": "lines", "17_vae": "autoencoder",
+    "20_training": "training", "21_evaluation": "evaluation", "22_figures": "figures",
+    "24_predict": "prediction"}
 
 
 def box(ax, x, y, width, height, text, color, **kwargs):

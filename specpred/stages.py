@@ -81,20 +81,20 @@ class Stage:
 _TRAINED = ("catalogue", "images", "spectra", "vae", "latents", "models", "mock")
 
 STAGES = {stage.name: stage for stage in (
-    Stage("07_mock_survey", ("mock", "images.survey"), (), ("mock",)),
-    Stage("10_download", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
-    Stage("11_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
-    Stage("13_eigenspectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
-    Stage("14_lines", ("spectra",), ("spectra",), ("lines",)),
-    Stage("16_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"),
+    Stage("08_mock_survey", ("mock", "images.survey"), (), ("mock",)),
+    Stage("11_download", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
+    Stage("12_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
+    Stage("14_eigenspectra", ("spectra",), ("catalogue", "raw_spectra"), ("spectra",)),
+    Stage("15_lines", ("spectra",), ("spectra",), ("lines",)),
+    Stage("17_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"),
         ("vae", "vae_history", "latents")),
-    Stage("17_deconv", ("images.survey",), ("images",)),
-    Stage("18_models", ("training", "images")),
-    Stage("19_training", ("training",), ("images", "vae", "latents"), ("models",)),
-    Stage("20_evaluation", ("evaluation", "training", "spectra"), (*_TRAINED, "lines"),
+    Stage("18_deconv", ("images.survey",), ("images",)),
+    Stage("19_models", ("training", "images")),
+    Stage("20_training", ("training",), ("images", "vae", "latents"), ("models",)),
+    Stage("21_evaluation", ("evaluation", "training", "spectra"), (*_TRAINED, "lines"),
         ("predictions", "results")),
-    Stage("21_figures", ("training", "vae"), (*_TRAINED, "predictions", "results"), ("figures",)),
-    Stage("22_predict", (), (*_TRAINED, "raw_cutouts"), ("predicted_spectra",)))}
+    Stage("22_figures", ("training", "vae"), (*_TRAINED, "predictions", "results"), ("figures",)),
+    Stage("24_predict", (), (*_TRAINED, "raw_cutouts"), ("predicted_spectra",)))}
 
 # %% ../nbs/01_stages.ipynb #b10fd08b
 def _read_json(path:Path) -> dict:
@@ -139,7 +139,7 @@ def _statements(source:str) -> str:
 
 # %% ../nbs/01_stages.ipynb #55a5d194
 def _code_digest(name:str) -> str | None:
-    "sha256 of the statements of a notebook (11_images) or a module (images)."
+    "sha256 of the statements of a notebook (12_images) or a module (images)."
     root = repo_root()
     notebook, module = root/"nbs"/f"{name}.ipynb", root/"specpred"/f"{name}.py"
     if module.is_file(): return _sha256(_statements(module.read_text()))
@@ -175,7 +175,7 @@ def _changes(record:dict, request:dict) -> str | None:
 
 # %% ../nbs/01_stages.ipynb #ee7bd3a6
 def read_manifest(
-    stage:str,  # e.g. "11_images"
+    stage:str,  # e.g. "12_images"
     paths:Paths,
 ) -> dict:
     "What the stage wrote when it ended; empty where that is missing or damaged."
@@ -279,7 +279,7 @@ def finish(self:StageRun, **facts) -> dict:
 
 # %% ../nbs/01_stages.ipynb #efb9ad95
 def start_stage(
-    name:str,  # e.g. "11_images"
+    name:str,  # e.g. "12_images"
     profile:str = "smoke",  # name of a profile
     overrides=(),  # changes to it
     data_dir=None,  # folder that holds <profile>/

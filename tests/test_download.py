@@ -25,7 +25,7 @@ from specpred.config import (ArchiveError, ArchiveParameters, DamagedFileError, 
     MissingInputError, MockParameters, SpecpredError)
 from specpred.download import (ArchiveClient, BusyError, DownloadState, Fetcher, NotFoundError,
     RefusedError, describe_download, download, fetch_missing, galaxy_files, losses, plan_download)
-from specpred.formats import PS1_SOUTH
+from specpred.cutouts import PS1_SOUTH
 from specpred.local_archive import FAULTS, ArchiveURLs, Faults, serve
 from specpred.mock_survey import make_survey
 from specpred.stages import only_one

@@ -19,20 +19,22 @@ from astropy.nddata import StdDevUncertainty
 from specutils import Spectrum
 
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpecpredError
+from specpred.cutouts import (
+    check_cutout,
+    read_cutout,
+    read_skycell,
+    skycell_bytes,
+    skycell_wcs,
+)
 from specpred.formats import (
     DLOGLAM,
     SDSSSpectrum,
-    check_cutout,
     check_spectrum,
     from_specutils,
     mask_bits,
     open_fits,
-    read_cutout,
     read_sdss,
-    read_skycell,
     sdss_spectrum_bytes,
-    skycell_bytes,
-    skycell_wcs,
 )
 from specpred.surveys import LEGACY, PS1, SURVEYS, ImagingSurvey
 

@@ -11,7 +11,7 @@ import pytest
 
 from specpred.catalogue import catalogue_query
 from specpred.config import InvalidInputError, MissingInputError
-from specpred.formats import skycell_path
+from specpred.cutouts import skycell_path
 from specpred.local_archive import Faults, LocalArchive, serve
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from specpred import mock_survey as mock
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, MockParameters
-from specpred.formats import mask_bits, read_sdss, read_skycell, sky_to_pixel, skycell_path
+from specpred.cutouts import read_skycell, sky_to_pixel, skycell_path
+from specpred.formats import mask_bits, read_sdss
 from specpred.formats import specobjid_of_spectrum, spectrum_path
 from specpred.mock_galaxies import LOGLAM, R_LIMITS, REDSHIFTS, draw_galaxies, make_light
 from specpred.populations import StellarLibrary, broaden
