@@ -400,7 +400,8 @@ def measure_spectra(
     redshift = 0.,  # (N) or a number: line fluxes are multiplied by 1 + z, as observed
 ) -> pd.DataFrame:
     """One row a spectrum: the columns of `fit_lines`, on a continuum of starlight, and `dn4000`,
-    `hdelta_a` with `_err`.
+    `hdelta_a` with `_err`. Errors are those of the noise; the starlight under a line is uncertain
+    by another 0.4 Angstrom of equivalent width in real galaxies.
 
     Raises `InvalidInputError` for arrays that do not belong together."""
     spectra = RestFrameSpectra.of(flux, error, loglam0, dloglam, missing)
