@@ -197,6 +197,8 @@ def _deconvolved(self:FastDeconv, mean:Tensor, deconv:Tensor) -> tuple[Tensor, T
         W = torch.einsum("gofb,gfk->gokb", W, deconv.view(groups, n_features, n_features))
         bias = -torch.einsum("gokb,gk->go", W, mean.view(groups, n_features)).flatten()
     if self.bias is not None: bias = bias + self.bias
+    # of a 1 × 1 kernel compiled code expects other strides than it gets, unless they are made anew
+    if torch.compiler.is_compiling(): W = W.flatten()
     return W.reshape(self.weight.shape), bias
 
 @patch

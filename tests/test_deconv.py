@@ -149,33 +149,23 @@ def test_inverse_square_root_is_the_published_iteration(dtype, tolerance, n_iter
     assert error((ours + ours.mT)/2, (published + published.mT)/2) < tolerance
 
 
-def channels_last(layer, x):
-    "Both in the memory format that convolutions on a GPU like best."
-    if x.dim() < 4: return layer, x
-    x = x.contiguous(memory_format=torch.channels_last)
-    return layer.to(memory_format=torch.channels_last), x
-
-
 def same_step(results, expected, tolerance):
     errors = {key: error(results[key], value) for key, value in expected.items() if value.any()}
     return max(errors.values()) < tolerance
 
 
-@pytest.mark.parametrize("way,autocast", (
-    (channels_last, False), (channels_last, True),
-    (lambda layer, x: (layer, x), True), (lambda layer, x: (layer, x.bfloat16()), True)))
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_way_to_train(name, way, autocast):
-    "The same step as plainly in float32; under autocast the statistics are still float32."
+def test_autocast_takes_statistics_in_float32(name):
+    "The same step as plainly in float32, also for images in bfloat16."
     build, shape = LAYERS[name]
     expected = training_step(fill(build()), x_of(9, shape), 10)
-    layer, x = way(fill(build()), x_of(9, shape))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        results = training_step(layer, x, 10)
-    assert same_step(results, expected, 0.03 if autocast else 1e-5)
-    if x.dtype == torch.float32:
+    for x in x_of(9, shape), x_of(9, shape).bfloat16():
+        with torch.autocast("cpu", torch.bfloat16):
+            results = training_step(fill(build()), x, 10)
+        assert same_step(results, expected, 0.03)
         assert results["running_deconv"].dtype == torch.float32
-        assert error(results["running_deconv"], expected["running_deconv"]) < 1e-5
+        if x.dtype == torch.float32:
+            assert error(results["running_deconv"], expected["running_deconv"]) < 1e-5
 
 
 def compiled(layer):
@@ -184,27 +174,12 @@ def compiled(layer):
     return torch.compile(layer, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("name", (*LAYER_OF_EACH_CLASS, "groups"))
-def test_compiled_layers(name):
-    build, shape = LAYERS[name]
-    expected = training_step(fill(build()), x_of(9, shape), 10)
-    layer = fill(build())
-    run = compiled(layer)
-    assert same_step(training_step(layer, x_of(9, shape), 10, run), expected, 1e-5)
-    assert error(run.eval()(x_of(9, shape)), layer(x_of(9, shape))) < 1e-6
-
-
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_layer_can_be_saved_copied_exported_and_halved(name):
+def test_every_layer_can_be_halved(name):
     build, shape = LAYERS[name]
     layer, x = fill(build()), x_of(11, shape)
     layer(x)
     expected = layer.eval()(x)
-    again = build().eval()
-    again.load_state_dict(layer.state_dict())
-    exported = torch.export.export(layer, (x,)).module()
-    assert torch.equal(again(x), expected)
-    assert error(exported(x), expected) < 1e-6
     y = layer.train().bfloat16()(x.bfloat16())
     assert y.dtype == layer.running_deconv.dtype == torch.bfloat16
     assert error(layer.eval()(x.bfloat16()).float(), expected) < 0.1

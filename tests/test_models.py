@@ -115,15 +115,6 @@ def test_another_number_of_bands():
     with pytest.raises(InvalidInputError, match="expected images"): deconv3()(x)
 
 
-def test_autocast():
-    model, x = fill(MODELS["xresnet18_hybrid"]()), x_of(303, (2, 5, 48, 48))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = model(x)
-        y.float().square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert error(y.float(), fill(MODELS["xresnet18_hybrid"]())(x)) < 0.1
-
-
 @pytest.mark.parametrize("survey, channels", ((PS1, "yzirg"), (RUBIN, ()), (LEGACY, ("z", "g"))))
 def test_a_weights_file_needs_nothing_else(survey, channels, tmp_path):
     arguments = dict(sa=False, act_cls="ReLU", groups=32, c_in=len(channels or survey.bands))
