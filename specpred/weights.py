@@ -49,7 +49,9 @@ def write_weights(
     try: text = json.dumps(metadata, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"The metadata of {path} must be JSON: {error}.") from error
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # copies, because safetensors refuses tensors that share memory
+    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()}
     with atomic_path(path) as part: save_file(tensors, part, {_ENTRY: text})
 
 # %% ../nbs/16_weights.ipynb #dcad3ce9
@@ -112,7 +114,7 @@ def load_state(
     check_keys(tensor_shapes(model.state_dict()), tensor_shapes(tensors), problem)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise WeightsError(f"{source} hold NaN or infinite numbers")
-    if next(model.parameters()).is_meta: model.to_empty(device="cpu")
+    if any(tensor.is_meta for tensor in model.state_dict().values()): model.to_empty(device="cpu")
     model.load_state_dict(tensors)
     return model
 

@@ -1,5 +1,6 @@
 "specpred.weights: files that are what they claim to be, and pickles that are never executed."
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from torch import nn
 
 from specpred.config import DamagedFileError, MissingInputError, SpecpredError, WeightsError
 from specpred.vae import InfoVAE
-from specpred.weights import (fingerprint, load_checkpoint, published_image_tensors, published_pca,
-    published_vae_tensors, read_weights, save_checkpoint, write_weights)
+from specpred.weights import (fingerprint, load_checkpoint, load_state, published_image_tensors,
+    published_pca, published_vae_tensors, read_weights, save_checkpoint, write_weights)
 
 PUBLISHED = published_image_tensors, published_vae_tensors, published_pca
 
@@ -25,13 +26,43 @@ def write_stream(content, path): torch.save(content, path, _use_new_zipfile_seri
 def write_pickle(content, path): path.write_bytes(pickle.dumps(content))
 
 
+WRITE_IN_RANDOM_ORDER = """
+import random, sys
+import torch
+from specpred.weights import write_weights
+layers = [(f"layer{k}", torch.full((k + 1, 2, 3, 3), k/3)) for k in range(20)]
+tensors = [(name, tensor.to((torch.float32, torch.float64, torch.int64)[k % 3]))
+    for k, (name, tensor) in enumerate(layers)]
+formats = torch.contiguous_format, torch.channels_last
+tensors = [(name, tensor.contiguous(memory_format=random.choice(formats)))
+    for name, tensor in tensors]
+facts = [(f"fact{k}", {"a": k, "b": [k, "é"]}) for k in range(20)]
+write_weights(sys.argv[1], dict(random.sample(tensors, 20)), dict(random.sample(facts, 20)))
+"""
+
 def test_equal_contents_give_equal_bytes(tmp_path):
-    tensors = {f"layer{k}": torch.full((k + 1,), k/3) for k in range(20)}
-    metadata = {f"fact{k}": {"a": k, "b": [k, "é"]} for k in range(20)}
-    write_weights(tmp_path/"a", tensors, metadata)
-    write_weights(tmp_path/"b", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
-    assert (tmp_path/"a").read_bytes() == (tmp_path/"b").read_bytes()
-    assert read_weights(tmp_path/"a").metadata == metadata
+    "In any order, any memory format and any process."
+    files = [tmp_path/seed for seed in ("0", "1", "2")]
+    for file in files:
+        subprocess.run([sys.executable, "-c", WRITE_IN_RANDOM_ORDER, file], check=True,
+            env=os.environ | {"PYTHONHASHSEED": file.name})
+    contents = {file.read_bytes() for file in files}
+    assert len(contents) == 1
+    assert read_weights(files[0]).metadata["fact3"] == {"a": 3, "b": [3, "é"]}
+
+
+def test_tensors_that_share_memory_are_written(tmp_path):
+    matrix = torch.arange(6.).view(2, 3)
+    tensors = {"whole": matrix, "again": matrix, "row": matrix[1], "turned": matrix.T}
+    write_weights(tmp_path/"a", tensors, {})
+    read = read_weights(tmp_path/"a").tensors
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_model_without_parameters_is_filled():
+    statistics = nn.BatchNorm1d(3, affine=False)
+    state = statistics.state_dict() | {"running_mean": torch.arange(3.)}
+    assert torch.equal(load_state(statistics, state).running_mean, torch.arange(3.))
 
 
 @pytest.mark.parametrize("entries", ({}, {"format": "specpred", "name": '"conv3"'},
