@@ -1,5 +1,6 @@
 """Lines of real SDSS galaxies by three fits: SDSS's pipeline, this library, and pPXF (Cappellari
-2023) with the E-MILES stars, which shares neither code nor stellar library with the other two.
+2023) with the E-MILES models (Vazdekis et al. 2016): another program and other models of stellar
+populations, which are built from MILES's spectra of stars as those of this library are.
 
 pPXF is not among the dependencies (its licence is for non-commercial use). Release 8.2.6 contains
 the E-MILES spectra: `pip install --no-deps ppxf==8.2.6`. With NumPy 2.4 and later the line
@@ -102,8 +103,8 @@ INTRODUCTION = """# Lines of real galaxies by three fits
 
 Made by `real_lines.py`. Fluxes in 1e-17 erg/s/cm² with formal errors, of the galaxies below \
 redshift 0.36 among the real spectra, all lines whether strong or not. SDSS is LINEAREA of the \
-spectrum's file (HDU 3); pPXF is version 8.2.6 with E-MILES stars (Vazdekis et al. 2016), which \
-has no negative lines. What MPA-JHU or Portsmouth measured in these galaxies was not at hand.
+spectrum's file (HDU 3); pPXF is version 8.2.6 with E-MILES models (Vazdekis et al. 2016), and \
+fits no negative lines. What MPA-JHU or Portsmouth measured in these galaxies was not at hand.
 
 | spectrum | line | SDSS | native pixels | common grid | pPXF |
 |---|---|---|---|---|---|"""

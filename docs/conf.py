@@ -2,6 +2,7 @@
 as its configuration."""
 import re
 from configparser import ConfigParser
+from importlib.metadata import files
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -127,6 +128,18 @@ def name_defaults(app, what, name, obj, options, signature, returned):
     return plain or None, returned
 
 
+def copy_licences(app, exception):
+    "The licence texts of the packages whose scripts, styles and fonts the site contains."
+    if exception: return
+    for package in ("sphinx", "pydata-sphinx-theme", "myst-nb", "pygments"):
+        for file in files(package):
+            if not file.name.upper().startswith("LICEN"): continue
+            target = Path(app.outdir)/"_static"/"licences"/f"{package}-{file.stem}.txt"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+
+
 def setup(app):
+    app.connect("build-finished", copy_licences)
     app.connect("autodoc-process-signature", name_defaults)
     app.connect("autodoc-process-docstring", document_parameters)

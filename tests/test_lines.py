@@ -267,7 +267,7 @@ def test_real_lines_are_those_that_sdss_measured(real_data):
     assert off <= {("spec-0266-51602-0001", "Hα"), ("spec-1045-52725-0628", "Hβ")}
 
 
-# pPXF 8.2.6 with E-MILES stars, 1e-17 erg/s/cm2: Hβ, [O III] 5007, Hα, [N II] 6584 by galaxy
+# pPXF 8.2.6 with E-MILES models, 1e-17 erg/s/cm2: Hβ, [O III] 5007, Hα, [N II] 6584 by galaxy
 # (benchmarks/real_lines.md)
 PPXF = {
     "spec-0266-51602-0001": (114, 93, 540, 256), "spec-0266-51602-0162": (0, 28, 15, 29),
@@ -283,7 +283,7 @@ def native_spectrum(path):
     return spectrum.flux, error, spectrum.loglam0 - np.log10(1 + z), z
 
 
-def test_real_lines_are_those_of_another_fit_with_other_stars(real_data):
+def test_real_lines_are_those_of_another_fit(real_data):
     """All lines of all six galaxies. Strong ones agree within 10 % or 3 sigma, Hβ included, of
     which SDSS's pipeline gives 5 +- 7 where both fits give 110; weak ones within 0.45 Angstrom of
     equivalent width, which is what the starlight is uncertain by."""

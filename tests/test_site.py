@@ -160,6 +160,30 @@ def test_every_link_has_its_target(site):
     assert broken_links(site) == []
 
 
+def test_the_site_carries_the_licences_of_what_it_contains(site):
+    folder = site/"_static"
+    texts = {path.name: path.read_text() for path in (folder/"licences").iterdir()}
+    packages = "myst-nb", "pydata-sphinx-theme", "pygments", "sphinx"
+    assert sorted(texts) == [f"{package}-LICENSE.txt" for package in packages]
+    assert all("Copyright" in text and "Redistribution" in text for text in texts.values())
+    assert "Apache License" in (folder/"mathjax"/"LICENSE").read_text()
+    listed = (ROOT/"docs"/"README.md").read_text()
+    made_by_sphinx = {"documentation_options.js", "language_data.js"}
+    scripts = {path.name for path in folder.rglob("*.js")} - made_by_sphinx
+    assert [name for name in scripts if f"`{name}`" not in listed] == []
+    assert {path.parent.parent.name for path in folder.rglob("*.woff2")} == {"fontawesome"}
+
+
+def test_papers_behind_the_stellar_library_are_cited():
+    citation, terms = ((ROOT/name).read_text() for name in ("CITATION.cff", "data/README.md"))
+    dois = ("10.1046/j.1365-8711.2003.06897.x", "10.1111/j.1365-2966.2006.10699.x",
+        "10.48550/arXiv.1705.10877", "10.1093/mnras/sty2169")
+    assert all(doi in citation and doi in terms for doi in dois)
+    assert "GENERAL PUBLIC LICENSE" in (ROOT/"data"/"COPYING").read_text()
+    for name in ("LICENSE", "README.md"):
+        assert "data/README.md" in (ROOT/name).read_text(), name
+
+
 def test_every_page_opens_without_errors(site, browser):
     wrong = {
         p.relative_to(site).as_posix(): w for p in pages_of(site) if (w := open_page(browser, p))
