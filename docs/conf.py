@@ -131,12 +131,12 @@ def name_defaults(app, what, name, obj, options, signature, returned):
 def copy_licences(app, exception):
     "The licence texts of the packages whose scripts, styles and fonts the site contains."
     if exception: return
-    for package in ("sphinx", "pydata-sphinx-theme", "myst-nb", "pygments"):
-        for file in files(package):
-            if not file.name.upper().startswith("LICEN"): continue
-            target = Path(app.outdir)/"_static"/"licences"/f"{package}-{file.stem}.txt"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    folder = Path(app.outdir)/"_static"/"licences"
+    folder.mkdir(parents=True, exist_ok=True)
+    for package in ("sphinx", "snowballstemmer", "pydata-sphinx-theme", "myst-nb", "pygments"):
+        texts = [file.read_text(encoding="utf-8") for file in files(package)
+            if file.stem in ("LICENSE", "COPYING")]
+        (folder/f"{package}.txt").write_text("\n".join(texts), encoding="utf-8")
 
 
 def setup(app):
