@@ -24,15 +24,23 @@ from .config import (ArchiveParameters, DamagedFileError, InvalidInputError,
     MissingInputError, SpecpredError)
 
 # %% auto #0
-__all__ = ['RUN2D_PATTERN', 'BOSS_RUN2D', 'PIXEL_MASK_BITS', 'DLOGLAM', 'SPZLINES', 'spectrum_name', 'spectrum_path',
-           'specobjid_of_spectrum', 'specobjid_of_position', 'damage_reported', 'check_checksums', 'open_fits',
+__all__ = ['RUN2D_PATTERN', 'LEGACY_RUN2D', 'FIRST_BOSS_PLATE', 'FIRST_SDSS_V_PLATE', 'BOSS_RUN2D', 'PIXEL_MASK_BITS', 'DLOGLAM',
+           'SPZLINES', 'check_run2d', 'spectrum_name', 'spectrum_path', 'specobjid_of_spectrum', 'SpectrumNames',
+           'spectrum_of_specobjid', 'specobjid_of_position', 'damage_reported', 'check_checksums', 'open_fits',
            'mask_bits', 'SDSSSpectrum', 'read_sdss', 'check_spectrum', 'sdss_spectrum_bytes', 'from_specutils',
            'air_to_vacuum']
 
 # %% ../nbs/04_formats.ipynb #75790185
-RUN2D_PATTERN = r"\d{2,3}|v\d+(_\d+){1,2}"
+RUN2D_PATTERN = r"\d{2,3}|v(5_\d{1,2}|6_[0-5]?\d)(_\d{1,2})?"  # of which identifiers have room
+LEGACY_RUN2D = (26, 103, 104)
+FIRST_BOSS_PLATE, FIRST_SDSS_V_PLATE = 3510, 15_000
 BOSS_RUN2D = dict(dr9="v5_4_45", dr10="v5_5_12", dr11="v5_6_5", dr12="v5_7_0", dr13="v5_9_0",
     dr14="v5_10_0", dr15="v5_10_0", dr16="v5_13_0", dr17="v5_13_2")
+
+def check_run2d(run2d:str):
+    "Raises `InvalidInputError` for what is no name of a reduction."
+    if not re.fullmatch(RUN2D_PATTERN, run2d):
+        raise InvalidInputError(f"run2d is {run2d!r}; expected e.g. 26 or v5_13_2.")
 
 def spectrum_name(
     plate:int,
@@ -52,8 +60,7 @@ def spectrum_path(
 ) -> str:
     """Path of a *lite* spectrum, which has no single exposures, below the root of SDSS's science
     archive server. Raises `InvalidInputError` for a reduction or release of another form."""
-    if not re.fullmatch(RUN2D_PATTERN, run2d):
-        raise InvalidInputError(f"run2d is {run2d!r}; expected e.g. 26 or v5_13_2.")
+    check_run2d(run2d)
     ArchiveParameters(release=release)
     boss = "boss" if int(release[2:]) <= 12 else "eboss"
     survey = boss if run2d.startswith("v") else "sdss"
@@ -61,8 +68,10 @@ def spectrum_path(
     return f"{folder}/{spectrum_name(plate, mjd, fiberid)}"
 
 # %% ../nbs/04_formats.ipynb #551116ed
+@lru_cache(maxsize=1024)
 def _run2d_number(run2d:str) -> int:
-    "A reduction as identifiers hold it: 26 as it is, vN_M_P as 10000 (N - 5) + 100 M + P."
+    "A reduction as identifiers hold it. Raises `InvalidInputError`."
+    check_run2d(run2d)
     if not run2d.startswith("v"): return int(run2d)
     numbers = [int(number) for number in re.findall(r"\d+", run2d)]
     return sum(n*weight for n, weight in zip(numbers, (10_000, 100, 1), strict=False)) - 50_000
@@ -73,11 +82,45 @@ def specobjid_of_spectrum(
     fiberid,
     run2d,  # texts such as "26" or "v5_13_2"
 ) -> np.ndarray:
-    "SDSS's identifiers of spectra, uint64."
+    "SDSS's identifiers of spectra, uint64. Raises `InvalidInputError` for an unknown run2d."
     version = np.vectorize(_run2d_number, otypes=[np.uint64])(run2d)
     fields = ((plate, 50), (fiberid, 38), (np.asarray(mjd) - 50_000, 24), (version, 10))
     return sum(np.asarray(number).astype(np.uint64) << np.uint64(shift) for number, shift in fields)
 
+# %% ../nbs/04_formats.ipynb #e1fa7edd
+class SpectrumNames(NamedTuple):
+    "What names spectra; 0 and empty for an identifier that is none of a spectrum."
+    plate: np.ndarray  # (N,) int32
+    mjd: np.ndarray  # (N,) int32
+    fiberid: np.ndarray  # (N,) int32
+    run2d: np.ndarray  # (N,) of texts
+
+@lru_cache(maxsize=1024)
+def _run2d_text(number:int) -> str:
+    "The inverse of `_run2d_number`."
+    if number in LEGACY_RUN2D: return str(number)
+    return f"v{5 + number//10_000}_{number//100 % 100}_{number % 100}"
+
+def _bits(identifiers:np.ndarray, lowest:int, n_bits:int) -> np.ndarray:
+    "The integer in some of the bits of each identifier, (N,) int32."
+    return (identifiers >> np.uint64(lowest) & np.uint64(2**n_bits - 1)).astype(np.int32)
+
+# %% ../nbs/04_formats.ipynb #60d44049
+def spectrum_of_specobjid(
+    specobjid,  # (N,) uint64
+) -> SpectrumNames:
+    "The inverse of `specobjid_of_spectrum`, for spectra of data releases 8 to 17."
+    specobjid = np.atleast_1d(specobjid).astype(np.uint64)
+    plate, fiberid = _bits(specobjid, 50, 14), _bits(specobjid, 38, 12)
+    mjd, number = _bits(specobjid, 24, 14) + 50_000, _bits(specobjid, 10, 14)
+    n_fibers = np.where(plate < FIRST_BOSS_PLATE, 640, 1000)
+    named = (plate > 0) & (plate < FIRST_SDSS_V_PLATE) & (fiberid > 0) & (fiberid <= n_fibers)
+    named &= np.isin(number, LEGACY_RUN2D) | (number >= 400)  # BOSS's first release was v5_4_45
+    named &= _bits(specobjid, 0, 10) == 0
+    run2d = np.vectorize(_run2d_text, otypes=[object])(number)
+    return SpectrumNames(plate*named, mjd*named, fiberid*named, np.where(named, run2d, ""))
+
+# %% ../nbs/04_formats.ipynb #951cfa9e
 def specobjid_of_position(
     ra,  # degrees, one or many
     dec,  # degrees
