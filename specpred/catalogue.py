@@ -5,26 +5,29 @@
 # %% ../nbs/09_catalogue.ipynb #fa1d1db8
 from __future__ import annotations
 import csv
-import difflib
+import gzip
 import hashlib
+import io
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from astropy import units
-from astropy.coordinates import angular_separation
+from astropy.coordinates import Angle, angular_separation
+from astropy.io import fits, votable
 from astropy.table import Table
 from astropy_healpix import HEALPix
 from fastcore.basics import patch
 
 from .config import ArchiveError, ArchiveParameters, InvalidInputError, MissingInputError
 from .cutouts import PS1_SOUTH
-from .formats import (BOSS_RUN2D, RUN2D_PATTERN, damage_reported, open_fits,
-    specobjid_of_position, specobjid_of_spectrum)
+from .formats import (BOSS_RUN2D, FIRST_BOSS_PLATE, RUN2D_PATTERN, SpectrumNames,
+    damage_reported, open_fits, specobjid_of_position, specobjid_of_spectrum,
+    spectrum_of_specobjid)
 from .plotting import BLUE, GREEN, ORANGE, PURPLE
 
 # %% auto #0
@@ -70,6 +73,106 @@ _COLUMNS |= dict(specobjid=_ID, bestobjid=_ID,
 _COLUMNS |= dict.fromkeys(["run2d", "class", "subclass"], _Column(str))
 _ANGLES = ("ra", "dec")  # required, in degrees
 _SPECTRUM = ("plate", "mjd", "fiberid")  # what names a spectrum
+_NEEDED = (*_ANGLES, *_SPECTRUM, "specobjid", "run2d")
+
+# %% ../nbs/09_catalogue.ipynb #9a912576
+_POSITIONS = dict(ra="dec decl declination de", _raj2000="_dej2000", _raicrs="_deicrs",
+    _ra="_de _dec", raj2000="dej2000 decj2000", raicrs="deicrs decicrs", radeg="dedeg decdeg",
+    ra_d="dec_d de_d", ra2000="dec2000 de2000", raepoch2000="decepoch2000",
+    rightascension="declination", rightascensiondeg="declinationdeg", plugra="plugdec",
+    fiberra="fiberdec", targetra="targetdec", racat="deccat", objra="objdec", photora="photodec",
+    sra="sdec", meanra="meandec", ramean="decmean", rastack="decstack", alphaj2000="deltaj2000",
+    alphasky="deltasky", xworld="yworld", alpha="delta", ra1="dec1")  # by preference
+_DECLINATIONS = list(dict.fromkeys(" ".join(_POSITIONS.values()).split()))
+_SPELLINGS = {name: name.replace("_", "") for name in _COLUMNS if name not in _ANGLES} | dict(
+    plate="plate plateid", fiberid="fiberid fiber", redshift_err="redshifterr zerr",
+    redshift="redshift z zspec specz rvzredshift")
+_KNOWN = {*_POSITIONS, *_DECLINATIONS, *" ".join(_SPELLINGS.values()).split()}
+
+# %% ../nbs/09_catalogue.ipynb #f3049310
+def _spelling(column) -> str:
+    "A name without case and signs, but for the first underscore of _RAJ2000 and that of RA_d."
+    name = re.sub(r"\W+", "_", str(column).strip().lower()).rstrip("_")
+    return name if name in _KNOWN else name[:1] + name[1:].replace("_", "")
+
+def _columns_by_spelling(
+    columns,  # the file's names of columns
+    file:str,
+) -> dict:
+    "The columns that are known. Raises `InvalidInputError` where two are spelled alike."
+    spelled = {}
+    for column in columns:
+        name = _spelling(column)
+        if name in spelled:
+            raise InvalidInputError(f"{file}: the columns {spelled[name]!r} and {column!r} both "
+                f"mean {name}. Remove or rename one.")
+        if name in _KNOWN: spelled[name] = column
+    return spelled
+
+# %% ../nbs/09_catalogue.ipynb #395b3a7f
+_SEXAGESIMAL = (r"[+-]?\d{1,3}(:|\s|\s*[hd°])\s*[0-5]?\d(:|\s|\s*[m'′])\s*"
+    r"[0-5]?\d(\.\d*)?\s*[s\"″]?")
+
+def _without_bytes(values:pd.Series) -> pd.Series:
+    "A column in which bytes are texts."
+    if values.dtype != object: return values
+    return values.map(lambda value: value.decode("latin-1") if isinstance(value, bytes) else value)
+
+def _is_sexagesimal(values:pd.Series) -> bool:
+    "Whether all values are texts such as 09 46 48.0 or 9h46m48s."
+    if pd.api.types.is_numeric_dtype(values): return False
+    texts = _without_bytes(values).astype(str).str.strip()
+    return texts.str.fullmatch(_SEXAGESIMAL, na=False).all()
+
+def _position_pairs(
+    spelled:dict,  # columns by spelling
+    table:pd.DataFrame,
+) -> list[tuple]:
+    "The columns of ra and dec that belong together, the best pair first."
+    both = [(ra, dec) for ra in _POSITIONS for dec in _DECLINATIONS if {ra, dec} <= set(spelled)]
+    pairs = [(ra, dec) for ra, dec in both if dec in _POSITIONS[ra].split()]
+    if len(both) == 1: pairs = both
+    columns = [(spelled[ra], spelled[dec]) for ra, dec in pairs]
+    return sorted(columns, key=lambda pair: _is_sexagesimal(table[pair[0]]))
+
+# %% ../nbs/09_catalogue.ipynb #fa02ee85
+_LIKE_POSITION = r"(?i)^r?ra$|(^|_)(ra|dec?|lon|lat)(_|\d|$)|right|^decl|alpha|delta"
+
+def _no_position(file:str, columns) -> InvalidInputError:
+    "The error for a table without positions."
+    near = [column for column in map(str, columns) if re.search(_LIKE_POSITION, column)
+        and not re.search(r"(?i)err|sig|ivar|pm|off|^e_|1950", column)]
+    hint = f" (is it {', '.join(map(repr, near))}? Then rename)" if near else ""
+    return InvalidInputError(f"{file} has no columns ra and dec{hint}; it has "
+        f"{', '.join(map(repr, columns))}. Positions are ra and dec in degrees, J2000; CSV files "
+        "separate columns by commas.")
+
+# %% ../nbs/09_catalogue.ipynb #a5ea1a17
+def _without_magnitude(spelled:dict, table:pd.DataFrame, file:str) -> dict:
+    "The known columns without a z that is a magnitude."
+    lower = {str(column).strip().lower() for column in table.columns}
+    if "z" not in spelled or len({"g", "r", "i"} & lower) < 2: return spelled
+    if not set(_SPELLINGS["redshift"].split()) & set(spelled) - {"z"}:
+        warnings.warn(f"{file}: {spelled['z']!r} is taken for a magnitude, since it stands beside "
+            "others. If it is the redshift, call it redshift.", stacklevel=2)
+    return {name: column for name, column in spelled.items() if name != "z"}
+
+def _name_columns(table:pd.DataFrame, file:str) -> dict:
+    "The file's names by ours. Raises `InvalidInputError` where positions are lacking."
+    spelled = _without_magnitude(_columns_by_spelling(table.columns, file), table, file)
+    pairs = _position_pairs(spelled, table)
+    if not pairs: raise _no_position(file, table.columns)
+    choices = dict(ra=[ra for ra, _ in pairs], dec=[dec for _, dec in pairs]) | {
+        name: [spelled[s] for s in spellings.split() if s in spelled]
+        for name, spellings in _SPELLINGS.items()}
+    names = {name: columns[0] for name, columns in choices.items() if columns}
+    if not {"plate", "fiberid"} & set(names): names.pop("mjd", None)  # of the imaging
+    others = [column for columns in choices.values() for column in columns[1:]]
+    others = [repr(column) for column in others if column not in names.values()]
+    if others:
+        warnings.warn(f"{file}: positions are {names['ra']!r} and {names['dec']!r}; not "
+            f"read, since other columns mean the same: {', '.join(others)}.", stacklevel=2)
+    return names
 
 # %% ../nbs/09_catalogue.ipynb #4e0b8fb9
 @dataclass(frozen=True)
@@ -79,6 +182,8 @@ class _Source:
     rows: pd.DataFrame
     written: dict  # name of a column in the file, by our name
     units: dict  # unit of a column as the file states it, by our name
+    strict: bool = False  # whether a bad value is an error in all columns
+    n_absent: dict = field(default_factory=dict)  # rows without a value, by our name
 
 @patch
 def refuse(self:_Source,
@@ -94,106 +199,135 @@ def refuse(self:_Source,
     count = f"({bad.sum()} such rows.)"
     raise InvalidInputError(f"{place}: {value!r}; expected {expected}. {count}")
 
+# %% ../nbs/09_catalogue.ipynb #f4dca828
+def _source_of(
+    file:str,
+    table:pd.DataFrame,  # as it was written
+    units_of:dict,  # unit of a column as the file states it, by the file's name
+    strict:bool=False,
+) -> _Source:
+    "The table under our names. Raises `InvalidInputError` where positions are lacking."
+    names = _name_columns(table, file)
+    columns = {name: _without_bytes(table[column]) for name, column in names.items()}
+    rows = pd.DataFrame(columns).reset_index(drop=True)
+    return _Source(file, rows, names, {name: units_of.get(names[name]) for name in names}, strict)
+
 # %% ../nbs/09_catalogue.ipynb #58b9299d
-_ABSENT = r"(?i)|nan|none|null|--|<na>|-9999(\.0*)?"
+_ABSENT = r"(?i)|nan|none|null|n/?a|<na>|masked|\\n|[-~.?]+|-9+(\.0*)?|1(\.0*)?e\+?20"
+_NO_INTEGER = (-1, -2**15, -2**31, -2**63)  # smallest numbers of 16, 32 and 64 bits in TOPCAT
 
 @patch
 def texts(self:_Source, name:str) -> pd.Series:
-    "A column as texts, empty where there is nothing; SDSS says that by -9999."
+    "A column as texts, empty where there is nothing."
     if name not in self.rows: return pd.Series("", self.rows.index, dtype=str)
     text = self.rows[name].astype(str).str.strip()
     return text.mask(text.str.fullmatch(_ABSENT, na=True), "")
 
+@patch
+def kept(self:_Source,
+    name:str,  # of a column
+    given:np.ndarray,  # (N,) bool, which rows have something there
+    good:np.ndarray,  # (N,) bool, in which it can be used
+    expected:str,
+) -> np.ndarray:
+    "Which rows have a value, (N,) bool. Raises `InvalidInputError` for a bad one that is needed."
+    if self.strict or name in _NEEDED: self.refuse(name, given & ~good, expected)
+    kept = np.asarray(given & good)
+    self.n_absent[name] = int((~kept).sum())
+    return kept
+
 # %% ../nbs/09_catalogue.ipynb #96091eec
 @patch
-def integers(self:_Source, name:str) -> np.ndarray:
-    "A column as integers, which may be written as 266.0; 0 where there is nothing."
-    dtype, low, high = _COLUMNS[name]
-    text = self.texts(name).replace("", "0")
-    values = pd.to_numeric(text, errors="coerce")
-    # floats hold 16 digits, which is too few for identifiers
-    whole = text.str.fullmatch("-?[0-9]+") if dtype is np.uint64 else values % 1 == 0
-    self.refuse(name, ~whole, "an integer")
-    self.refuse(name, (values != 0) & ~values.between(low, high), f"{low} to {high}")
-    return values.to_numpy(dtype)
-
-# %% ../nbs/09_catalogue.ipynb #4c3e5f88
-@patch
 def numbers(self:_Source, name:str) -> np.ndarray:
-    "A column as float64, in degrees if it is an angle; NaN where there is nothing."
-    if name not in self.rows: return np.full(len(self.rows), np.nan)
-    _, low, high = _COLUMNS[name]
-    values = pd.to_numeric(self.rows[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    given = (self.texts(name) != "") | (name in _ANGLES)
-    self.refuse(name, given & ~np.isfinite(values), "a number; angles are in degrees")
-    values = self.in_degrees(name, np.where(given, values, np.nan))
-    self.refuse(name, (values < low) | (values > high), f"{low} to {high}")
-    return values
+    "A column of numbers with its type. Where there is nothing floats are NaN, integers 0."
+    dtype, low, high = _COLUMNS[name]
+    kind, none = ("a number", np.nan) if dtype is float else ("an integer", 0)
+    if name not in self.rows: return np.full(len(self.rows), none, dtype)
+    text = self.texts(name)
+    values = pd.to_numeric(self.rows[name], errors="coerce").astype(float)
+    given = (text != "") & ~(values.isin([0, 999_999, *_NO_INTEGER]) & (low > 0))
+    good = values.between(low, high) & np.isfinite(values) & ((dtype is float) | (values % 1 == 0))
+    kept = self.kept(name, given, good, f"{kind} from {low} to {high}")
+    return np.where(kept, values, none).astype(dtype)
+
+# %% ../nbs/09_catalogue.ipynb #1254c214
+def _identifier(text:str) -> int:
+    "A number of 64 bits; 0 where there is none, or one of more bits; -1 for any other text."
+    match = re.fullmatch(r"([+-]?[0-9]{1,15})\.0*|([+-]?[0-9]{1,99})", text or "0")
+    if not match: return -1
+    number = int(match[1] or match[2])
+    if number in _NO_INTEGER or not -2**63 <= number < 2**64: return 0
+    # the signed number of any plate is below -2**50
+    return -1 if -2**50 < number < 0 else number % 2**64
+
+@patch
+def identifiers(self:_Source, name:str) -> np.ndarray:
+    "A column as uint64, 0 where there is nothing."
+    if name not in self.rows: return np.zeros(len(self.rows), np.uint64)
+    values = np.array([_identifier(text) for text in self.texts(name)], object)
+    if not self.strict:  # the name of the spectrum gives the identifier anew
+        named = np.all([self.numbers(column) > 0 for column in _SPECTRUM], axis=0)
+        values[named & (values == -1)] = 0
+    kept = self.kept(name, values != 0, values > 0, "an identifier of up to 20 digits. Floats keep "
+        "16: save it as text or as a 64-bit integer, or give plate, mjd and fiberid")
+    return np.where(kept, values, 0).astype(np.uint64)
 
 # %% ../nbs/09_catalogue.ipynb #9e8da506
 @patch
-def in_degrees(self:_Source, name:str, values:np.ndarray) -> np.ndarray:
-    "Values of a column, converted to degrees if it is an angle for which the file states a unit."
+def degrees(self:_Source, name:str) -> np.ndarray:
+    "A column of numbers as degrees. Raises `InvalidInputError`."
+    values = pd.to_numeric(self.rows[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    self.refuse(name, ~np.isfinite(values), "a number of degrees, or both ra and dec in the form "
+        "09:46:48.0 and -01:00:00")
     unit = self.units.get(name)
-    if not unit or name not in _ANGLES: return values
+    if not unit or re.match("(?i)deg", str(unit)): return values
     try: return unit.to(units.deg, values)
     except (units.UnitConversionError, ValueError, TypeError) as error:
         raise InvalidInputError(f"{self.file}, column {self.written[name]!r}: its unit is {unit}; "
             "expected deg.") from error
 
+@patch
+def sexagesimal(self:_Source, name:str) -> np.ndarray:
+    "A column of texts as degrees; ra is in hours, unless it says d."
+    unit = units.hourangle if name == "ra" else units.deg
+    return Angle(self.rows[name].str.strip().tolist(), unit).deg
+
+# %% ../nbs/09_catalogue.ipynb #ca2f7259
+@patch
+def positions(self:_Source) -> dict:
+    "ra (0 to 360) and dec, (N,) degrees. Raises `InvalidInputError` where a position is lacking."
+    columns = f"{self.file}, {self.written['ra']!r} and {self.written['dec']!r}"
+    read = self.degrees
+    if all(_is_sexagesimal(self.rows[name]) for name in _ANGLES):
+        read = self.sexagesimal
+        warnings.warn(f"{columns}: read as hours and degrees with minutes and seconds.",
+            stacklevel=2)
+    ra, dec = map(read, _ANGLES)
+    self.refuse("ra", (ra == dec) & (ra < 0) & (ra % 1 == 0), "a position")
+    west = (ra < 0) & (ra >= -180) & (ra.max(initial=0) <= 180)
+    if west.any():
+        warnings.warn(f"{columns}: 360 degrees are added in {west.sum()} rows.", stacklevel=2)
+    angles = dict(ra=np.where(west, ra % 360, ra), dec=dec)
+    for name, values in angles.items():
+        _, low, high = _COLUMNS[name]
+        self.refuse(name, (values < low) | (values > high), f"{low} to {high} degrees")
+    return angles
+
 # %% ../nbs/09_catalogue.ipynb #7773ee8d
 @patch
 def catalogue(self:_Source) -> pd.DataFrame:
     "All columns of the catalogue, with their types; NaN, 0 or empty where the file has nothing."
-    readers = {float: self.numbers, str: self.texts}
-    return pd.DataFrame({name: readers.get(column.dtype, self.integers)(name)
-        for name, column in _COLUMNS.items()})
-
-# %% ../nbs/09_catalogue.ipynb #559e912f
-_ALIASES = dict(
-    ra="ra raj2000 _raj2000 ra_deg ra_icrs ra_j2000 right_ascension",
-    dec="dec dej2000 decj2000 _dej2000 dec_deg de_icrs dec_j2000 declination decl",
-    redshift="redshift z z_spec zspec", redshift_err="redshift_err zerr z_err",
-    fiberid="fiberid fiber fiber_id", specobjid="specobjid specobj_id")
-_OUR_NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
-
-# %% ../nbs/09_catalogue.ipynb #bc133bd8
-def _name_columns(
-    written,  # the file's names of columns
-    file:str,
-) -> dict:
-    "The file's names by ours. Raises `InvalidInputError` where two columns claim a name."
-    names, lower = {}, {column.strip().lower() for column in written}
-    z_is_magnitude = len({"g", "r", "i"} & lower) > 1
-    for column in written:
-        name = column.strip().lower()
-        if not (name == "z" and z_is_magnitude): name = _OUR_NAMES.get(name, name)
-        if name in names:
-            raise InvalidInputError(f"{file}: the columns {names[name]!r} and {column!r} both mean "
-                f"{name}. Remove or rename one.")
-        names[name] = column
-    if "z" in names and "redshift" not in names:
-        warnings.warn(f"{file}: {names['z']!r} is taken for a magnitude, since it stands beside "
-            "others. If it is the redshift, call it redshift.", stacklevel=2)
-    return names
-
-# %% ../nbs/09_catalogue.ipynb #67d68f15
-def _source_of(
-    file:str,
-    table:pd.DataFrame,  # as it was written
-    units_of:dict,  # unit of a column as the file states it, by the file's name
-) -> _Source:
-    "The table under our names."
-    names = _name_columns(table.columns, file)
-    rows = table[list(names.values())].set_axis(list(names), axis=1).reset_index(drop=True)
-    return _Source(file, rows, names, {name: units_of.get(names[name]) for name in names})
+    readers = {str: self.texts, np.uint64: self.identifiers}
+    columns = {name: readers.get(column.dtype, self.numbers)(name)
+        for name, column in _COLUMNS.items() if name not in _ANGLES}
+    return pd.DataFrame(columns | self.positions())[list(_COLUMNS)]
 
 # %% ../nbs/09_catalogue.ipynb #fa43101b
 def _read_csv(text:str, file:str) -> pd.DataFrame:
     """A table of texts, without the lines at its beginning that start with #. Raises
     `InvalidInputError` where a row has more or fewer fields than the header."""
     text = re.sub(r"\A(?:\s*#[^\n]*(?:\n|\Z))*", "", text)
-    lines = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
+    lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try: names, *rows = (fields for fields in lines if fields)
     except (ValueError, csv.Error) as error:
         raise InvalidInputError(f"{file}: not CSV: {error}") from error
@@ -229,7 +363,7 @@ def read_skyserver_csv(
     message or not the table that was asked for."""
     text = content.decode("utf-8", "replace").lstrip("\ufeff")
     try:
-        source = _source_of("the answer", _read_csv(text, "the answer"), {})
+        source = _source_of("the answer", _read_csv(text, "the answer"), {}, strict=True)
         lacking = [name for name in _COLUMNS if name not in source.rows]
         if lacking: raise InvalidInputError(f"no column {', '.join(lacking[:5])}")
         if not text.endswith("\n"): raise InvalidInputError("cut off: its last line has no end")
@@ -242,62 +376,128 @@ def read_skyserver_csv(
     return catalogue.sort_values("specobjid", ignore_index=True)
 
 # %% ../nbs/09_catalogue.ipynb #04c250b6
-_FORMATS = {".csv": "csv", ".fits": "fits", ".fit": "fits", ".vot": "votable",
-    ".votable": "votable", ".xml": "votable", ".parquet": "parquet", ".pq": "parquet"}
+def _choose(
+    tables:list[tuple[str, Table]],  # with their names
+    table_name:str | int | None,  # name, or number from 1
+    file:str,
+) -> Table:
+    "The table of that name, or the only one. Raises `InvalidInputError` that lists them."
+    wanted = "" if table_name is None else str(table_name).lower()
+    chosen = [table for number, (name, table) in enumerate(tables, 1)
+        if wanted in ("", name.lower(), str(number))]
+    if len(chosen) == 1: return chosen[0]
+    if not tables: raise InvalidInputError(f"{file} has no table.")
+    named = f", {len(chosen)} of them called {table_name!r}" if wanted else ""
+    listed = ", ".join(f"{number} {name!r} ({len(table)} rows, {len(table.columns)} columns)"
+        for number, (name, table) in enumerate(tables, 1))
+    raise InvalidInputError(f"{file} has {len(tables)} tables{named}: {listed}. Choose one by its "
+        "name or number: --table-name, or archives.table_name of a profile.")
 
-def _read_astropy(path:Path, kind:str) -> Table:
-    "A FITS table or VOTable without its columns of arrays."
+# %% ../nbs/09_catalogue.ipynb #bf837fd1
+def _tables(content:bytes, kind:str) -> list[tuple[str, Table]]:
+    "The tables of a VOTable, with the names of columns that TOPCAT shows, or of a FITS file."
+    if kind == "votable":
+        return [(table.name or table.ID or "", table.to_table(use_names_over_ids=True))
+            for table in votable.parse(io.BytesIO(content)).iter_tables()]
+    with open_fits(content) as hdus:
+        return [(hdu.name, Table.read(hdu, format="fits")) for hdu in hdus
+            if isinstance(hdu, (fits.BinTableHDU, fits.TableHDU))]
+
+def _read_astropy(content:bytes, kind:str, table_name:str | int | None, file:str) -> _Source:
+    "A FITS table or VOTable without its columns of arrays. Raises `InvalidInputError`."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of units and versions that are not by the book
-        if kind == "votable": table = Table.read(path, format="votable")
-        else:
-            with open_fits(path) as hdus: table = Table.read(hdus)
-    table.convert_bytestring_to_unicode()
-    return table[[name for name in table.colnames if table[name].ndim == 1]]
+        table = _choose(_tables(content, kind), table_name, file)
+    table = table[[name for name in table.colnames if table[name].ndim == 1]]
+    stated = {name: table[name].unit for name in table.colnames}
+    return _source_of(file, table.to_pandas(index=False), stated)
 
 # %% ../nbs/09_catalogue.ipynb #1070b29e
-def _open_table(path:Path) -> _Source:
+_ENDINGS = {".csv": "csv", ".fits": "fits", ".fit": "fits", ".vot": "votable",
+    ".votable": "votable", ".xml": "votable", ".parquet": "parquet", ".pq": "parquet"}
+_MAX_BYTES = 1 << 31  # of a table after unpacking
+
+def _unpacked(path:Path) -> bytes:
+    "The contents of a file, without its compression by gzip. Raises `InvalidInputError`."
+    with open(path, "rb") as file: packed = file.read(2) == b"\x1f\x8b"
+    if not packed: return path.read_bytes()
+    with gzip.open(path) as file: content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise InvalidInputError(f"{path.name} unpacks to more than {_MAX_BYTES >> 20} MB. If it is "
+            "a table, unpack it first.")
+    return content
+
+def _decode(content:bytes, file:str) -> str:
+    "A text in UTF-8, or else in Latin-1, with a warning."
+    try: return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        warnings.warn(f"{file} is not in UTF-8; read as Latin-1.", stacklevel=2)
+        return content.decode("latin-1")
+
+def _read_parquet(path:Path) -> pd.DataFrame:
+    "A file or a folder of files, with its index as columns. Raises `MissingInputError`."
+    if path.is_dir() and not any(path.rglob("*.parquet")):
+        raise MissingInputError(f"There is no .parquet file in {path}.")
+    table = pd.read_parquet(path)
+    named = any(name is not None for name in table.index.names)
+    return table.reset_index(allow_duplicates=True) if named else table
+
+# %% ../nbs/09_catalogue.ipynb #107406dc
+def _open_table(path:Path, table_name:str | int | None) -> _Source:
     """The table under our names. Raises `MissingInputError`, `DamagedFileError` or
     `InvalidInputError`."""
-    kind, file = _FORMATS.get(path.suffix.lower()), path.name
+    file = path.name
+    kind = _ENDINGS.get(Path(file.lower().removesuffix(".gz")).suffix)
+    if path.is_dir(): kind = "parquet"
     if kind is None:
-        raise InvalidInputError(f"{file}: a table has one of the endings {', '.join(_FORMATS)}.")
-    if not path.is_file(): raise MissingInputError(f"There is no table {path}.")
+        raise InvalidInputError(f"{file}: a table has one of the endings {', '.join(_ENDINGS)}, "
+            "and .gz where it is packed.")
+    if not path.exists(): raise MissingInputError(f"There is no table {path}.")
+    if table_name is not None and kind in ("csv", "parquet"):
+        raise InvalidInputError(f"{file} is one table; table_name={table_name!r} is for FITS files "
+            "and VOTables.")
     with damage_reported(f"{file}, a {kind} table"):
-        if kind == "csv": return _source_of(file, _read_csv(path.read_text("utf-8-sig"), file), {})
-        if kind == "parquet": return _source_of(file, pd.read_parquet(path), {})
-        table = _read_astropy(path, kind)
-        stated = {name: table[name].unit for name in table.colnames}
-        return _source_of(file, table.to_pandas(index=False), stated)
-
-# %% ../nbs/09_catalogue.ipynb #dd094e2c
-def _check_positions(source:_Source):
-    "Raises `InvalidInputError` for a table without ra and dec, or without rows."
-    columns = list(source.written.values())
-    for name in _ANGLES:
-        if name in source.rows: continue
-        near = difflib.get_close_matches(name, list(source.written), 1, 0.5)
-        hint = f" (is it {source.written[near[0]]!r}?)" if near else ""
-        raise InvalidInputError(f"{source.file} has no column {name!r}{hint}; it has "
-            f"{', '.join(map(repr, columns[:12]))}. Positions are ra and dec in degrees, J2000; "
-            "CSV files separate columns by commas.")
-    if not len(source.rows): raise InvalidInputError(f"{source.file} has no rows.")
+        if kind == "parquet": return _source_of(file, _read_parquet(path), {})
+        content = _unpacked(path)
+        if kind == "csv": return _source_of(file, _read_csv(_decode(content, file), file), {})
+        return _read_astropy(content, kind, table_name, file)
 
 # %% ../nbs/09_catalogue.ipynb #c9d13a92
-_FIRST_BOSS_PLATE = 3510
+def _warn_unknown(source:_Source, catalogue:pd.DataFrame, held:SpectrumNames):
+    "Warns of identifiers that are neither SDSS's nor our own."
+    unknown = (catalogue.specobjid > 0) & (held.plate == 0)
+    unknown &= catalogue.specobjid != specobjid_of_position(catalogue.ra, catalogue.dec)
+    if unknown.any():
+        warnings.warn(f"{source.file}: {unknown.sum()} rows have a specobjid of no spectrum in "
+            f"SDSS's data releases 8 to 17, e.g. {catalogue.specobjid[unknown].iloc[0]}. It is "
+            "kept as a name, and asks for no spectrum.", stacklevel=2)
 
-def _check_spectra(source:_Source, catalogue:pd.DataFrame):
-    "Raises `InvalidInputError` for rows that name a spectrum in part."
+def _fill_spectra(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
+    """The catalogue with names of spectra from identifiers. Raises `InvalidInputError` where they
+    contradict each other, or a name is incomplete."""
+    run2d = catalogue.run2d.str.replace(r"\.0+$|^0$|^-1$", "", regex=True)  # 26.0 is 26
+    catalogue = catalogue.assign(run2d=run2d)
+    catalogue.loc[(catalogue.plate == 0) & (catalogue.fiberid == 0), "mjd"] = 0  # of the imaging
+    held = spectrum_of_specobjid(catalogue.specobjid)
+    _warn_unknown(source, catalogue, held)
+    for name, values in held._asdict().items():
+        given = ~catalogue[name].isin([0, ""])
+        differ = (catalogue[name] != values) & given & (held.plate > 0)
+        row = int(np.argmax(differ))
+        source.refuse(name, differ, f"{values[row]} as in specobjid {catalogue.specobjid[row]}")
+        catalogue[name] = catalogue[name].where(given, values)
     given = (catalogue[list(_SPECTRUM)] > 0).to_numpy()
     column = next((name for name in _SPECTRUM if name in source.written), "ra")
     source.refuse(column, given.any(1) & ~given.all(1), "plate, mjd and fiberid, or none of them")
+    return catalogue
 
+# %% ../nbs/09_catalogue.ipynb #cc2d5d86
 def _fill_run2d(source:_Source, catalogue:pd.DataFrame, release:str) -> pd.Series:
     "The reduction of every row that names a spectrum, else empty. Raises `InvalidInputError`."
-    usual = np.where(catalogue.plate < _FIRST_BOSS_PLATE, "26", BOSS_RUN2D[release])
+    usual = np.where(catalogue.plate < FIRST_BOSS_PLATE, "26", BOSS_RUN2D[release])
     run2d = catalogue.run2d.mask(catalogue.run2d == "", usual)
     unknown = ~run2d.str.fullmatch(RUN2D_PATTERN)
-    source.refuse("run2d", unknown, "the reduction, e.g. 26 or v5_13_2")
+    source.refuse("run2d", unknown & (catalogue.plate > 0), "the reduction, e.g. 26 or v5_13_2")
     return run2d.where(catalogue.plate > 0, "")
 
 # %% ../nbs/09_catalogue.ipynb #903a2531
@@ -323,13 +523,22 @@ def _drop_repeats(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
     if repeats.any():
         row = catalogue.table_row[repeats].iloc[0] + 1
         warnings.warn(f"{source.file}: {repeats.sum()} rows repeat another row and are left out, "
-            f"the first of them row {row}.", stacklevel=3)
+            f"the first of them row {row}.", stacklevel=2)
     return catalogue[~repeats]
 
 # %% ../nbs/09_catalogue.ipynb #c302907d
+def _warn_absent(source:_Source):
+    "Says how many rows of which columns have no value."
+    counts = [f"{source.written[name]} {count}" for name, count in source.n_absent.items()
+        if count and name in source.written]
+    if counts:
+        warnings.warn(f"{source.file}: rows without a value, of {len(source.rows)}: "
+            f"{', '.join(counts)}.", stacklevel=3)
+
 def read_table(
-    path:str | Path,  # .csv, .fits, .vot, .votable, .xml or .parquet
+    path:str | Path,  # .csv, .fits, .vot, .votable or .xml, also with .gz; .parquet or a folder
     release:str="dr17",  # data release, whose reduction is meant where a row gives no run2d
+    table_name:str | int | None=None,  # of a table in a file of several, or its number from 1
 ) -> pd.DataFrame:
     """A table of one's own as a catalogue with the columns of SkyServer's, ordered by specobjid. ra
     and dec are required, the others are NaN, 0 or empty where the file lacks them. `table_row`
@@ -337,11 +546,11 @@ def read_table(
     `InvalidInputError` that names column and row."""
     path = Path(path).expanduser()
     ArchiveParameters(release=release)
-    source = _open_table(path)
-    _check_positions(source)
+    source = _open_table(path, table_name)
+    if not len(source.rows): raise InvalidInputError(f"{source.file} has no rows.")
     with damage_reported(f"{path.name} is no readable table"):
-        catalogue = source.catalogue()
-        _check_spectra(source, catalogue)
+        catalogue = _fill_spectra(source, source.catalogue())
+        _warn_absent(source)
         catalogue["run2d"] = _fill_run2d(source, catalogue, release)
         catalogue["specobjid"] = _fill_specobjid(catalogue)
         catalogue["table_row"] = np.arange(len(catalogue))

@@ -81,6 +81,8 @@ def download(
     profile: _Profile = "paper",
     table: Annotated[Path | None, typer.Option("--table",
         help="Your own catalogue: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
+    table_name: Annotated[str | None, typer.Option("--table-name",
+        help="Name or number of the table in a file that holds several.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run",
         help="Only say how many files and GB, and about how long.")] = False,
     status: Annotated[bool, typer.Option("--status",
@@ -96,6 +98,7 @@ def download(
     if dry_run + status + retry_missing > 1:
         raise typer.BadParameter("give one of --dry-run, --status and --retry-missing")
     own = [f"archives.table={table.expanduser().resolve()}"] if table else []
+    if table_name: own.append(f"archives.table_name={table_name!r}")
     _download(profile, [*(overrides or ()), *own], data_dir, dry_run, status, retry_missing)
 
 # %% ../nbs/26_cli.ipynb #6d96118e

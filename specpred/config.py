@@ -87,6 +87,7 @@ class ArchiveParameters(Settings):
     release: str = Field("dr17", pattern=r"^dr(9|1[0-7])$")  # SDSS data release of the spectra
     n_max: int = Field(64_000, ge=1, le=10**8)  # rows of the catalogue query at most
     table: str | None = None  # one's own table instead of the query: full path, see 09_catalogue
+    table_name: str | int | None = None  # of a table in a file of several, or its number from 1
     concurrency: int = Field(8, ge=1, le=256)  # requests under way at once
     attempts: int = Field(6, ge=1, le=1000)  # at a file, if busy or damaged
     wait: tuple[_Seconds, _Seconds] = (1.0, 30.0)  # first and longest pause, seconds

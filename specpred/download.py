@@ -457,7 +457,8 @@ def query_file(raw:Path, query:str) -> Path:
 
 def known_catalogue(parameters:ArchiveParameters, raw:Path, query:str) -> pd.DataFrame | None:
     "The catalogue, if it can be had without asking an archive."
-    if parameters.table: return read_table(parameters.table, parameters.release)
+    if parameters.table:
+        return read_table(parameters.table, parameters.release, parameters.table_name)
     answer = query_file(raw, query)
     return read_skyserver_csv(answer.read_bytes()) if answer.is_file() else None
 

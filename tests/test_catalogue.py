@@ -1,14 +1,18 @@
 "specpred.catalogue: SkyServer's answers, tables of one's own, and the split by sky."
 
+import gzip
 import warnings
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
 import pytest
-from astropy.table import Table
+from astropy.io import fits, votable
+from astropy.table import MaskedColumn, Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specpred import catalogue as chapter
 from specpred.catalogue import (
     SPLITS,
     catalogue_query,
@@ -24,8 +28,14 @@ from specpred.config import (
     InvalidInputError,
     MissingInputError,
     SpecpredError,
+    get_profile,
 )
-from specpred.formats import specobjid_of_position, spectrum_path
+from specpred.formats import (
+    specobjid_of_position,
+    specobjid_of_spectrum,
+    spectrum_of_specobjid,
+    spectrum_path,
+)
 
 
 def one_galaxy(**changes) -> bytes:
@@ -207,12 +217,17 @@ def test_any_positions_in_any_format_become_a_catalogue(
         ("ra,dec,plate,mjd,fiberid\n1,2,266,51602,\n", "'plate', row 1"),
         ("ra,dec\n1,2\n3,x\n", "'dec', row 2"),
         ("ra,dec\n361,2\n", "'ra', row 1"),
-        ("ra,dec,z\n1,2,99\n", "'z', row 1"),
         ("RAJ2000,dec\n-9999,2\n", "'RAJ2000', row 1"),
+        ("ra,dec\n-9,-9\n", "'ra', row 1"),
+        ("ra,dec\n-13,2\n200,3\n", "'ra', row 1.*expected 0 to 360"),
+        ("ra,dec\n09 46 48,2\n", "'ra', row 1.*or both ra and dec"),
+        ("ra,dec\n09 66 48,-01 00 00\n", "'ra', row 1"),
         ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"),
         ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"),
         ("ra,dec,fiber\n1,2,9\n", "'fiber', row 1"),
         ("rra,dec\n1,2\n", "is it 'rra'"),
+        ("XMM_RA,XMM_DEC,e_XMM_RA\n1,2,3\n", "is it 'XMM_RA', 'XMM_DEC'.*it has .*'e_XMM_RA'"),
+        ("RA_1,DEC_2,RAJ2000\n1,2,3\n", "no columns ra and dec"),
         ("ra,dec,specobjid\n1,2,-5\n", "'specobjid', row 1"),
         ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
         ("ra,dec\n1,2,3\n", "own.csv: row 1 has 3 fields"),
@@ -224,6 +239,7 @@ def test_any_positions_in_any_format_become_a_catalogue(
         ("ra,dec,plate,mjd,fiberid\n1,2,266.5,51602,1\n", "'plate', row 1"),
         ("ra,dec,specobjid\n1,2,299489676975171584.0\n", "'specobjid', row 1"),
         ("ra,dec,plate,mjd,fiberid,run2d\n1,2,266,51602,1,../x\n", "'run2d', row 1"),
+        ("ra,dec,plate,mjd,fiberid,run2d\n1,2,266,51602,1,v4_0\n", "'run2d', row 1"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_by_column(tmp_path, content, named):
@@ -296,6 +312,347 @@ def test_tables_of_other_kinds_are_refused(tmp_path):
     ):
         with pytest.raises(kind, match=message):
             read_table(tmp_path / name)
+
+
+FIRST = 299489676975171584  # plate 266, MJD 51602, fibre 1, run2d 26
+NEGATIVE = specobjid_of_spectrum(8954, 57453, 1, "v5_13_2")  # above 2**63
+
+
+def read_quietly(path, **keywords) -> pd.DataFrame:
+    "The catalogue in the order of the file, and its warnings as one text in `attrs`."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = read_table(path, **keywords).sort_values("table_row", ignore_index=True)
+    table.attrs["warnings"] = "\n".join(str(warning.message) for warning in caught)
+    return table
+
+
+SPECTRUM = ["plate", "mjd", "fiberid", "run2d"]
+NO_SPECTRUM, FIRST_SPECTRUM = [0, 0, 0, ""], [266, 51602, 1, "26"]
+
+
+@pytest.mark.parametrize(
+    "text, expected, warning",
+    [
+        (
+            "#Table1\nobjID,ra,dec,type,specObjID\n12,146.7,-1.0,3,299489676975171584\n"
+            "13,146.8,-1.1,3,0\n",
+            [FIRST_SPECTRUM, NO_SPECTRUM],
+            "of 2: specObjID 1",
+        ),
+        (
+            "ra,dec,plate,mjd,fiberid\n1,2,266,51602,1\n3,4,0,0,0\n5,6,-1,-1,-1\n",
+            [FIRST_SPECTRUM, NO_SPECTRUM, NO_SPECTRUM],
+            "of 3: plate 2, mjd 2, fiberid 2",
+        ),
+        (
+            "specObjID,bestObjID,ra,dec\n299489676975171584,0,1,2\n",
+            [FIRST_SPECTRUM],
+            "of 1: bestObjID 1",
+        ),
+        (
+            "objID,ra,dec,u,g,r,i,z,mjd,run\n12,1,2,19,18,17,17,16,51075,756\n",
+            [NO_SPECTRUM],
+            "taken for a magnitude",
+        ),
+        ("ra,dec,MJD\n1,2,57023.4\n", [NO_SPECTRUM], ""),
+        (
+            "ra,dec,plate,mjd,fiberid,run2d\n1,2,266,51602,1,26.0\n3,4,,,,\n",
+            [FIRST_SPECTRUM, NO_SPECTRUM],
+            "plate 1",
+        ),
+        (
+            "specObjID,ra,dec,plate,mjd,fiberID\n3722360139651588096,1,2,3306,54922,491\n",
+            [[3306, 54922, 491, "104"]],
+            "",
+        ),
+        ("specObjID,ra,dec,mjd\n299489676975171584,1,2,51075\n", [FIRST_SPECTRUM], ""),
+        ("specObjID,ra,dec,plate\n299489676975171584,1,2,266\n", [FIRST_SPECTRUM], ""),
+        ("ra,dec,PLATEID,MJD,FIBERID\n1,2,266,51602,1\n", [FIRST_SPECTRUM], ""),
+        (
+            "ra,dec,PLATE,PLATEID,MJD,FIBERID\n1,2,266,299489402097264640,51602,1\n",
+            [FIRST_SPECTRUM],
+            "not read, .*'PLATEID'",
+        ),
+    ],
+)
+def test_tables_as_people_have_them(tmp_path, text, expected, warning):
+    table = read_quietly(write(tmp_path, text))
+    assert table[SPECTRUM].to_numpy().tolist() == expected
+    assert pd.Series([table.attrs["warnings"]]).str.contains(warning).all()
+    assert bool(warning) == bool(table.attrs["warnings"])
+
+
+@pytest.mark.parametrize("none", ["-9", "99.0", "-1", "-9999", "N/A", "", "null", "-", "1e20", "x"])
+def test_a_redshift_that_is_none_stops_nothing(tmp_path, none):
+    table = read_quietly(write(tmp_path, f"ra,dec,z,petroMag_r\n1,2,0.02,17\n3,4,{none},inf\n"))
+    assert table.redshift[0] == 0.02 and np.isnan(table.redshift[1])
+    assert np.isnan(table.petromag_r[1])
+    assert table.attrs["warnings"] == "own.csv: rows without a value, of 2: z 1, petroMag_r 1."
+
+
+@pytest.mark.parametrize(
+    "none", ["-9", "0.0", "-1.0", "-9999", "N/A", " ", "999999", "-32768", "~", "-32768"]
+)
+def test_a_plate_that_is_none_is_no_plate(tmp_path, none):
+    row = ",".join([none] * 3)
+    table = read_quietly(write(tmp_path, f"ra,dec,plate,mjd,fiberid\n1,2,{row}\n"))
+    assert table[SPECTRUM].to_numpy().tolist() == [NO_SPECTRUM]
+    assert "of 1: plate 1, mjd 1, fiberid 1" in table.attrs["warnings"]
+
+
+@pytest.mark.parametrize("ending", ["fits", "vot"])
+def test_masked_values_are_absent(tmp_path, ending):
+    masked = {
+        name: MaskedColumn([value, 7], mask=[False, True])
+        for name, value in dict(plate=266, mjd=51602, fiberid=1, z=0.1, run2d="26").items()
+    }
+    own = Table(dict(ra=[1.0, 3.0], dec=[2.0, 4.0]) | masked)
+    own.write(tmp_path / f"own.{ending}", format="votable" if ending == "vot" else "fits")
+    table = read_quietly(tmp_path / f"own.{ending}")
+    assert table[SPECTRUM].to_numpy().tolist() == [FIRST_SPECTRUM, NO_SPECTRUM]
+    assert np.isnan(table.redshift[1]) and "z 1" in table.attrs["warnings"]
+
+
+@pytest.mark.parametrize(
+    "identifiers",
+    [
+        np.array([FIRST, NEGATIVE], np.uint64),
+        np.array([FIRST, NEGATIVE], np.uint64).view(np.int64),
+        [f" {FIRST} ", str(NEGATIVE)],
+        [str(FIRST).encode(), b"   " + str(NEGATIVE).encode()],
+        [Decimal(FIRST), Decimal(int(NEGATIVE))],
+        [f"{FIRST:022d}", str(int(NEGATIVE) - 2**64)],
+    ],
+)
+def test_identifiers_in_any_type_name_their_spectra(tmp_path, identifiers):
+    own = pd.DataFrame(dict(ra=[1.0, 3.0], dec=[2.0, 4.0], SPECOBJID=identifiers))
+    own.to_parquet(tmp_path / "own.parquet")
+    table = read_quietly(tmp_path / "own.parquet")
+    assert table.specobjid.tolist() == [FIRST, int(NEGATIVE)]
+    assert table[SPECTRUM].to_numpy().tolist() == [FIRST_SPECTRUM, [8954, 57453, 1, "v5_13_2"]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 14_999),
+    st.integers(50_000, 66_383),
+    st.integers(1, 640),
+    st.sampled_from(["26", "103", "104", "v5_4_45", "v5_13_2", "v6_0_4"]),
+)
+def test_identifiers_hold_the_name_of_their_spectrum(plate, mjd, fiberid, run2d):
+    names = spectrum_of_specobjid(specobjid_of_spectrum(plate, mjd, fiberid, run2d))
+    assert [values.item() for values in names] == [plate, mjd, fiberid, run2d]
+
+
+def test_identifiers_that_lost_digits_come_from_the_spectrum_or_are_refused(tmp_path):
+    rows = "2.99489676975172e+17,1,2,266,51602,1\n299489951853078528.0,3,4,266,51602,2\n"
+    table = read_quietly(write(tmp_path, f"specObjID,ra,dec,plate,mjd,fiberid\n{rows}"))
+    expected = specobjid_of_spectrum(266, 51602, [1, 2], ["26", "26"]).tolist()
+    assert table.specobjid.tolist() == expected
+    assert "specObjID 2" in table.attrs["warnings"]
+    path = write(tmp_path, f"specObjID,ra,dec,plate,mjd,fiberid\n{rows}3e17,5,6,,,\n")
+    with pytest.raises(InvalidInputError, match="row 3: '3e17'.*Floats keep 16.*as text"):
+        read_quietly(path)
+
+
+def test_identifiers_of_other_surveys_name_no_spectrum(tmp_path):
+    of_dr7 = 266 << 48 | 51602 << 32 | 1 << 22
+    sdss_v = "100160005999900060103"  # more than 64 bits
+    dr18 = 16000 << 50 | 1 << 38 | 9999 << 24 | 10_003 << 10  # a field in the bits of the plate
+    cells = [of_dr7, sdss_v, dr18, 1237648720693755918, 2**64]
+    rows = "".join(f"{cell},{k},2\n" for k, cell in enumerate(cells))
+    table = read_quietly(write(tmp_path, f"specobjid,ra,dec\n{rows}"))
+    assert table[SPECTRUM].to_numpy().tolist() == [NO_SPECTRUM] * 5
+    assert table.specobjid[[0, 2, 3]].tolist() == [of_dr7, dr18, 1237648720693755918]
+    assert (table.specobjid[[1, 4]] == specobjid_of_position([1, 4], [2, 2])).all()
+    assert "3 rows have a specobjid of no spectrum" in table.attrs["warnings"]
+    assert "of 5: specobjid 2" in table.attrs["warnings"]
+
+
+def test_a_catalogue_of_our_own_is_read_again_without_a_word(tmp_path):
+    table = read_table(write(tmp_path, "ra,dec,plate,mjd,fiberid\n1,2,4055,55359,1\n"), "dr16")
+    table = pd.concat([table, read_table(write(tmp_path, "ra,dec\n3,4\n"))])
+    table[["specobjid", "ra", "dec"]].to_csv(tmp_path / "again.csv", index=False)
+    again = read_quietly(tmp_path / "again.csv")
+    assert again.specobjid.tolist() == table.specobjid.tolist()
+    assert again.run2d.tolist() == ["v5_13_0", ""] and not again.attrs["warnings"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(plate=267), dict(mjd=51603), dict(fiberid=2), dict(run2d="103"), dict(run2d="v5_13_2")],
+)
+def test_an_identifier_of_another_spectrum_is_refused(tmp_path, changes):
+    row = dict(specobjid=FIRST, ra=1, dec=2) | dict(zip(SPECTRUM, FIRST_SPECTRUM, strict=True))
+    rows = pd.DataFrame([row | dict(specobjid="", fiberid=7, run2d="26"), row | changes])
+    rows.to_csv(tmp_path / "own.csv", index=False)
+    ((name, value),) = changes.items()
+    expected = row[name]
+    message = f"'{name}', row 2: '{value}'; expected {expected} as in specobjid {FIRST}"
+    with pytest.raises(InvalidInputError, match=message):
+        read_quietly(tmp_path / "own.csv")
+
+
+def test_the_index_of_a_parquet_file_is_a_column(tmp_path):
+    own = pd.DataFrame(dict(ra=[1.0, 3.0], dec=[2.0, 4.0]), index=[FIRST, int(NEGATIVE)])
+    own.rename_axis("specobjid").to_parquet(tmp_path / "own.parquet")
+    assert read_quietly(tmp_path / "own.parquet").specobjid.tolist() == [FIRST, int(NEGATIVE)]
+    own.set_axis([0, 0]).to_parquet(tmp_path / "own.parquet")
+    assert read_quietly(tmp_path / "own.parquet").ra.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "ra, dec",
+    [
+        ("PLUG_RA", "PLUG_DEC"),
+        ("TARGET_RA", "TARGET_DEC"),
+        ("RAdeg", "DEdeg"),
+        ("raMean", "decMean"),
+        ("raStack", "decStack"),
+        ("alpha", "delta"),
+        ("ALPHA_J2000", "DELTA_J2000"),
+        ("RA_1", "DEC_1"),
+        ("meanra", "meandec"),
+        ("RA(deg)", "DEC(deg)"),
+        ("RA (deg)", "DEC (deg)"),
+        ("RA_d", "DEC_d"),
+        ("RACAT", "DECCAT"),
+        ("FIBER_RA", "FIBER_DEC"),
+        ("_RA.icrs", "_DE.icrs"),
+        ("RA_ICRS", "DE_ICRS"),
+        ("Right Ascension", "Declination"),
+        ("R.A.", "Decl."),
+        ("RAJ2000", "dec"),
+    ],
+)
+def test_names_of_positions(tmp_path, ra, dec):
+    table = read_quietly(write(tmp_path, f"{ra},{dec},{ra}_err,rad\n1,2,3,4\n"))
+    assert table[["ra", "dec"]].to_numpy().tolist() == [[1, 2]] and not table.attrs["warnings"]
+
+
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("_RAJ2000,_DEJ2000,RAJ2000,DEJ2000\n1,2,09 46 48.0,-01 00 00\n", "'_RAJ2000' and"),
+        ("RA,DEC,RA_d,DEC_d\n09 46 48.0,-01 00 00,1,2\n", "'RA_d' and 'DEC_d'"),
+        ("RA_1,DEC_1,ra,dec\n3,4,1,2\n", "'ra' and 'dec'"),
+        ("TARGET_RA,RA,TARGET_DEC\n1,3,2\n", None),
+    ],
+)
+def test_of_several_positions_degrees_of_one_pair_are_read(tmp_path, text, read):
+    table = read_quietly(write(tmp_path, text))
+    assert table[["ra", "dec"]].to_numpy().tolist() == [[1, 2]]
+    assert read in table.attrs["warnings"] if read else not table.attrs["warnings"]
+
+
+def test_hours_and_degrees_below_zero_are_read_with_a_warning(tmp_path):
+    rows = "09 46 48.0,-01 00 00\n10h46m48s,-01d00m00s\n11:46:48,-1:00:00\n"
+    table = read_quietly(write(tmp_path, f"RA,DEC\n{rows}"))
+    np.testing.assert_allclose(table[["ra", "dec"]], [[146.7, -1], [161.7, -1], [176.7, -1]])
+    assert "hours and degrees with minutes" in table.attrs["warnings"]
+    table = read_quietly(write(tmp_path, "RA,DEC\n-13.3,2\n179,4\n"))
+    np.testing.assert_allclose(table.ra, [346.7, 179])
+    assert "360 degrees are added in 1 rows" in table.attrs["warnings"]
+
+
+def two_tables() -> list:
+    "Two tables with other positions."
+    return [Table(dict(ra=[1.0], dec=[2.0])), Table(dict(ra=[3.0], dec=[2.0]))]
+
+
+@pytest.mark.parametrize("ending", ["fits", "vot"])
+def test_of_several_tables_one_is_chosen(tmp_path, ending):
+    path = tmp_path / f"own.{ending}"
+    if ending == "fits":
+        hdus = fits.HDUList([fits.PrimaryHDU(), *map(fits.table_to_hdu, two_tables())])
+        for hdu, name in zip(hdus[1:], ("galaxies", "stars"), strict=True):
+            hdu.name = name
+        hdus.writeto(path)
+    else:
+        file, other = map(votable.from_table, two_tables())
+        file.resources[0].tables.append(other.get_first_table())
+        for table, name in zip(file.iter_tables(), ("galaxies", "stars"), strict=True):
+            table.name = name
+        file.to_xml(str(path))
+    for name, ra in (("Galaxies", 1), ("stars", 3), ("1", 1), (2, 3)):
+        assert read_quietly(path, table_name=name).ra.tolist() == [ra]
+    listed = r"1 '(?i:galaxies)' \(1 rows, 2 columns\), 2 '"
+    for name in (None, "3"):
+        with pytest.raises(InvalidInputError, match=listed):
+            read_quietly(path, table_name=name)
+    with pytest.raises(InvalidInputError, match="is one table"):
+        read_quietly(write(tmp_path, "ra,dec\n1,2\n"), table_name="stars")
+
+
+def test_the_table_of_a_profile_is_chosen_by_name_or_number():
+    for name in ("GALAXIES", 2, None):
+        profile = get_profile("paper", [f"archives.table_name={name}"])
+        assert profile.archives.table_name == name
+
+
+def test_columns_of_a_votable_are_called_by_their_names(tmp_path):
+    file = votable.from_table(Table(dict(col1=[1.0], col2=[2.0])))
+    for column, name in zip(file.get_first_table().fields, ("RAJ2000", "DEJ2000"), strict=True):
+        column.name = name
+    file.to_xml(str(tmp_path / "own.vot"))
+    assert read_quietly(tmp_path / "own.vot").ra.tolist() == [1]
+
+
+@pytest.mark.parametrize("ending", ["csv", "fits", "vot", "xml"])
+def test_packed_tables_are_read_up_to_a_size(tmp_path, ending, monkeypatch):
+    own = Table(dict(ra=[1.0], dec=[2.0]))
+    form = dict(csv="ascii.csv", fits="fits").get(ending, "votable")
+    own.write(tmp_path / f"own.{ending}", format=form)
+    packed = gzip.compress((tmp_path / f"own.{ending}").read_bytes())
+    for name in (f"own.{ending}.gz", f"unnamed.{ending}"):
+        (tmp_path / name).write_bytes(packed)
+        assert read_quietly(tmp_path / name).ra.tolist() == [1]
+    (tmp_path / f"cut.{ending}.gz").write_bytes(packed[:-9])
+    with pytest.raises(DamagedFileError):
+        read_quietly(tmp_path / f"cut.{ending}.gz")
+    monkeypatch.setattr(chapter, "_MAX_BYTES", 10)
+    with pytest.raises(InvalidInputError, match="unpacks to more than"):
+        read_quietly(tmp_path / f"own.{ending}.gz")
+
+
+def test_folders_of_parquet_files_are_one_table(tmp_path):
+    own = pd.DataFrame(
+        dict(
+            ra=[1.0, 3.0, 5.0],
+            dec=[2.0, 4.0, 6.0],
+            plate=[266, 266, 267],
+            mjd=51602,
+            fiberid=[1, 2, 1],
+        )
+    )
+    own.to_parquet(tmp_path / "own", partition_cols=["plate"])
+    table = read_quietly(tmp_path / "own")
+    assert sorted(table.plate) == [266, 266, 267] and sorted(table.ra) == [1, 3, 5]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingInputError, match="no .parquet file"):
+        read_quietly(tmp_path / "empty")
+
+
+def test_text_in_latin_1_is_read_with_a_warning(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_bytes("ra,dec,name\n1,2,Seyfert \xe9toile\x85\n".encode("latin-1"))
+    table = read_quietly(path)
+    assert table.ra.tolist() == [1] and "read as Latin-1" in table.attrs["warnings"]
+
+
+@pytest.mark.parametrize(
+    "name, release",
+    [("spec-0266-51602-0001.fits", "26"), ("spec-3586-55181-0003.fits", "v5_11_0")],
+)
+def test_tables_in_real_spectra(real_data, name, release):
+    path = real_data / "sdss" / name
+    with pytest.raises(InvalidInputError, match="tables: 1 'COADD'"):
+        read_quietly(path)
+    row = read_quietly(path, table_name="2").iloc[0]
+    numbers = [int(number) for number in name[5:-5].split("-")]
+    assert row[SPECTRUM].tolist() == [*numbers, release]
+    assert row.specobjid == specobjid_of_spectrum(*numbers, release)
 
 
 def random_sky(seed, n) -> tuple:
