@@ -5,6 +5,7 @@
 # %% ../nbs/04_formats.ipynb #464f78f3
 from __future__ import annotations
 import contextlib
+import gzip
 import io
 import math
 import os
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from astropy import units
+from astropy.coordinates import angular_separation
 from astropy.io import fits
 from astropy.nddata import InverseVariance
 from fastcore.basics import patch
@@ -27,8 +29,8 @@ from .config import (ArchiveParameters, DamagedFileError, InvalidInputError,
 __all__ = ['RUN2D_PATTERN', 'LEGACY_RUN2D', 'FIRST_BOSS_PLATE', 'FIRST_SDSS_V_PLATE', 'BOSS_RUN2D', 'PIXEL_MASK_BITS', 'DLOGLAM',
            'SPZLINES', 'check_run2d', 'spectrum_name', 'spectrum_path', 'specobjid_of_spectrum', 'SpectrumNames',
            'spectrum_of_specobjid', 'specobjid_of_position', 'damage_reported', 'check_checksums', 'open_fits',
-           'mask_bits', 'SDSSSpectrum', 'read_sdss', 'check_spectrum', 'sdss_spectrum_bytes', 'from_specutils',
-           'air_to_vacuum']
+           'mask_bits', 'SDSSSpectrum', 'read_sdss', 'OtherPositionError', 'check_spectrum', 'sdss_spectrum_bytes',
+           'from_specutils', 'air_to_vacuum']
 
 # %% ../nbs/04_formats.ipynb #75790185
 RUN2D_PATTERN = r"\d{2,3}|v(5_\d{1,2}|6_[0-5]?\d)(_\d{1,2})?"  # of which identifiers have room
@@ -147,11 +149,21 @@ def damage_reported(
         cause = f"{type(error).__name__} {str(error)[:200]}"
         raise DamagedFileError(f"{before}damaged contents: {cause}") from error
 
+# %% ../nbs/04_formats.ipynb #46c3b94d
+_MAX_UNPACKED = 1 << 28  # bytes of a gzipped file after unpacking
+
 def _read_bytes(
     source:str | os.PathLike | bytes,  # a path, or the contents of a file
 ) -> bytes:
-    "The contents of a file."
-    return source if isinstance(source, bytes) else Path(source).read_bytes()
+    """The contents of a file, unpacked if it is gzipped. Raises `DamagedFileError` where that is
+    cut off or unpacks to too much."""
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if content[:2] != b"\x1f\x8b": return content
+    try: unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_MAX_UNPACKED + 1)
+    except EOFError as error: raise DamagedFileError("truncated: a gzipped file") from error
+    if len(unpacked) > _MAX_UNPACKED:
+        raise DamagedFileError(f"a file that unpacks to more than {_MAX_UNPACKED >> 20} MB")
+    return unpacked
 
 # %% ../nbs/04_formats.ipynb #2d872a23
 class _Unit(NamedTuple):
@@ -159,37 +171,40 @@ class _Unit(NamedTuple):
     text: bytes  # of the header
     header: fits.Header
     data: bytes
+    end: int  # where the data end in the file
 
 _HEADER = re.compile(rb"(?:[A-Z0-9_ -]{8}[ -~]{72})+?END {77}")
 
 def _to_block(n_bytes:int) -> int: return n_bytes + -n_bytes % 2880
 
 @lru_cache(maxsize=1024)
-def _parse_header(text:bytes) -> fits.Header:
-    "A header. Raises `DamagedFileError` for numbers of axes and sizes that cannot be."
+def _parse_header(text:bytes) -> tuple[fits.Header, int]:
+    """A header, and how many bytes of data it declares. Raises `DamagedFileError` for numbers of
+    axes and sizes that cannot be."""
     header = fits.Header.fromstring(text)
     counts = [int(header.get(key, 0)) for key in ("NAXIS", "ZNAXIS", "TFIELDS")]
     if not 0 <= max(counts) <= 999: raise DamagedFileError(f"a damaged header: {max(counts)} axes")
     if header.data_size < 0: raise DamagedFileError("a damaged header: a negative size")
-    return header
+    return header, header.data_size
 
 # %% ../nbs/04_formats.ipynb #5948062b
 def _fits_units(content:bytes) -> list[_Unit]:
-    """The units of a FITS file, the last of which ends where the file does. Raises
-    `DamagedFileError`."""
+    """The units of a FITS file. The last block may be unfilled, and zeros or blanks may follow it.
+    Raises `DamagedFileError`."""
     if content[:2000].lstrip()[:1] == b"<": raise DamagedFileError("a web page, no FITS file")
     if content[:9] != b"SIMPLE  =": raise DamagedFileError("no FITS file")
     units, at = [], 0
     while at < len(content):
         match = _HEADER.match(content, at)
+        if not match and units and not content[at:].strip(b"\0 "): break
         if not match: raise DamagedFileError(f"a damaged header at byte {at} of {len(content)}")
-        header = _parse_header(match[0])
+        header, size = _parse_header(match[0])
         start = at + _to_block(len(match[0]))
-        size = header.data_size
-        at = start + _to_block(size)
-        if at > len(content):
-            raise DamagedFileError(f"truncated: {len(content)} bytes of {at} or more")
-        units.append(_Unit(match[0], header, content[start:start + size]))
+        end = start + size
+        if size and end > len(content):
+            raise DamagedFileError(f"truncated: {len(content)} bytes of {end} or more")
+        units.append(_Unit(match[0], header, content[start:end], end))
+        at = _to_block(end)
     return units
 
 # %% ../nbs/04_formats.ipynb #e7f70b54
@@ -206,6 +221,7 @@ def check_checksums(
     content:bytes,  # of a FITS file
 ):
     "Raises `DamagedFileError` where data or header differ from their DATASUM or CHECKSUM."
+    content = _read_bytes(content)
     if b"SUM" not in content: return
     with open_fits(content) as hdus:
         for hdu in hdus:
@@ -222,8 +238,10 @@ def open_fits(
     while they are used."""
     with damage_reported(source):
         content = _read_bytes(source)
-        for unit in _fits_units(content): _check_claims(unit.header)
-        with fits.open(io.BytesIO(content)) as hdus: yield hdus
+        units = _fits_units(content)
+        for unit in units: _check_claims(unit.header)
+        whole = _to_block(units[-1].end)  # astropy warns of other lengths
+        with fits.open(io.BytesIO(content[:whole].ljust(whole, b"\0"))) as hdus: yield hdus
 
 # %% ../nbs/04_formats.ipynb #425a8810
 PIXEL_MASK_BITS = dict(NOPLUG=0, BADTRACE=1, BADFLAT=2, BADARC=3, MANYBADCOLUMNS=4, MANYREJECTED=5,
@@ -255,13 +273,15 @@ class SDSSSpectrum:
     zwarning: int = 0
     object_class: str = ""  # GALAXY, QSO or STAR
     subclass: str = ""
-    ra: float = math.nan  # degrees, J2000
+    ra: float = math.nan  # degrees, J2000; NaN where the file has no position
     dec: float = math.nan
-    plate: int = 0
+    plate: int = 0  # 0 for SDSS-V, like fiberid
     mjd: int = 0
     fiberid: int = 0
     or_mask: np.ndarray | None = None  # (n,) bits that are set in any exposure
     model: np.ndarray | None = None  # (n,) SDSS's best-fitting template, unit of flux
+    field: int = 0  # of SDSS-V, like catalogid; else 0
+    catalogid: int = 0
 
 # %% ../nbs/04_formats.ipynb #a5f1b117
 @patch(as_prop=True)
@@ -274,20 +294,77 @@ def wavelength(self:SDSSSpectrum) -> np.ndarray:
     "The pixels' centres, Angstrom in vacuum, observed frame, (n,)."
     return 10**self.loglam
 
-# %% ../nbs/04_formats.ipynb #e5b1e5b0
-@lru_cache(maxsize=1024)
-def _record_type(header:bytes) -> np.dtype:
-    "numpy's type for the rows of a binary table, with lower-case names."
-    record = fits.BinTableHDU.fromstring(header.ljust(_to_block(len(header)))).columns.dtype
-    record = record.newbyteorder(">")
-    record.names = [name.lower() for name in record.names]
-    return record
+# %% ../nbs/04_formats.ipynb #ef8c8dd1
+_FIRST_BOSS_PLATE = 3510
 
-def _table_rows(unit:_Unit) -> np.ndarray:
-    "The rows of a binary table, as records. Raises `DamagedFileError`."
+@patch(as_prop=True)
+def name(self:SDSSSpectrum) -> str:
+    "Name of its file in the archive (since data release 8; that of SDSS-V since 19)."
+    if self.catalogid: return f"spec-{self.field:06d}-{self.mjd}-{self.catalogid}.fits"
+    return spectrum_name(self.plate, self.mjd, self.fiberid)
+
+@patch(as_prop=True)
+def fibre_diameter(self:SDSSSpectrum) -> float:
+    "On the sky, arcsec: 3 for the legacy spectrograph, 2 for BOSS and SDSS-V; NaN if unknown."
+    if self.catalogid or self.plate >= _FIRST_BOSS_PLATE: return 2.0
+    return 3.0 if self.plate else math.nan
+
+@patch
+def separation(self:SDSSSpectrum,
+    ra:float,  # degrees
+    dec:float,  # degrees
+) -> float:
+    "Arcseconds between the fibre and a position; NaN where the file has no position."
+    angles = np.radians([self.ra, self.dec, ra, dec])
+    return float(np.degrees(angular_separation(*angles)))*3600
+
+# %% ../nbs/04_formats.ipynb #e5b1e5b0
+class _Table(NamedTuple):
+    "A binary table, its names in lower case."
+    rows: np.ndarray  # records, as they are stored
+    encoded: dict[str, fits.Column]  # the columns whose values are not what is stored
+
+def _is_encoded(column:fits.Column) -> bool:
+    "Whether a column has TSCAL, TZERO, TNULL or logical values."
+    scaling = column.bscale not in (None, 1) or column.bzero or column.null is not None
+    return bool(scaling) or column.format.format == "L"
+
+@lru_cache(maxsize=1024)
+def _table_layout(header:bytes) -> tuple[np.dtype, dict]:
+    "numpy's type for the rows of a binary table, and its encoded columns."
+    columns = fits.BinTableHDU.fromstring(header.ljust(_to_block(len(header)))).columns
+    record = columns.dtype.newbyteorder(">")
+    record.names = [name.lower() for name in record.names]
+    return record, {column.name.lower(): column for column in columns if _is_encoded(column)}
+
+def _read_table(unit:_Unit) -> _Table:
+    "The table in a unit. Raises `DamagedFileError`."
     if not (unit.data and "TFIELDS" in unit.header):
         raise DamagedFileError("no spectrum: a table is missing or empty")
-    return np.frombuffer(unit.data, _record_type(unit.text), unit.header["NAXIS2"])
+    record, encoded = _table_layout(unit.text)
+    return _Table(np.frombuffer(unit.data, record, unit.header["NAXIS2"]), encoded)
+
+# %% ../nbs/04_formats.ipynb #3a116581
+def _shifted(stored:np.ndarray, zero:int) -> np.ndarray:
+    "Integers plus an offset, exact also beyond 2**53."
+    values = stored.astype(np.int64).view(np.uint64) + np.uint64(zero % 2**64)  # modulo 2**64
+    return values if zero >= 2**63 else values.view(np.int64)
+
+def _decoded(stored:np.ndarray, column:fits.Column) -> np.ndarray:
+    "The values of an encoded column; NaN where there is none."
+    if column.format.format == "L": return stored == ord("T")
+    scale, zero = column.bscale or 1, column.bzero or 0
+    if scale == 1 and float(zero).is_integer() and stored.dtype.kind in "iu":
+        values = _shifted(stored, int(zero))
+    else: values = zero + scale*stored.astype(float)
+    no_value = stored == column.null if column.null is not None else np.zeros(len(stored), bool)
+    return np.where(no_value, np.nan, values) if no_value.any() else values
+
+def _column(table:_Table, name:str) -> np.ndarray:
+    "The values of a column. Raises `DamagedFileError` if there is no such column."
+    if name not in table.rows.dtype.names: raise DamagedFileError(f"no spectrum: no column {name}")
+    stored = table.rows[name]
+    return _decoded(stored, table.encoded[name]) if name in table.encoded else stored
 
 # %% ../nbs/04_formats.ipynb #13d2fac4
 def _grid_start(loglam:np.ndarray) -> float:
@@ -299,44 +376,75 @@ def _grid_start(loglam:np.ndarray) -> float:
     return start
 
 # %% ../nbs/04_formats.ipynb #b154b635
-_OBJECT_COLUMNS = dict(redshift="z", zwarning="zwarning", object_class="class", subclass="subclass",
-    ra="plug_ra", dec="plug_dec", plate="plate", mjd="mjd", fiberid="fiberid")
+_MEASURED = dict(redshift="z", zwarning="zwarning", object_class="class", subclass="subclass")
+_BY_PLATE = dict(plate="plate", mjd="mjd", fiberid="fiberid")  # columns that name a spectrum
+_BY_FIELD = dict(field="field", mjd="mjd", catalogid="catalogid")  # likewise, of SDSS-V
+_POSITIONS = (("plug_ra", "plug_dec"), ("racat", "deccat"), ("fiber_ra", "fiber_dec"))
 _PIXEL_COLUMNS = dict(flux=np.float32, ivar=np.float32, and_mask=np.uint32, or_mask=np.uint32,
     model=np.float32)
 
-def _spectrum_of_tables(pixels:np.ndarray, objects:np.ndarray) -> SDSSSpectrum:
-    "The spectrum in the first two tables of a file."
-    lacking = {"flux", "loglam", "ivar", "and_mask"}.difference(pixels.dtype.names)
+def _position(ra:float, dec:float) -> dict:
+    "A position, degrees; NaN where it is a number such as -9999."
+    is_position = 0 <= ra <= 360 and abs(dec) <= 90
+    return dict(ra=ra, dec=dec) if is_position else dict(ra=math.nan, dec=math.nan)
+
+def _fibre_position(objects:_Table) -> dict:
+    "The first usable position in the second table of a file."
+    for names in _POSITIONS:
+        if not set(names) <= set(objects.rows.dtype.names): continue
+        position = _position(*(_column(objects, name)[0].item() for name in names))
+        if math.isfinite(position["ra"]): return position
+    return _position(math.nan, math.nan)
+
+# %% ../nbs/04_formats.ipynb #56ab3dbf
+def _pixel_values(pixels:_Table) -> dict:
+    "The arrays of a spectrum in the first table of a file, as far as they are there."
+    lacking = {"flux", "loglam", "ivar", "and_mask"}.difference(pixels.rows.dtype.names)
     if lacking: raise DamagedFileError(f"no spectrum: no column {', '.join(sorted(lacking))}")
-    arrays = {name: pixels[name].astype(dtype) for name, dtype in _PIXEL_COLUMNS.items()
-        if name in pixels.dtype.names}
-    values = {name: objects[column][0].item() for name, column in _OBJECT_COLUMNS.items()}
+    arrays = {}
+    for name in _PIXEL_COLUMNS.keys() & set(pixels.rows.dtype.names):
+        values, dtype = _column(pixels, name), _PIXEL_COLUMNS[name]
+        if dtype == np.uint32 and values.dtype.kind == "f":  # bits that were stored as floats
+            values = np.nan_to_num(values).astype(np.int64)
+        arrays[name] = values.astype(dtype)
+    return arrays
+
+def _spectrum_of_tables(pixels:_Table, objects:_Table) -> SDSSSpectrum:
+    "The spectrum in the first two tables of a file."
+    names = _MEASURED | (_BY_PLATE if "plate" in objects.rows.dtype.names else _BY_FIELD)
+    values = {name: _column(objects, column)[0].item() for name, column in names.items()}
     for name in ("object_class", "subclass"): values[name] = values[name].decode("latin1").strip()
-    return SDSSSpectrum(**arrays, **values, loglam0=_grid_start(pixels["loglam"].astype(float)))
+    arrays, loglam = _pixel_values(pixels), _column(pixels, "loglam").astype(float)
+    return SDSSSpectrum(**arrays, **values, **_fibre_position(objects), loglam0=_grid_start(loglam))
 
 # %% ../nbs/04_formats.ipynb #d07f7c59
 _SPEC_CLASS = ("UNKNOWN", "STAR", "GALAXY", "QSO", "QSO", "SKY", "STAR")  # by SPEC_CLN
-_NUMBERS = dict(loglam0="COEFF0", redshift="Z", ra="RAOBJ", dec="DECOBJ")
 _INTEGERS = dict(plate="PLATEID", mjd="MJD", fiberid="FIBERID")
+
+def _image(unit:_Unit) -> np.ndarray:
+    "The pixels of the image in the first unit of a file."
+    parts = unit.text.ljust(_to_block(len(unit.text))), unit.data.ljust(_to_block(len(unit.data)))
+    return fits.PrimaryHDU.fromstring(b"".join(parts)).data
 
 def _spectrum_of_spspec(unit:_Unit) -> SDSSSpectrum:
     "The spectrum in the image of a file of data release 7 or earlier."
     header = unit.header
-    image = np.frombuffer(unit.data, ">f4").reshape(header["NAXIS2"], header["NAXIS1"])
-    flux, _, error, mask = image[:4].astype(float)
+    flux, _, error, mask = _image(unit)[:4].astype(float)
     if abs(header["COEFF1"] - DLOGLAM) > 1e-9:
         raise DamagedFileError(f"no spectrum: its pixels are {header['COEFF1']} dex wide")
-    values = {name: float(header[key]) for name, key in _NUMBERS.items()}
-    values |= {name: int(header[key]) for name, key in _INTEGERS.items()}
+    values = {name: int(header[key]) for name, key in _INTEGERS.items()}
+    position = _position(*(float(header.get(key, math.nan)) for key in ("RAOBJ", "DECOBJ")))
     with np.errstate(divide="ignore"): ivar = np.where(error > 0, 1/error**2, 0)
     and_mask = np.nan_to_num(mask).astype(np.int64).astype(np.uint32)
     return SDSSSpectrum(flux.astype(np.float32), ivar.astype(np.float32), and_mask, **values,
+        **position, loglam0=float(header["COEFF0"]), redshift=float(header["Z"]),
         zwarning=int(header.get("Z_WARNIN", 0)), object_class=_SPEC_CLASS[header["SPEC_CLN"]])
 
 # %% ../nbs/04_formats.ipynb #a8de68ea
 def read_sdss(
     source:str | os.PathLike | bytes,  # path or contents of a spec-PPPP-MMMMM-FFFF.fits, full or
-        # lite, legacy or BOSS, or of a spSpec-MMMMM-PPPP-FFF.fit
+        # lite, legacy or BOSS, of a spec-FFFFFF-MMMMM-CATALOGID.fits of SDSS-V, or of a
+        # spSpec-MMMMM-PPPP-FFF.fit; each may be gzipped
 ) -> SDSSSpectrum:
     """Reads a spectrum of any of SDSS's data releases. Raises `MissingInputError` where there is no
     file, `DamagedFileError` for one that is cut off or something else."""
@@ -344,17 +452,23 @@ def read_sdss(
         units = _fits_units(_read_bytes(source))
         if units[0].data: return _spectrum_of_spspec(units[0])
         if len(units) < 3: raise DamagedFileError("no spectrum: a table is missing or empty")
-        return _spectrum_of_tables(_table_rows(units[1]), _table_rows(units[2]))
+        return _spectrum_of_tables(_read_table(units[1]), _read_table(units[2]))
 
 # %% ../nbs/04_formats.ipynb #99f79aa4
+class OtherPositionError(DamagedFileError):
+    "A sound spectrum, of another position than the one given. To fetch it again does not help."
+
 def check_spectrum(
     content:bytes,  # of the file
     plate:int,
     mjd:int,
     fiberid:int,
+    ra:float=math.nan,  # where the galaxy is, degrees; NaN: anywhere
+    dec:float=math.nan,  # degrees
+    max_separation:float=3.0,  # between galaxy and fibre, arcsec; not compared if it is unknown
 ):
     """Raises `DamagedFileError` unless `content` is a readable SDSS spectrum of that plate, MJD and
-    fibre with at least one measured pixel."""
+    fibre with at least one measured pixel, and `OtherPositionError` if its fibre was elsewhere."""
     spectrum = read_sdss(content)
     check_checksums(content)
     identity, asked = (spectrum.plate, spectrum.mjd, spectrum.fiberid), (plate, mjd, fiberid)
@@ -362,6 +476,10 @@ def check_spectrum(
         raise DamagedFileError(f"another spectrum: {identity}, asked for {asked}")
     if not (np.isfinite(spectrum.flux) & np.isfinite(spectrum.ivar) & (spectrum.ivar > 0)).any():
         raise DamagedFileError("an empty spectrum: no pixel with flux and ivar > 0")
+    separation = spectrum.separation(ra, dec)
+    if separation > max_separation:
+        raise OtherPositionError(f"another position: the fibre was at {spectrum.ra:.5f} "
+            f"{spectrum.dec:+.5f}, {separation:,.1f} arcsec from {ra:.5f} {dec:+.5f}")
 
 # %% ../nbs/04_formats.ipynb #ace897f9
 SPZLINES = {"Ly_alpha": 1215.67, "N_V 1240": 1240.81, "C_IV 1549": 1549.48, "He_II 1640": 1640.42,
@@ -420,16 +538,19 @@ def _table_bytes(name:str, n_rows:int, values:dict) -> bytes:
 def _primary_header(spectrum:SDSSSpectrum) -> bytes:
     "The first header of a file, by which other readers know it."
     header = fits.PrimaryHDU().header
-    header.update(TELESCOP="SDSS 2.5-M", VERSION="MOCK", RA=spectrum.ra, DEC=spectrum.dec,
-        PLATEID=spectrum.plate, MJD=spectrum.mjd, FIBERID=spectrum.fiberid)
+    known = dict(RA=spectrum.ra, DEC=spectrum.dec) if math.isfinite(spectrum.ra) else {}
+    header.update(TELESCOP="SDSS 2.5-M", VERSION="MOCK", **known, PLATEID=spectrum.plate,
+        MJD=spectrum.mjd, FIBERID=spectrum.fiberid)
     return header.tostring().encode()
 
 def _specobj_values(spectrum:SDSSSpectrum) -> dict:
     "Columns of SPECOBJ that follow from the spectrum."
     identity = spectrum.plate, spectrum.mjd, spectrum.fiberid, "26"
     s_n = (spectrum.flux*np.sqrt(spectrum.ivar))[spectrum.ivar > 0]
-    values = {column.upper(): getattr(spectrum, name) for name, column in _OBJECT_COLUMNS.items()}
-    return values | dict(SURVEY="sdss", INSTRUMENT="SDSS", RUN2D="26", SPECPRIMARY=1,
+    names = (_MEASURED | _BY_PLATE).items()
+    values = {column.upper(): getattr(spectrum, name) for name, column in names}
+    return values | dict(PLUG_RA=spectrum.ra, PLUG_DEC=spectrum.dec, SURVEY="sdss",
+        INSTRUMENT="SDSS", RUN2D="26", SPECPRIMARY=1,
         SPECOBJID=f"{specobjid_of_spectrum(*identity):22d}", SN_MEDIAN_ALL=np.median(s_n))
 
 # %% ../nbs/04_formats.ipynb #806fe97f
@@ -440,7 +561,9 @@ def sdss_spectrum_bytes(
     sky=0.0,  # (n,) flux of the night sky, unit of flux
     specobj:dict | None=None,  # further columns of SPECOBJ by name, e.g. dict(Z_ERR=1e-5)
 ) -> bytes:
-    "A *lite* file of the legacy spectrograph (run2d 26), from which `read_sdss` reads `spectrum`."
+    """A *lite* file of the legacy spectrograph (run2d 26), from which `read_sdss` reads `spectrum`.
+    Raises `InvalidInputError` for one that is not named by plate."""
+    if spectrum.catalogid: raise InvalidInputError(f"{spectrum.name} has no plate to be written.")
     pixels = {name: getattr(spectrum, name) for name in ("loglam", *_PIXEL_COLUMNS)}
     row = _specobj_values(spectrum) | dict(BESTOBJID=str(bestobjid)) | (specobj or {})
     lines = dict(LINENAME=list(SPZLINES), LINEWAVE=list(SPZLINES.values()), LINEZ=spectrum.redshift,
@@ -451,7 +574,7 @@ def sdss_spectrum_bytes(
 
 # %% ../nbs/04_formats.ipynb #3bcc131c
 _META = ("zwarning", "object_class", "subclass", "ra", "dec", "plate", "mjd", "fiberid",
-    "and_mask", "or_mask", "model")
+    "field", "catalogid", "and_mask", "or_mask", "model")
 _FLUX_UNIT = units.Unit(1e-17*units.erg/units.s/units.cm**2/units.AA)
 
 @patch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import faulthandler
+import gzip
 import io
 import json
 import os
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,10 @@ import pytest
 from astropy import units as u
 from astropy.io import fits
 from astropy.nddata import StdDevUncertainty
+from astropy.table import Table
 from specutils import Spectrum
 
+from specpred import formats
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpecpredError
 from specpred.cutouts import (
     check_cutout,
@@ -28,6 +33,7 @@ from specpred.cutouts import (
 )
 from specpred.formats import (
     DLOGLAM,
+    OtherPositionError,
     SDSSSpectrum,
     check_spectrum,
     from_specutils,
@@ -264,6 +270,197 @@ def test_wrong_downloads_of_spectra_are_named_by_their_cause(content, cause):
         check_spectrum(content, *IDENTITY)
 
 
+
+# other forms of the same file
+
+
+def end_of_data(content: bytes) -> int:
+    "Where the data of the last HDU end, before the padding."
+    with fits.open(io.BytesIO(content)) as hdus:
+        return hdus[-1].fileinfo()["datLoc"] + hdus[-1].size
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_packed_and_unpadded_files_are_complete(tmp_path, checksum):
+    "astropy reads them all and warns of some; nothing warns here."
+    cutout = cutout_bytes(checksum=checksum)
+    for content in (SPECTRUM, cutout):
+        end = end_of_data(content)
+        forms = (content[:end], content[: end + 7], content + bytes(1000), content + b" " * 2880)
+        forms += tuple(gzip.compress(form) for form in (content, *forms))
+        for form in forms:
+            (tmp_path / "file").write_bytes(form)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                if content is SPECTRUM:
+                    check_spectrum(form, *IDENTITY)
+                    spectrum = read_sdss(tmp_path / "file")
+                    np.testing.assert_array_equal(spectrum.flux, some_spectrum().flux)
+                else:
+                    check_cutout(form, "g", 180, 30, SIZE)
+                    assert read_cutout(tmp_path / "file").band == "g"
+        lost = content[: end - 1]
+        for form in (lost, gzip.compress(lost), gzip.compress(content)[:-30]):
+            with pytest.raises(DamagedFileError, match="truncated"):
+                read_sdss(form) if content is SPECTRUM else check_cutout(form, "g", 180, 30, SIZE)
+
+
+def test_a_gzipped_file_that_unpacks_to_too_much_is_refused(monkeypatch):
+    monkeypatch.setattr(formats, "_MAX_UNPACKED", 1 << 20)
+    bomb = gzip.compress(SPECTRUM + bytes(200 << 20), 1)
+    tracemalloc.start()
+    with pytest.raises(DamagedFileError, match="unpacks to more than 1 MB"):
+        read_sdss(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def rewritten(content: bytes, change, **cards) -> bytes:
+    "The file as astropy writes it again; `change` gets the columns of the first two tables."
+    with fits.open(io.BytesIO(content)) as hdus:
+        tables = []
+        for hdu in hdus[1:3]:
+            columns = {name: hdu.data[name].copy() for name in hdu.columns.names}
+            table = fits.BinTableHDU(Table(change(columns)), name=hdu.name)
+            table.header.update({k: v for k, v in cards.items() if hdu.name == "COADD"})
+            tables.append(table)
+        return fits_bytes(fits.PrimaryHDU(header=hdus[0].header), *tables)
+
+
+UNSIGNED = dict(
+    and_mask="u4", or_mask="u8", PLATE="u2", MJD="u4", FIBERID="u8", ZWARNING="u2", CLASS="S40"
+)
+
+
+def unsigned(columns: dict) -> dict:
+    types = {name: UNSIGNED.get(name, values.dtype) for name, values in columns.items()}
+    return {name: values.astype(types[name]) for name, values in columns.items()}
+
+
+def assert_equal_spectra(one, other, but=()):
+    for name in SDSSSpectrum.__dataclass_fields__:
+        if name not in but:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+def test_a_file_of_unsigned_numbers_reads_as_the_original():
+    spectrum = dataclasses.replace(some_spectrum(), plate=3, fiberid=2)
+    spectrum.and_mask[:2] = 0, 2**31 + 5
+    content = sdss_spectrum_bytes(spectrum)
+    again = rewritten(content, unsigned)
+    assert b"2147483648" in again and b"9223372036854775808" in again
+    assert_equal_spectra(read_sdss(again), read_sdss(content))
+    check_spectrum(again, 3, 51602, 2)
+
+
+def test_scaled_integers_read_as_astropy_reads_them():
+    scaling = dict(TSCAL1=0.25, TZERO1=10.0, TNULL1=-32768, TSCAL2=1e-4, TZERO2=3.5)
+
+    def stored(columns):
+        if "loglam" in columns:
+            n = np.arange(len(columns["flux"]))
+            columns |= dict(flux=(n % 100 - 50).astype(">i2"), loglam=(n + 800).astype(">i4"))
+            columns["flux"][7] = -32768
+        return columns
+
+    content = rewritten(SPECTRUM, stored, **scaling)
+    spectrum = read_sdss(content)
+    with fits.open(io.BytesIO(content)) as hdus:
+        flux, loglam = hdus[1].data["flux"].copy(), hdus[1].data["loglam"]
+    assert flux[3] == 10 - 47 / 4 and loglam[0] == 3.58
+    flux[7] = np.nan  # astropy leaves TNULL to its tables
+    np.testing.assert_array_equal(spectrum.flux, flux.astype(np.float32))
+    np.testing.assert_allclose(spectrum.loglam, loglam, atol=1e-9)
+
+
+def test_images_of_other_numbers_read_as_the_original(tmp_path):
+    spectrum = some_spectrum()
+    spectrum.and_mask[:] = np.arange(3000)  # 2**24 is beyond the scaled integers
+    write_spspec(tmp_path / "plain.fit", spectrum)
+    plain = read_sdss(tmp_path / "plain.fit")
+    rows, header = fits.getdata(tmp_path / "plain.fit", header=True)
+    double = fits_bytes(fits.PrimaryHDU(rows.astype(float), header))
+    assert_equal_spectra(read_sdss(double), plain)
+    scaled = fits.PrimaryHDU(rows.astype(float), header)
+    scaled.scale("int32", bscale=2.0**-12, bzero=100.0)
+    again = read_sdss(fits_bytes(scaled))
+    np.testing.assert_allclose(again.flux, plain.flux, atol=2.0**-12)
+    np.testing.assert_array_equal(again.and_mask, plain.and_mask)
+
+
+# SDSS-V
+
+NAME = dict(FIELD=112360, MJD=60000, CATALOGID=27021598108289694)
+
+
+def sdss5_bytes(objects: dict) -> bytes:
+    "A file as release 19 has them: upper case, no plate; `objects` are columns of SPALL."
+
+    def change(columns):
+        if "loglam" in columns:
+            return {name.upper(): values for name, values in columns.items()}
+        kept = {name: columns[name] for name in ("Z", "ZWARNING", "CLASS", "SUBCLASS")}
+        return kept | {name: np.array([value]) for name, value in objects.items()}
+
+    return rewritten(SPECTRUM, change)
+
+
+@pytest.mark.parametrize(
+    "objects, ra",
+    [
+        (dict(PLUG_RA=150.1, PLUG_DEC=2.2, RACAT=9.0, DECCAT=9.0), 150.1),
+        (dict(PLUG_RA=-9999.0, PLUG_DEC=-9999.0, RACAT=150.1, DECCAT=2.2), 150.1),
+        (dict(RACAT=np.nan, DECCAT=np.nan, FIBER_RA=150.1, FIBER_DEC=2.2), 150.1),
+        (dict(RACAT=-999.0, DECCAT=-999.0), np.nan),
+        (dict(), np.nan),
+    ],
+)
+def test_spectra_of_sdss_v(objects, ra):
+    spectrum, original = read_sdss(sdss5_bytes(NAME | objects)), read_sdss(SPECTRUM)
+    other = {"plate", "mjd", "fiberid", "field", "catalogid", "ra", "dec"}
+    assert_equal_spectra(spectrum, original, but=other)
+    np.testing.assert_equal(spectrum.ra, ra)
+    assert (spectrum.field, spectrum.mjd, spectrum.catalogid) == tuple(NAME.values())
+    assert spectrum.name == "spec-112360-60000-27021598108289694.fits"
+    assert spectrum.fibre_diameter == 2 and original.fibre_diameter == 3
+    assert original.name == "spec-0266-51602-0017.fits"
+    assert from_specutils(spectrum.to_specutils()).name == spectrum.name
+
+
+def test_a_table_that_names_no_spectrum_is_refused():
+    for lacking in NAME:
+        objects = {name: value for name, value in NAME.items() if name != lacking}
+        with pytest.raises(DamagedFileError, match=f"no column {lacking.lower()}"):
+            read_sdss(sdss5_bytes(objects))
+
+
+# positions
+
+
+def at(ra, dec) -> bytes:
+    "The spectrum, with its fibre elsewhere."
+    return sdss_spectrum_bytes(dataclasses.replace(some_spectrum(), ra=ra, dec=dec))
+
+
+def test_the_fibre_is_compared_with_the_galaxy(tmp_path):
+    check_spectrum(SPECTRUM, *IDENTITY, 150.1 + 2.9 / 3600, 2.2)
+    check_spectrum(at(359.9999, 0.0), *IDENTITY, 0.0001, 0.0)
+    check_spectrum(at(10.0, 89.9), *IDENTITY, 10.4, 89.9, max_separation=3)
+    for ra, dec in ((150.1 + 3.1 / 3600, 2.2), (27.95, 2.2), (150.1, -2.2)):
+        with pytest.raises(OtherPositionError, match="^another position: .* arcsec"):
+            check_spectrum(SPECTRUM, *IDENTITY, ra, dec)
+    check_spectrum(SPECTRUM, *IDENTITY, 27.95, 2.2, max_separation=648_000)
+    for nowhere in (np.nan, -9999.0):
+        check_spectrum(at(nowhere, nowhere), *IDENTITY, 27.95, 2.2)
+        assert np.isnan(read_sdss(at(nowhere, nowhere)).ra)
+    write_spspec(tmp_path / "old.fit", some_spectrum())
+    check_spectrum((tmp_path / "old.fit").read_bytes(), *IDENTITY, 150.1, 2.2)
+    with pytest.raises(OtherPositionError):
+        check_spectrum((tmp_path / "old.fit").read_bytes(), *IDENTITY, 27.95, 2.2)
+    write_spspec(tmp_path / "nowhere.fit", some_spectrum(), RAOBJ=-9999.0)
+    check_spectrum((tmp_path / "nowhere.fit").read_bytes(), *IDENTITY, 27.95, 2.2)
+
+
 def mostly_nothing(part):
     pixels = np.ones((SIZE, SIZE))
     pixels.ravel()[: round(part * pixels.size)] = np.nan
@@ -483,6 +680,11 @@ def test_real_spectra_read_as_astropy_reads_them(real_data, name, redshift, n):
             spectrum.ra == pytest.approx(hdus[2].data["PLUG_RA"][0])
             and spectrum.fiberid == hdus[2].data["FIBERID"][0]
         )
+    assert spectrum.name == name and spectrum.field == 0  # BOSS's FIELD is the imaging's
+    assert spectrum.fibre_diameter == (2 if spectrum.plate == 3586 else 3)
+    content = path.read_bytes()
+    assert_equal_spectra(read_sdss(rewritten(content, unsigned)), spectrum)
+    assert_equal_spectra(read_sdss(gzip.compress(content)), spectrum)
     assert (
         len(spectrum.flux) == n
         and spectrum.object_class == "GALAXY"
