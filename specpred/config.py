@@ -92,6 +92,8 @@ class ArchiveParameters(Settings):
     attempts: int = Field(6, ge=1, le=1000)  # at a file, if busy or damaged
     wait: tuple[_Seconds, _Seconds] = (1.0, 30.0)  # first and longest pause, seconds
     timeout: float = Field(60.0, ge=0.001, le=86_400)  # seconds without a byte
+    # arcsec between a row's position and the fibre of its spectrum, at most
+    max_separation: float = Field(3.0, gt=0, le=648_000)
     # train, valid, calib, test
     split: tuple[_Fraction, _Fraction, _Fraction, _Fraction] = (0.6, 0.1, 0.1, 0.2)
     nside: int = Field(32, ge=1, le=1024)  # of the HEALPix pixels, a power of two

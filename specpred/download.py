@@ -6,7 +6,9 @@
 from __future__ import annotations
 import contextlib
 import hashlib
+import html
 import json
+import re
 import shutil
 import sqlite3
 import threading
@@ -30,7 +32,7 @@ from specpred.catalogue import (catalogue_query, read_skyserver_csv, read_table,
 from .config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError,
     MissingInputError)
 from .cutouts import PS1_SOUTH, check_cutout, skycell_path
-from .formats import check_spectrum, spectrum_path
+from .formats import OtherPositionError, check_spectrum, spectrum_path
 from .local_archive import ArchiveURLs, serve
 from .stages import atomic_path, only_one
 from .surveys import ImagingSurvey
@@ -82,19 +84,41 @@ class NotFoundError(ArchiveError):
 class RefusedError(ArchiveError):
     "The archive does not accept the request, or its answer is unsafe."
 
+# %% ../nbs/11_download.ipynb #6454427c
+MAX_PAGE_BYTES = 1 << 14  # of an error's page that are read
+QUERY_ERRORS = re.compile(r"incorrect syntax|syntax error|invalid (column|object) name|"
+    r"could not be bound|conversion failed|not a recognized|ambiguous column", re.IGNORECASE)
+
+def page_message(
+    page:bytes,  # JSON, HTML or plain text, perhaps cut off
+) -> str:
+    "What an error's page says, at most 300 characters on one line."
+    text = page.decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON object
+        fields = {key.lower().replace(" ", ""): value for key, value in json.loads(text).items()}
+        text = str(fields.get("errormessage") or fields.get("message") or text)
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", text)
+    text = "".join(c if c.isprintable() else " " for c in html.unescape(text))
+    return " ".join(text.split())[:300]
+
 # %% ../nbs/11_download.ipynb #ca4cf6fe
 LONGEST_WAIT = 600  # seconds of Retry-After that are waited for
 
-def raise_for_status(response:httpx.Response):
+def raise_for_status(
+    response:httpx.Response,
+    page:bytes=b"",  # the start of its content
+):
     "Raises unless the status is 200."
     status, url = response.status_code, f"{response.url.host}{response.url.path}"
     if status == 200: return
     if status in (404, 410): raise NotFoundError(f"not found: {url}")
+    message = page_message(page)
+    text = f"({status}): {url}" + (f" says {message!r}" if message else "")
     seconds = response.headers.get("Retry-After", "")
     seconds = int(seconds) if seconds.isdecimal() else 0
-    if (status in (408, 425, 429) or status >= 500) and seconds <= LONGEST_WAIT:
-        raise BusyError(f"busy ({status}): {url}", seconds)
-    raise RefusedError(f"refused ({status}): {url}")
+    may_pass = status in (408, 425, 429) or status >= 500 and not QUERY_ERRORS.search(message)
+    if may_pass and seconds <= LONGEST_WAIT: raise BusyError(f"busy {text}", seconds)
+    raise RefusedError(f"refused {text}")
 
 # %% ../nbs/11_download.ipynb #46a20546
 class ArchiveClient:
@@ -107,7 +131,8 @@ class ArchiveClient:
         self.stopping = threading.Event()  # set: pauses end and nothing is repeated
         first, longest = parameters.wait
         self.retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type((BusyError, DamagedFileError)),
+            retry=(tenacity.retry_if_exception_type((BusyError, DamagedFileError))
+                & tenacity.retry_if_not_exception_type(OtherPositionError)),
             stop=(tenacity.stop_after_attempt(parameters.attempts)
                 | tenacity.stop_when_event_set(self.stopping)),
             wait=(tenacity.wait_exponential_jitter(multiplier=first, max=longest, jitter=first)
@@ -137,7 +162,9 @@ def request(self:ArchiveClient,
     try:
         with self.http.stream("GET", url, timeout=patience) as response:
             if not response.next_request:
-                raise_for_status(response)
+                if response.status_code != 200:
+                    page = next(response.iter_raw(MAX_PAGE_BYTES), b"")
+                    raise_for_status(response, page)
                 for part in response.iter_raw():
                     content += part
                     if len(content) > max_bytes:
@@ -175,7 +202,7 @@ def get(self:ArchiveClient,
 
 # %% ../nbs/11_download.ipynb #8cd1b3ab
 STATUS = {NotFoundError: "missing", RefusedError: "refused", BusyError: "failed",
-    DamagedFileError: "bad"}
+    DamagedFileError: "bad", OtherPositionError: "bad"}
 
 class ArchiveFile(NamedTuple):
     "A file of a galaxy, and what became of it."
@@ -190,6 +217,9 @@ class ArchiveFile(NamedTuple):
 
     @property
     def band(self) -> str: return Path(self.name).stem
+
+    @property
+    def is_elsewhere(self) -> bool: return self.error.startswith("another position")
 
     def with_error(self, error:Exception) -> ArchiveFile:
         return self._replace(status=STATUS[type(error)], error=str(error))
@@ -245,12 +275,30 @@ class Fetcher:
     size: int  # side of the cutouts, pixels
 
     def spectrum(self, row, file:ArchiveFile) -> bytes:
-        check = partial(check_spectrum, plate=row.plate, mjd=row.mjd, fiberid=row.fiberid)
+        check = partial(check_spectrum, plate=row.plate, mjd=row.mjd, fiberid=row.fiberid,
+            ra=row.ra, dec=row.dec, max_separation=self.client.parameters.max_separation)
         url = f"{self.urls.sas_url}/{file.request}"
-        return self.client.get(url, max_bytes=MAX_SPECTRUM_BYTES, check=check)
+        return (self.quarantined(file, check)
+            or self.client.get(url, max_bytes=MAX_SPECTRUM_BYTES, check=check))
 
     def position(self, row) -> dict:
         return dict(ra=f"{row.ra:.8f}", dec=f"{row.dec:.8f}", size=self.size, format="fits")
+
+# %% ../nbs/11_download.ipynb #0cddfc3a
+@patch
+def quarantined(self:Fetcher,
+    file:ArchiveFile,
+    check,  # called with the content
+) -> bytes | None:
+    """A file in quarantine that passes its check now; None if there is none, or a damaged one.
+    Raises `OtherPositionError`."""
+    path = self.raw/"quarantine"/file.name
+    if not path.is_file(): return None
+    content = path.read_bytes()
+    try: check(content)
+    except OtherPositionError: raise
+    except DamagedFileError: return None
+    return content
 
 # %% ../nbs/11_download.ipynb #e53933b6
 @patch
@@ -369,6 +417,35 @@ def is_missing(self:DownloadState,
     if recorded.status != "good": return recorded.status != "missing"
     return not path.is_file() or path.stat().st_size != recorded.size
 
+@patch
+def n_good_spectra(self:DownloadState) -> int:
+    "How many wanted spectra have arrived."
+    return self.database.execute("SELECT count(*) FROM file WHERE wanted AND status = 'good' "
+        "AND name LIKE 'spectra/%'").fetchone()[0]
+
+# %% ../nbs/11_download.ipynb #acf3c297
+MAX_FAILURES = 40  # in a row, of one archive
+MIN_SPECTRA = 10  # that have arrived before the table is judged by them
+
+class Outcomes:
+    "Counts what the archives answer, to stop where going on is of no use."
+    def __init__(self, n_spectra:int):
+        self.failures, self.skipped = Counter(), {}  # by archive; skipped: its last error
+        self.n_spectra, self.n_elsewhere = n_spectra, 0
+
+    def count(self, file:ArchiveFile):
+        "Adds a file. Raises `InvalidInputError` once most spectra are of another position."
+        self.failures[file.archive] += 1
+        if file.status not in ("failed", "refused"): self.failures[file.archive] = 0
+        if self.failures[file.archive] == MAX_FAILURES: self.skipped[file.archive] = file.error
+        self.n_elsewhere += file.is_elsewhere
+        self.n_spectra += file.is_elsewhere or file.archive == "SAS" and file.status == "good"
+        if self.n_spectra >= MIN_SPECTRA and 2*self.n_elsewhere > self.n_spectra:
+            raise InvalidInputError(f"{self.n_elsewhere} of {self.n_spectra} spectra are of other "
+                f"positions than their rows, {file.name} of {file.error}. Positions and spectra "
+                "(plate, mjd, fiberid) of the table seem shifted against each other: check how it "
+                "was joined. If it is right, raise archives.max_separation.")
+
 # %% ../nbs/11_download.ipynb #490716cc
 @patch
 def fetch_all(self:Fetcher,
@@ -391,8 +468,6 @@ def fetch_all(self:Fetcher,
             raise
 
 # %% ../nbs/11_download.ipynb #f8e4b6c5
-MAX_FAILURES = 40  # in a row, of one archive
-
 def fetch_missing(
     fetcher:Fetcher,
     catalogue:pd.DataFrame,
@@ -400,23 +475,21 @@ def fetch_missing(
     state:DownloadState,
     progress:bool,
 ):
-    "Fetches what is missing. Raises `ArchiveError` at the end if an archive was skipped."
-    failures, skipped = Counter(), {}
+    """Fetches what is missing. Raises `ArchiveError` at the end if an archive was skipped, and
+    `InvalidInputError` as soon as most spectra are of other positions than their rows."""
+    outcomes = Outcomes(state.n_good_spectra())
     def missing_files():
         place = np.lexsort([catalogue.ra, np.floor(catalogue.dec/0.4)])
         rows = catalogue.iloc[place].itertuples()
         for row in tqdm(rows, "download", len(catalogue), unit="galaxy", disable=not progress):
             files = [file for file in files_of(row)
-                if file.archive not in skipped and state.is_missing(fetcher.raw, file)]
+                if file.archive not in outcomes.skipped and state.is_missing(fetcher.raw, file)]
             if files: yield row, files
     def record(files:list[ArchiveFile]):
         state.record(files)
-        for file in files:
-            failures[file.archive] += 1
-            if file.status not in ("failed", "refused"): failures[file.archive] = 0
-            if failures[file.archive] == MAX_FAILURES: skipped[file.archive] = file.error
+        for file in files: outcomes.count(file)
     fetcher.fetch_all(missing_files(), record)
-    for archive, error in skipped.items():
+    for archive, error in outcomes.skipped.items():
         raise ArchiveError(f"{archive} was skipped after {MAX_FAILURES} failures, the last: "
             f"{error}. What has arrived is kept; run this again later.")
 
@@ -462,7 +535,6 @@ def known_catalogue(parameters:ArchiveParameters, raw:Path, query:str) -> pd.Dat
     answer = query_file(raw, query)
     return read_skyserver_csv(answer.read_bytes()) if answer.is_file() else None
 
-# %% ../nbs/11_download.ipynb #8a8078c7
 def get_catalogue(
     client:ArchiveClient,
     urls:ArchiveURLs,
@@ -577,7 +649,6 @@ def examples(self:DownloadState, n:int = 10) -> pd.DataFrame:
     return pd.read_sql_query("""SELECT name, status, error FROM file WHERE wanted
         AND status != 'good' ORDER BY status, name LIMIT ?""", self.database, params=[n])
 
-# %% ../nbs/11_download.ipynb #691d6da4
 def describe_download(
     raw:str | Path,  # folder of a download
 ) -> str:

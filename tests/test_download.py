@@ -1,4 +1,5 @@
 "The download through failures: hostile answers, damaged files, kills, archives that fail."
+import contextlib
 import gzip
 import json
 import os
@@ -395,6 +396,36 @@ def test_lists_of_images_that_lead_elsewhere_are_not_followed(server, tmp_path, 
     assert kept == {"source.json", "state.sqlite"}
 
 
+def html_page(text):
+    return (b"<html><head><title>Skyserver Error</title><script>if (1 < 2) go()</script></head>"
+        b"<body bgcolor=white><h2>An error occured</h2><font color=red>" + text + b"<br></font>")
+
+
+@pytest.mark.parametrize("status, page, kind, n_requests, expected", [
+    (500, b'{"Error Code":500,"Error Type":"InternalServerError","Error Message":"Invalid column '
+        b'name \'zz\'.","LogMessageID":"1"}', RefusedError, 1, "Invalid column name 'zz'."),
+    (500, b'{"ErrorMessage": "Incorrect syntax near\\n \'FORM\'."}', RefusedError, 1,
+        "Incorrect syntax near 'FORM'."),
+    (500, html_page(b"Incorrect syntax near &#39;FORM&#39;."), RefusedError, 1,
+        "Skyserver Error An error occured Incorrect syntax near 'FORM'."),
+    (400, b"no <b>such</b>\x1b[31m table\0", RefusedError, 1, "no such [31m table"),
+    (500, b'{"message": "The server is out of memory"}', BusyError, 2, "out of memory"),
+    (503, html_page(b"come back later" + b"!"*10**6), BusyError, 2, "come back later!!!"),
+    (500, b"["*10**5, BusyError, 2, "[[["), (500, b"", BusyError, 2, "busy (500)")])
+def test_what_an_archive_says_of_an_error_is_in_the_message(
+        server, status, page, kind, n_requests, expected):
+    asked = []
+    def answer(handler):
+        asked.append(handler.path)
+        with contextlib.suppress(OSError):  # a client that has read enough
+            handler.send(status, page)
+    server.answer = answer
+    with pytest.raises(kind) as error:
+        ArchiveClient(ArchiveParameters(**HASTY)).get(f"{server.url}/SqlSearch")
+    assert expected in str(error.value) and len(str(error.value)) < 400
+    assert str(error.value).isprintable() and len(asked) == n_requests
+
+
 @pytest.mark.parametrize("content", [b"<html>Sorry, the database is down</html>", b"",
     b'{"Error Message": "Incorrect syntax"}', b"#Table1\nspecObjID,plate\n../../x,1\n"])
 def test_an_answer_that_is_no_catalogue_is_not_kept(server, tmp_path, content):
@@ -491,6 +522,76 @@ def test_a_changed_row_asks_for_one_galaxy(clean, mock, tmp_path):
     assert "5 to download: 6 requests" in plan_download(here, tmp_path/"raw", PS1, SIZE, 1, mock)
     assert fetch(here, tmp_path/"raw", mock).has_images.all()
     assert "18 of 18 files have arrived" in describe_download(tmp_path/"raw")
+
+
+class CountingClient(ArchiveClient):
+    "Notes the names of the spectra that are asked for."
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.spectra = []
+
+    def request(self, url, *limits):
+        if "/spectra/" in url.path:
+            self.spectra.append(url.path.rpartition("/")[2])
+        return super().request(url, *limits)
+
+
+def rows_with_spectra(catalogue):
+    columns = ["ra", "dec", "plate", "mjd", "fiberid", "run2d", "redshift"]
+    return catalogue[catalogue.has_spectrum][columns].reset_index(drop=True)
+
+
+def test_a_spectrum_of_another_position_is_kept_apart_and_not_asked_for_again(
+        clean, mock, tmp_path):
+    raw, rows = tmp_path/"raw", rows_with_spectra(clean[1]).head(12)
+    right = rows.loc[3, "ra"]
+    rows.loc[3, "ra"] = (right + 0.01) % 360
+    rows.loc[4, "ra"] = (rows.ra[4] + 1/3600) % 360
+    here = ArchiveParameters(table=own_table(tmp_path, rows))
+    first, second, third = (CountingClient(here) for _ in range(3))
+    own = fetch(here, raw, mock, client=first).set_index("table_row")
+    assert len(first.spectra) == 12  # no attempt more at the wrong one
+    assert own.has_spectrum.drop(3).all() and "spectrum bad (another position)" in own.status[3]
+    (kept,) = (raw/"quarantine").rglob("*.fits")
+    reason = kept.with_name(f"{kept.name}.reason").read_text()
+    assert "another position: the fibre was at" in reason and not (raw/"spectra"/kept.name).exists()
+    again = fetch(here, raw, mock, client=second).set_index("table_row")
+    assert again.equals(own) and not second.spectra
+    rows.loc[3, "ra"] = right
+    own_table(tmp_path, rows)
+    assert fetch(here, raw, mock, client=third).has_spectrum.all() and not third.spectra
+    assert (raw/"spectra"/kept.name).read_bytes() == (clean[0]/"spectra"/kept.name).read_bytes()
+    assert not [p for p in (raw/"quarantine").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("max_separation", [3, 648_000])
+def test_a_table_whose_spectra_are_shifted_stops_the_download(
+        clean, mock, tmp_path, max_separation):
+    raw, rows = tmp_path/"raw", rows_with_spectra(clean[1])
+    names = ["plate", "mjd", "fiberid", "run2d", "redshift"]
+    rows[names] = rows[names].reindex(np.roll(rows.index, 1)).to_numpy()
+    here = ArchiveParameters(table=own_table(tmp_path, rows), max_separation=max_separation,
+        concurrency=1)
+    if max_separation > 3:
+        assert fetch(here, raw, mock).has_spectrum.all()
+        return
+    for n_requests in (range(10, 16), range(6)):  # then it looks at what it has first
+        client = CountingClient(here)
+        with pytest.raises(InvalidInputError, match="10 of 10 spectra .* shifted against"):
+            fetch(here, raw, mock, client=client)
+        assert len(client.spectra) in n_requests
+        assert not (raw/"catalogue.parquet").exists()
+
+
+def test_a_few_spectra_of_other_positions_do_not_stop_a_download_that_is_nearly_done(
+        clean, mock, tmp_path):
+    rows = rows_with_spectra(clean[1])
+    assert len(rows) > 30
+    here = ArchiveParameters(table=own_table(tmp_path, rows.iloc[11:]))
+    fetch(here, tmp_path/"raw", mock)
+    rows.loc[:10, "dec"] -= 0.01
+    own_table(tmp_path, rows)
+    assert (~fetch(here, tmp_path/"raw", mock).has_spectrum).sum() == 11
 
 
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch):
