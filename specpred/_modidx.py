@@ -247,6 +247,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'specpred.eigenspectra._pca_turn': ('eigenspectra.html#_pca_turn', 'specpred/eigenspectra.py'),
                                        'specpred.eigenspectra._read_row': ('eigenspectra.html#_read_row', 'specpred/eigenspectra.py'),
                                        'specpred.eigenspectra._sha256': ('eigenspectra.html#_sha256', 'specpred/eigenspectra.py'),
+                                       'specpred.eigenspectra._warn_of_mixed_fibres': ( 'eigenspectra.html#_warn_of_mixed_fibres',
+                                                                                        'specpred/eigenspectra.py'),
                                        'specpred.eigenspectra._write_filled': ( 'eigenspectra.html#_write_filled',
                                                                                 'specpred/eigenspectra.py'),
                                        'specpred.eigenspectra._write_rebinned': ( 'eigenspectra.html#_write_rebinned',

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -232,7 +233,7 @@ def fill(
     return _filled(sample, norms, basis, out)
 
 # %% ../nbs/14_eigenspectra.ipynb #8bda110c
-def _read_row(row, folder, ebv:float) -> SDSSSpectrum | str:
+def _read_row(row, folder, ebv:float, max_separation:float) -> SDSSSpectrum | str:
     "The spectrum of a row of the catalogue, or the reason why there is none."
     if not (np.isfinite(row.redshift) and row.redshift > -1): return "no redshift"
     if not plausible_ebv(ebv): return "no extinction"
@@ -240,12 +241,15 @@ def _read_row(row, folder, ebv:float) -> SDSSSpectrum | str:
     except MissingInputError: return "no file"
     except DamagedFileError: return "damaged file"
     same = (spectrum.plate, spectrum.mjd, spectrum.fiberid) == (row.plate, row.mjd, row.fiberid)
-    return spectrum if same else "file of another spectrum"
+    if not same: return "file of another spectrum"
+    apart = spectrum.separation(getattr(row, "ra", np.nan), getattr(row, "dec", np.nan))
+    return "spectrum of another position" if apart > max_separation else spectrum
 
 class PreparedFiles(NamedTuple):
     "The usable spectra of some rows of a catalogue."
     spectra: RebinnedSpectra | None  # None: no row is usable
     rows: np.ndarray  # their positions in the table
+    fibre_diameters: np.ndarray  # (rows,) arcsec
     left_out: Counter  # numbers of the other rows, by reason
 
 def _check_columns(catalogue, *columns):
@@ -258,6 +262,7 @@ def prepare_files(
     catalogue,  # table with plate, mjd, fiberid, redshift, and extinction_r if dust is corrected
     folder,  # of the files
     parameters:SpectraParameters,
+    max_separation:float = 3.0,  # arcsec between a fibre and its row's ra and dec, if it has them
 ) -> PreparedFiles:
     """The usable rows' spectra on the grid of the parameters.
 
@@ -266,10 +271,12 @@ def prepare_files(
     dust = law != "none"
     _check_columns(catalogue, "plate", "mjd", "fiberid", "redshift", *["extinction_r"]*dust)
     if dust: ebv = galactic_ebv(catalogue["extinction_r"].to_numpy(float), law)
-    read = [_read_row(row, folder, e) for row, e in zip(catalogue.itertuples(), ebv, strict=True)]
+    read = [_read_row(row, folder, e, max_separation)
+        for row, e in zip(catalogue.itertuples(), ebv, strict=True)]
     is_reason = np.array([isinstance(result, str) for result in read], bool)
     rows, left_out = np.flatnonzero(~is_reason), Counter(r for r in read if isinstance(r, str))
-    if not len(rows): return PreparedFiles(None, rows, left_out)
+    diameters = np.array([read[i].fibre_diameter for i in rows])
+    if not len(rows): return PreparedFiles(None, rows, diameters, left_out)
     redshift, grid = catalogue["redshift"].to_numpy()[rows], LogGrid.of(parameters)
     spectra = prepare([read[i] for i in rows], redshift, grid, parameters.error,
         parameters.bad_bits, ebv[rows] if dust else None, law)
@@ -277,18 +284,20 @@ def prepare_files(
     reason = f"more than {parameters.max_missing:.0%} of the bins missing"
     left_out += Counter({reason: int((~usable).sum())})
     kept = RebinnedSpectra(*(getattr(spectra, field.name)[usable] for field in fields(spectra)))
-    return PreparedFiles(kept if usable.any() else None, rows[usable], left_out)
+    return PreparedFiles(kept if usable.any() else None, rows[usable], diameters[usable], left_out)
 
 # %% ../nbs/14_eigenspectra.ipynb #b482e290
-def _write_rebinned(store, listed, folder, parameters:SpectraParameters, n_jobs:int, progress:bool):
-    """Writes flux, error and missing of the usable rows of a table; their positions in it, and the
-    numbers of the others, by reason."""
+def _write_rebinned(store, listed, folder, parameters:SpectraParameters, max_separation:float,
+        n_jobs:int, progress:bool):
+    """Writes flux, error and missing of the usable rows of a table; their positions in it, the
+    diameters of their fibres, and the numbers of the other rows, by reason."""
     shape, blocks = (len(listed), parameters.n_bins), range(0, len(listed), 256)
     scratch = {name: np.memmap(tempfile.TemporaryFile(dir=store), kind, "w+", shape=shape)
         for name, kind in dict(flux="f4", error="f4", missing="?").items()}
     reading = Parallel(n_jobs, prefer="threads", return_as="generator")(
-        delayed(prepare_files)(listed.iloc[i:i + 256], folder, parameters) for i in blocks)
-    rows, left_out = [], Counter()
+        delayed(prepare_files)(listed.iloc[i:i + 256], folder, parameters, max_separation)
+        for i in blocks)
+    rows, diameters, left_out = [], [], Counter()
     bar = tqdm(reading, "spectra", len(blocks), unit="block", disable=not progress)
     for first, block in zip(blocks, bar, strict=True):
         left_out += block.left_out
@@ -296,8 +305,18 @@ def _write_rebinned(store, listed, folder, parameters:SpectraParameters, n_jobs:
         at = slice(len(rows), len(rows) + len(block.rows))
         for name, values in scratch.items(): values[at] = getattr(block.spectra, name)
         rows += (first + block.rows).tolist()
+        diameters += block.fibre_diameters.tolist()
     for name, values in scratch.items(): np.save(store/f"{name}.npy", values[:len(rows)])
-    return rows, left_out
+    return rows, np.array(diameters), left_out
+
+# %% ../nbs/14_eigenspectra.ipynb #61120f5a
+def _warn_of_mixed_fibres(diameters:np.ndarray):
+    "Warns of spectra through fibres of several diameters (N,), arcsec."
+    widths, counts = np.unique(diameters[np.isfinite(diameters)], return_counts=True)
+    if len(widths) < 2: return
+    kinds = ", ".join(f"{n} of {width:g} arcsec" for width, n in zip(widths, counts, strict=True))
+    warnings.warn(f"Spectra through different fibres are mixed: {kinds}. They hold other parts of "
+        "a galaxy's light; fibre_diameter in the store tells them apart.", stacklevel=3)
 
 # %% ../nbs/14_eigenspectra.ipynb #c7805e3f
 def _write_filled(store, train, parameters:SpectraParameters, progress:bool) -> SpectrumBasis:
@@ -331,6 +350,7 @@ def build_store(
     folder,  # of the SDSS files
     path:str | os.PathLike,  # of the store to make
     parameters:SpectraParameters,
+    max_separation:float = 3.0,  # arcsec between a fibre and its row's ra and dec, if it has them
     n_jobs:int = -1,  # threads that read; -1: one a core
     progress:bool = True,
 ) -> Counter:
@@ -346,14 +366,16 @@ def build_store(
     listed = catalogue[catalogue["has_spectrum"].to_numpy(bool)]
     with atomic_path(path) as store:
         store.mkdir()
-        rows, left_out = _write_rebinned(store, listed, folder, parameters, n_jobs, progress)
+        rows, diameters, left_out = _write_rebinned(store, listed, folder, parameters,
+            max_separation, n_jobs, progress)
+        _warn_of_mixed_fibres(diameters)
         kept = listed.iloc[rows]
         train = kept["split"].to_numpy() == "train"
         if not train.any(): raise InvalidInputError("No spectrum of the training split is usable.")
         basis = _write_filled(store, train, parameters, progress)
         arrays = dict(wavelength=LogGrid.of(parameters).wavelength, mean=basis.mean,
             eigenvectors=basis.eigenvectors, eigenvalues=basis.eigenvalues,
-            specobjid=kept["specobjid"].to_numpy(np.uint64),
+            specobjid=kept["specobjid"].to_numpy(np.uint64), fibre_diameter=diameters,
             redshift=kept["redshift"].to_numpy(float))
         for name, values in arrays.items(): np.save(store/f"{name}.npy", values)
         _write_settings(store, parameters, int(train.sum()))
@@ -366,6 +388,7 @@ class SpectraStore:
     wavelength: np.ndarray  # (n_bins,) vacuum Angstrom
     specobjid: np.ndarray  # (N,) uint64
     redshift: np.ndarray  # (N,)
+    fibre_diameter: np.ndarray  # (N,) arcsec
     norm: np.ndarray  # (N,) filled = flux/norm where measured
     flux: np.ndarray  # (N, n_bins) float32
     error: np.ndarray  # (N, n_bins) float32

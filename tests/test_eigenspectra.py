@@ -1,6 +1,8 @@
 "specpred.eigenspectra: the published numbers, the recipe, memory, and a store that notices damage."
+import dataclasses
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +206,32 @@ def test_unusable_rows_are_left_out_and_counted(sixteen):
     np.testing.assert_allclose(filled[known], store.flux[at][known], rtol=1e-5)
 
 
+def test_spectra_of_other_positions_are_left_out(sixteen):
+    table, folder, parameters = sixteen
+    table = table.assign(ra=150.0, dec=2.0)
+    table.loc[3, "ra"] += 0.5/3600
+    table.loc[4, "ra"] = 27.95
+    for limit, n_elsewhere in ((3, 1), (0.1, 2)):
+        left_out = build_store(table, folder, folder/"store", parameters, limit, progress=False)
+        assert left_out == {"spectrum of another position": n_elsewhere}
+
+
+def test_fibres_of_several_diameters_are_reported(sixteen):
+    table, folder, parameters = sixteen
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        build_store(table, folder, folder/"store", parameters, progress=False)
+    assert (load_store(folder/"store").fibre_diameter == 3).all()
+    table.loc[[0, 5], "plate"] = 3586, 3510
+    for row in table.loc[[0, 5]].itertuples():
+        spectrum = read_sdss(folder/spectrum_name(266, row.mjd, row.fiberid))
+        content = sdss_spectrum_bytes(dataclasses.replace(spectrum, plate=row.plate))
+        (folder/spectrum_name(row.plate, row.mjd, row.fiberid)).write_bytes(content)
+    with pytest.warns(UserWarning, match="mixed: 2 of 2 arcsec, 14 of 3 arcsec"):
+        build_store(table, folder, folder/"store", parameters, progress=False)
+    assert (load_store(folder/"store").fibre_diameter == np.where(table.plate > 266, 2, 3)).all()
+
+
 def test_settings_of_a_profile_enter_the_store(sixteen):
     table, folder, parameters = sixteen
     file = folder/spectrum_name(266, 51602, 1)
@@ -239,7 +267,7 @@ def test_a_damaged_store_is_noticed(sixteen):
     table, folder, parameters = sixteen
     build_store(table, folder, folder/"store", parameters, progress=False)
     files = sorted((folder/"store").iterdir())
-    assert len(load_store(folder/"store").norm) == 16 and len(files) == 12
+    assert len(load_store(folder/"store").norm) == 16 and len(files) == 13
     for file in files:
         content = file.read_bytes()
         flipped = bytearray(content)
