@@ -55,8 +55,10 @@ def download(
     retry_missing:bool = False,  # ask again for files that an archive did not have
 ) -> pd.DataFrame:
     """Fetches what is missing in `raw` and returns the catalogue. A file that cannot be had is a
-    status in it. Raises `ArchiveError` if there is no catalogue, nothing arrives or an archive had
-    to be skipped, and `InvalidInputError` if `raw` holds files of another archive."""
+    status in it. Spectra are those that have a plate, of data releases 9 to 17. Raises
+    `ArchiveError` if there is no catalogue, nothing arrives or an archive had to be skipped, and
+    `InvalidInputError` if `raw` holds files of another archive, or most spectra are of other
+    positions than their rows."""
     raw, client = Path(raw), client or ArchiveClient(parameters)
     files_of = partial(galaxy_files, bands=survey.bands, size=size, release=parameters.release)
     source = source_of(parameters, mock)
