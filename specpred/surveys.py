@@ -4,6 +4,7 @@
 
 # %% ../nbs/03_surveys.ipynb #3c2239e3
 from __future__ import annotations
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,7 +15,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from .config import InvalidInputError
 
 # %% auto #0
-__all__ = ['AB_ZERO', 'PS1', 'SDSS', 'LEGACY', 'RUBIN', 'SURVEYS', 'ImagingSurvey', 'find_survey']
+__all__ = ['AB_ZERO', 'PS1', 'SDSS', 'LEGACY', 'RUBIN', 'SURVEYS', 'COLOUR_TERMS', 'ImagingSurvey', 'njy_of', 'find_survey',
+           'survey_named', 'colour_terms']
 
 # %% ../nbs/03_surveys.ipynb #8049d956
 AB_ZERO = 3631e9  # nJy of an AB magnitude of 0 (Oke & Gunn 1983, ApJ 266, 713)
@@ -31,6 +33,7 @@ class ImagingSurvey:
     depth: tuple[float, ...]  # of each band: point source at 5 sigma, AB magnitude
     seeing: tuple[_Positive, ...]  # of each band: median full width at half maximum, arcsec
     filters: str  # name of the filters' group in speclite
+    names: tuple[str, ...] = ()  # by which headers call survey, telescope or camera, lower case
 
     def __post_init__(self):
         n_bands = len(self.bands)
@@ -41,10 +44,16 @@ class ImagingSurvey:
                 raise InvalidInputError(f"{self.name}: {name} needs {n_bands} numbers, one a band")
 
 # %% ../nbs/03_surveys.ipynb #45dacd39
+def njy_of(
+    magnitude,  # AB
+):
+    "The flux of a magnitude, nJy."
+    return AB_ZERO*10**(-0.4*magnitude)
+
 @patch(as_prop=True)
 def njy_per_unit(self:ImagingSurvey) -> float:
     "nJy of one unit, or of one count per second."
-    return AB_ZERO*10**(-0.4*self.zero_point)
+    return njy_of(self.zero_point)
 
 @patch
 def to_njy(self:ImagingSurvey,
@@ -75,16 +84,18 @@ def from_dict(cls:ImagingSurvey,
 # %% ../nbs/03_surveys.ipynb #f8cb8983
 PS1 = ImagingSurvey("Pan-STARRS1", tuple("grizy"), pixel_scale=0.25, zero_point=25.0, unit="count",
     depth=(23.3, 23.2, 23.1, 22.3, 21.4), seeing=(1.31, 1.19, 1.11, 1.07, 1.02),
-    filters="panstarrs")
+    filters="panstarrs", names=("ps1", "gpc1", "pan-starrs1", "pan-starrs", "panstarrs"))
 SDSS = ImagingSurvey("SDSS", tuple("ugriz"), pixel_scale=0.396, zero_point=22.5, unit="nanomaggy",
     depth=(22.15, 23.13, 22.70, 22.20, 20.71), seeing=(1.53, 1.44, 1.32, 1.26, 1.29),
-    filters="sdss2010")
+    filters="sdss2010", names=("sdss",))
 LEGACY = ImagingSurvey("Legacy Surveys", tuple("griz"), pixel_scale=0.262, zero_point=22.5,
     unit="nanomaggy", depth=(24.7, 23.9, 23.5, 23.0), seeing=(1.29, 1.18, 1.02, 1.11),
-    filters="decamDR1")
+    filters="decamDR1",
+    names=("decam", "legacysurvey", "legacy surveys", "decals", "mzls", "bass"))
 RUBIN = ImagingSurvey("Rubin", tuple("ugrizy"), pixel_scale=0.2, zero_point=2.5*np.log10(AB_ZERO),
     unit="nJy", depth=(26.1, 27.4, 27.5, 26.8, 26.1, 24.9),
-    seeing=(0.92, 0.87, 0.83, 0.80, 0.78, 0.76), filters="lsst2023")
+    seeing=(0.92, 0.87, 0.83, 0.80, 0.78, 0.76), filters="lsst2023",
+    names=("lsst", "rubin", "lsstcam", "lsstcomcam", "simonyi"))
 
 SURVEYS = dict(ps1=PS1, sdss=SDSS, legacy=LEGACY, rubin=RUBIN)
 
@@ -96,3 +107,32 @@ def find_survey(
     if name in SURVEYS: return SURVEYS[name]
     known = ", ".join(SURVEYS)
     raise InvalidInputError(f"There is no imaging survey {name!r}; choose from {known}.")
+
+# %% ../nbs/03_surveys.ipynb #e6747076
+@patch
+def is_named_in(self:ImagingSurvey,
+    text:str,  # a telescope, camera or survey, as a header writes it
+) -> bool:
+    "Whether the text names this survey."
+    return any(re.search(rf"\b{re.escape(name)}\b", text.lower()) for name in self.names)
+
+def survey_named(
+    text:str,  # like that of `is_named_in`
+) -> ImagingSurvey | None:
+    "The survey that the text names; None where it names none of `SURVEYS`."
+    return next((survey for survey in SURVEYS.values() if survey.is_named_in(text)), None)
+
+# %% ../nbs/03_surveys.ipynb #cf618639
+COLOUR_TERMS = {("SDSS", "Pan-STARRS1"): dict(g=(-0.011, -0.125, -0.015), r=(0.001, -0.006, -0.002),
+    i=(0.004, -0.014, 0.001), z=(-0.013, 0.040, -0.001))}  # of 1, g - r and (g - r)**2, mag
+
+def colour_terms(
+    source:ImagingSurvey,  # whose magnitudes are known
+    target:ImagingSurvey,  # whose magnitudes are wanted
+    g_r,  # g - r in the magnitudes of `source`
+) -> np.ndarray | None:
+    """Magnitudes (bands of the target, ...) to add to those of the source; None where they are not
+    known."""
+    terms = COLOUR_TERMS.get((source.name, target.name))
+    if terms is None or not set(target.bands) <= set(terms): return None
+    return np.array([np.polynomial.polynomial.polyval(g_r, terms[b]) for b in target.bands])
