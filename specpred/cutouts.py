@@ -12,15 +12,18 @@ from typing import NamedTuple
 import re
 
 import numpy as np
+from astropy import units
 from astropy.io import fits
+from fastcore.basics import patch
 
-from .config import DamagedFileError
+from .config import DamagedFileError, InvalidInputError
 from .formats import check_checksums, open_fits
-from .surveys import PS1, ImagingSurvey
+from .surveys import AB_ZERO, PS1, ImagingSurvey, njy_of, survey_named
 
 # %% auto #0
-__all__ = ['PS1_SOUTH', 'skycell_path', 'skycell_wcs', 'Pixel', 'sky_to_pixel', 'asinh_scale', 'linear_counts', 'Skycell',
-           'read_skycell', 'skycell_bytes', 'Cutout', 'read_cutout', 'check_cutout']
+__all__ = ['PS1_SOUTH', 'NOTHING_STATED', 'skycell_path', 'skycell_wcs', 'Pixel', 'sky_to_pixel', 'asinh_scale', 'linear_counts',
+           'Skycell', 'read_skycell', 'skycell_bytes', 'ImageFacts', 'band_of', 'unit_of', 'image_facts', 'differences',
+           'Stated', 'complete_facts', 'Cutout', 'read_cutouts', 'read_cutout', 'check_cutout']
 
 # %% ../nbs/05_cutouts.ipynb #674e8aea
 PS1_SOUTH = -30.0  # declination of the southern edge of the 3pi survey, degrees
@@ -47,10 +50,28 @@ def skycell_wcs(
     return WCS(dict(CTYPE1="RA---TAN", CRVAL1=ra, CRPIX1=centre, CDELT1=-step,
         CTYPE2="DEC--TAN", CRVAL2=dec, CRPIX2=centre, CDELT2=step))
 
+def _plane_matrix(header) -> np.ndarray:
+    """(2, 2) intermediate world coordinates per pixel, in the unit of the header: from CD, or from
+    CDELT with PC in its new or old spelling, or with CROTA2."""
+    axes = (1, 2)
+    if any(f"CD{i}_{j}" in header for i in axes for j in axes):
+        return np.array([[float(header.get(f"CD{i}_{j}", 0)) for j in axes] for i in axes])
+    if "CDELT1" not in header: raise DamagedFileError("no world coordinate system")
+    step = np.array([float(header[f"CDELT{i}"]) for i in axes])
+    if "CROTA2" in header:
+        angle = math.radians(float(header["CROTA2"]))
+        cos, sin = math.cos(angle), math.sin(angle)
+        return np.array([[cos, -sin], [sin, cos]])*step
+    def pc(i, j): return header.get(f"PC00{i}00{j}", header.get(f"PC{i}_{j}", float(i == j)))
+    return np.array([[float(pc(i, j)) for j in axes] for i in axes])*step[:, None]
+
 def _pixel_matrix(header) -> np.ndarray:
-    "(2, 2) degrees per pixel, from CDELT and the PC matrix in its new or old spelling."
-    def element(i, j): return header.get(f"PC00{i}00{j}", header.get(f"PC{i}_{j}", float(i == j)))
-    return np.array([[header[f"CDELT{i}"]*element(i, j) for j in (1, 2)] for i in (1, 2)])
+    """(2, 2) degrees per pixel, east before north. Raises `DamagedFileError` for a header without a
+    world coordinate system."""
+    axes = [str(header.get(f"CTYPE{i}", ""))[:4].rstrip("-") for i in (1, 2)]
+    if sorted(axes) != ["DEC", "RA"]: raise DamagedFileError(f"no sky coordinates: axes {axes}")
+    matrix = _plane_matrix(header)*units.Unit(header.get("CUNIT1", "deg")).to(units.deg)
+    return matrix if axes[0] == "RA" else matrix[::-1]
 
 # %% ../nbs/05_cutouts.ipynb #43ecc2d3
 class Pixel(NamedTuple):
@@ -115,12 +136,16 @@ def skycell_bytes(
     noise:float,  # standard deviation of the sky, counts; sets the asinh scale
     projcell:int=0,
     subcell:int=0,
+    survey:ImagingSurvey=PS1,  # whose counts they are
 ) -> bytes:
     "The contents of a stack file as PS1 stores it."
     bsoften = float(np.float32(np.sqrt(_POGSON)*noise))
     header = wcs.to_header()
     header.extend([("FILTER", f"{band}.00000", "PS1 filter"), ("EXPTIME", exptime, "seconds"),
+        ("HIERARCH FPA.TELESCOPE", survey.names[0].upper(), "telescope of origin"),
+        ("HIERARCH FPA.ZP", survey.zero_point, "AB magnitude of a count per second"),
         ("BSOFTEN", bsoften, "scale of the asinh"), ("BOFFSET", 0.0, "zero of the asinh")])
+    if survey.unit != "count": header["BUNIT"] = survey.unit
     values = asinh_scale(counts, bsoften, 0.0).astype(np.float32)
     image = fits.CompImageHDU(values, header, compression_type="RICE_1",
         tile_shape=(64, counts.shape[1]), quantize_level=32, quantize_method=1,
@@ -129,42 +154,241 @@ def skycell_bytes(
     fits.HDUList([fits.PrimaryHDU(), image]).writeto(stream)
     return stream.getvalue()
 
-# %% ../nbs/05_cutouts.ipynb #5e0dc48f
-def _band_of(header) -> str | None:
-    "The band that a header names by one letter; None for none or another form."
-    name = header.get("FPA.FILTERID") or header.get("FPA.FILTER") or header.get("FILTER")
-    match = re.match(r"([a-z])\s*(\.|$)", str(name))
-    return match and match[1]
+# %% ../nbs/05_cutouts.ipynb #00ec8605
+@dataclass(frozen=True)
+class ImageFacts:
+    "What a header says of its image; NaN or empty where it says nothing."
+    band: str = ""  # one letter of ugrizy, or what is written there
+    telescope: str = ""  # telescope, camera or survey
+    unit: str = ""  # "count", "count/s", "nanomaggy", "nJy", or what is written there
+    zero_point: float = math.nan  # AB magnitude of one unit
+    exptime: float = math.nan  # seconds
+    pixel_scale: tuple[float, float] = (math.nan, math.nan)  # along x and y, arcsec
+    rotation: float = math.nan  # of north from the y axis, to the left, degrees
+    mirrored: bool = False  # east is to the right where north is up
 
+# %% ../nbs/05_cutouts.ipynb #87e024ea
+def _number(header, *names) -> float:
+    "The first of these cards that holds a finite number; NaN for none."
+    for name in names:
+        try: value = float(header.get(name, math.nan))
+        except (TypeError, ValueError): continue
+        if math.isfinite(value): return value
+    return math.nan
+
+def _text(header, *names) -> str:
+    "The first of these cards that holds a text; empty for none."
+    texts = (str(header.get(name, "")).strip() for name in names)
+    return next((text for text in texts if text.lower() not in ("", "none", "unknown")), "")
+
+_BAND = re.compile(r"""(?:(?i:ps1|sdss|des|decam|lsst|megacam|hsc)[\s_.-]*(?P<a>[ugrizyUGRIZY])
+    |(?P<b>[ugrizy]|Y))  (?:'|p1|p|s)?  (?:[\s_.-].*)?""", re.VERBOSE)
+
+def band_of(
+    text:str,  # a filter, as a header writes it
+) -> str:
+    "Its letter, or the text itself if it is none of ugrizy."
+    match = _BAND.fullmatch(text)
+    return (match["a"] or match["b"]).lower() if match else text
+
+# %% ../nbs/05_cutouts.ipynb #6e0bd50c
+_COUNT = r"(adu|dn|counts?|cts?|electrons?|e-?|photons?)"
+_SPELLINGS = {"count": _COUNT, "count/s": _COUNT + r"\s*(/|per)?\s*s(ec(ond)?)?(\^|\*\*)?(-1)?",
+    "nanomaggy": r"n(ano)?m(a)?g(g?y|gies)"}
+_ZERO_POINTS = "MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "ZEROPOINT", "PHOTZP", "ZP"
+
+def unit_of(
+    text:str,  # as BUNIT has it
+) -> tuple[str, float]:
+    "The unit, by one name where it has several, and the AB magnitude of 1; NaN if that is open."
+    for unit, pattern in _SPELLINGS.items():
+        if re.fullmatch(pattern, text.lower()):
+            return unit, 22.5 if unit == "nanomaggy" else math.nan
+    try: njy = units.Unit(text).to(units.nJy)
+    except (ValueError, TypeError, units.UnitConversionError): return text, math.nan
+    return "nJy" if njy == 1 else text, 2.5*math.log10(AB_ZERO/njy)
+
+def _calibration(header, exptime:float) -> tuple[str, float]:
+    "Unit and zero point."
+    unit, zero_point = unit_of(_text(header, "BUNIT"))
+    if math.isfinite(zero_point): return unit, zero_point
+    per_second = _number(header, "FPA.ZP")
+    if math.isfinite(per_second): return unit or "count", per_second + 2.5*math.log10(exptime)
+    flux_of_zero = _number(header, "FLUXMAG0")
+    if flux_of_zero > 0: return unit, 2.5*math.log10(flux_of_zero)
+    return unit, _number(header, *_ZERO_POINTS)
+
+# %% ../nbs/05_cutouts.ipynb #f2de8e4d
+def _geometry(header) -> dict:
+    "Pixel scale, rotation and handedness, as far as the header has them."
+    try: matrix = _pixel_matrix(header)*3600
+    except DamagedFileError:
+        scale = _number(header, "PIXSCALE", "PIXSCAL1", "SECPIX", "SECPIX1")
+        return dict(pixel_scale=(scale, scale))
+    scales = np.linalg.norm(matrix, axis=0)
+    if not scales.all(): raise DamagedFileError(f"a singular world coordinate system: {matrix}")
+    x, y = np.linalg.solve(matrix, [0, 1])
+    return dict(pixel_scale=tuple(scales.tolist()), rotation=math.degrees(math.atan2(-x, y)),
+        mirrored=bool(np.linalg.det(matrix) > 0))
+
+_TELESCOPES = ("FPA.TELESCOPE", "TELESCOP", "INSTRUME", "SURVEY")
+_FILTERS = ("FPA.FILTERID", "FPA.FILTER", "FILTER", "FILTNAM", "BAND")
+
+def _wheels(header) -> str:
+    "The band where two filter wheels are given, one of which is clear."
+    bands = [band_of(_text(header, f"FILTER{i}")) for i in (1, 2)]
+    return next((band for band in bands if band in tuple("ugrizy")), bands[0] or bands[1])
+
+def _telescope(header) -> str:
+    "Telescope, camera and survey. ORIGIN often names a program, so it counts for surveys only."
+    texts = [_text(header, name) for name in _TELESCOPES]
+    origin = _text(header, "ORIGIN")
+    if survey_named(origin): texts.append(origin)
+    return " ".join(filter(None, texts))
+
+def image_facts(
+    header,  # of a FITS image
+) -> ImageFacts:
+    "What a header says. Raises `DamagedFileError` for a world coordinate system that is none."
+    exptime = _number(header, "EXPTIME", "EXPOSURE")
+    exptime = exptime if exptime > 0 else math.nan
+    unit, zero_point = _calibration(header, exptime)
+    band = band_of(_text(header, *_FILTERS))
+    return ImageFacts(band or _wheels(header), _telescope(header), unit, zero_point, exptime,
+        **_geometry(header))
+
+# %% ../nbs/05_cutouts.ipynb #08197da2
+_MAX_ROTATION = 20.0  # degrees; PS1's stacks reach that at a declination of 84 degrees
+
+def differences(
+    facts:ImageFacts,
+    survey:ImagingSurvey,
+) -> list[str]:
+    "In what an image is none of the survey, by what its header says."
+    scale, zero_point = facts.pixel_scale, survey.zero_point
+    if survey.unit == "count": zero_point += 2.5*math.log10(facts.exptime)
+    listed = []
+    if facts.telescope and survey.names and not survey.is_named_in(facts.telescope):
+        listed.append(f"taken by {facts.telescope!r}, not {survey.name}")
+    if max(abs(s/survey.pixel_scale - 1) for s in scale) > 0.02:
+        listed.append(f"pixels of {scale[0]:.3g} x {scale[1]:.3g} arcsec, not {survey.pixel_scale}")
+    if facts.unit not in ("", "nJy", survey.unit):
+        listed.append(f"unit {facts.unit}, not {survey.unit}")
+    elif facts.unit != "nJy" and abs(facts.zero_point - zero_point) > 0.02:
+        listed.append(f"zero point {facts.zero_point:.2f} mag, not {zero_point:.2f}")
+    if facts.mirrored: listed.append("east to the right of north, not to the left")
+    if abs(facts.rotation) > _MAX_ROTATION:
+        listed.append(f"north {facts.rotation:.0f} degrees from up, not 0")
+    return listed
+
+# %% ../nbs/05_cutouts.ipynb #a8e6841c
+@patch
+def unstated(self:ImageFacts) -> list[str]:
+    "What the header does not say, in words."
+    calibrated = math.isfinite(self.zero_point)
+    said = {"pixel scale": math.isfinite(self.pixel_scale[0]), "zero point": calibrated,
+        "unit": self.unit or calibrated, "telescope": self.telescope}
+    return [name for name, is_said in said.items() if not is_said]
+
+class Stated(NamedTuple):
+    "What the user says of an image whose header does not say it."
+    pixel_scale: float | None = None  # arcsec
+    zero_point: float | None = None  # AB magnitude of one unit
+    unit: str | None = None  # as BUNIT might have it
+
+NOTHING_STATED = Stated()
+_CARDS = dict(pixel_scale="PIXSCALE", zero_point="MAGZERO", unit="BUNIT")
+
+def complete_facts(
+    header,  # of a FITS image
+    stated:Stated = NOTHING_STATED,
+) -> ImageFacts:
+    "`image_facts` of both together. Raises `InvalidInputError` where the header says otherwise."
+    if stated == NOTHING_STATED: return image_facts(header)
+    header = header.copy()
+    given = {name: value for name, value in stated._asdict().items() if value is not None}
+    for name, value in given.items(): header.setdefault(_CARDS[name], value)
+    facts = image_facts(header)
+    for name, value in given.items():
+        said = getattr(facts, name)
+        agrees = said == unit_of(value)[0] if name == "unit" else np.allclose(said, value, 0.002)
+        if agrees: continue
+        text = said if name == "unit" else f"{np.ravel(said)[0]:.4g}"
+        raise InvalidInputError(f"its header says {name} {text}, you say {value}")
+    return facts
+
+# %% ../nbs/05_cutouts.ipynb #4444e3cd
 @dataclass
 class Cutout:
     "One band of one galaxy."
-    counts: np.ndarray  # (height, width) float32, linear, in the survey's unit; 0 where masked
+    pixels: np.ndarray  # (height, width) float32, linear, in the unit of the file; 0 where masked
     mask: np.ndarray  # (height, width) bool, True where there are no data
-    exptime: float  # seconds; NaN where the header has none and the unit does not need it
-    band: str | None  # as far as the header says
+    header: fits.Header
+    facts: ImageFacts
 
-# %% ../nbs/05_cutouts.ipynb #77bfabce
-def _cutout_of(hdu, survey:ImagingSurvey) -> Cutout:
-    "The cutout in an image. Raises `DamagedFileError` for counts without exposure time."
-    counts = linear_counts(hdu.data, hdu.header)
-    exptime = float(hdu.header.get("EXPTIME", math.nan))
-    if survey.unit == "count" and not (math.isfinite(exptime) and exptime > 0):
-        raise DamagedFileError(f"no exposure time: EXPTIME is {exptime}, expected seconds > 0")
-    mask = ~np.isfinite(counts)
-    return Cutout(np.where(mask, np.float32(0), counts), mask, exptime, _band_of(hdu.header))
+def _planes(hdu, band:str) -> dict[str, np.ndarray]:
+    "The two-dimensional images in an HDU by band; `band` is what the header says of a single one."
+    if hdu.header["NAXIS"] == 2:
+        # astropy writes names of extensions in capitals
+        extension = band_of(_text(hdu.header, "EXTNAME").lower())
+        return {band or (extension if extension in tuple("ugrizy") else ""): hdu.data}
+    bands = _text(hdu.header, "BANDS").replace(",", "")
+    if len(bands) != len(hdu.data):
+        raise DamagedFileError(f"a cube of {len(hdu.data)} images, and BANDS is {bands!r}")
+    return dict(zip(bands, hdu.data, strict=True))
 
-def read_cutout(
-    path:str | os.PathLike,  # a FITS image, linear or asinh-compressed
-    survey:ImagingSurvey=PS1,  # images in counts need an exposure time
-) -> Cutout:
-    """Reads one FITS cutout. Raises `MissingInputError` where there is no file, and
-    `DamagedFileError` for anything that is not a two-dimensional image, with an exposure time where
-    the survey needs one."""
+def _cutout_of(pixels, header, facts:ImageFacts) -> Cutout:
+    pixels = linear_counts(pixels, header)
+    mask = ~np.isfinite(pixels)
+    return Cutout(np.where(mask, np.float32(0), pixels), mask, header, facts)
+
+# %% ../nbs/05_cutouts.ipynb #244890e2
+def read_cutouts(
+    path:str | os.PathLike,  # a FITS file, linear or asinh-compressed
+    stated:Stated = NOTHING_STATED,
+) -> dict[str, Cutout]:
+    """The images in a file by band; empty text for a single one that does not say its band. Raises
+    `MissingInputError` where there is no file, `DamagedFileError` for one without images, and
+    `InvalidInputError` where the headers contradict what is stated."""
+    cutouts = {}
     with open_fits(path) as hdus:
         for hdu in hdus:
-            if hdu.is_image and hdu.header["NAXIS"] == 2: return _cutout_of(hdu, survey)
-        raise DamagedFileError("no two-dimensional image")
+            if not hdu.is_image or hdu.header["NAXIS"] not in (2, 3): continue
+            facts = complete_facts(hdu.header, stated)
+            for band, pixels in _planes(hdu, facts.band).items():
+                cutouts.setdefault(band, _cutout_of(pixels, hdu.header, facts))
+        if not cutouts: raise DamagedFileError("no two-dimensional image")
+    if len(cutouts) > 1: cutouts.pop("", None)  # a weight map or a mask
+    return cutouts
+
+def read_cutout(
+    path:str | os.PathLike,
+    band:str,
+    stated:Stated = NOTHING_STATED,
+) -> Cutout:
+    """The image of a band, or the only one of a file that does not say its band. Raises what
+    `read_cutouts` does, and `DamagedFileError` for another band or one without data."""
+    cutouts = read_cutouts(path, stated)
+    cutout = cutouts.get(band) or cutouts.get("")
+    if cutout is None:
+        raise DamagedFileError(f"{path} holds the {', '.join(cutouts)} band by its header, not "
+            f"{band}")
+    if cutout.mask.all(): raise DamagedFileError(f"{path} has no finite pixel")
+    return cutout
+
+# %% ../nbs/05_cutouts.ipynb #92d4d533
+@patch
+def to_njy(self:Cutout,
+    survey:ImagingSurvey,  # of which it is an image
+) -> np.ndarray:
+    "(height, width) float32 fluxes. Raises `DamagedFileError` for counts of unknown exposure."
+    facts = self.facts
+    is_known = survey.unit != "count" or math.isfinite(facts.exptime)
+    if is_known and facts.unit in ("", survey.unit):
+        return survey.to_njy(self.pixels, np.float32(facts.exptime)).astype(np.float32)
+    if math.isfinite(facts.zero_point): return self.pixels*np.float32(njy_of(facts.zero_point))
+    raise DamagedFileError("no exposure time in EXPTIME, and no unit or zero point that would do "
+        "without; `specpred predict` takes --unit and --zero-point")
 
 # %% ../nbs/05_cutouts.ipynb #ba7b7e83
 def check_cutout(
@@ -178,12 +402,15 @@ def check_cutout(
     exposure time, centred within 2 pixels of the position, and most of its pixels have data."""
     check_checksums(content)
     with open_fits(content) as hdus:
-        cutout = _cutout_of(hdus[0], PS1)
-        if cutout.counts.shape != (size, size):
-            raise DamagedFileError(f"another shape: {cutout.counts.shape}, asked for side {size}")
-        if cutout.band != band:
-            raise DamagedFileError(f"another band: {cutout.band}, asked for {band}")
-        distance = math.dist(sky_to_pixel(hdus[0].header, ra, dec), [(size - 1)/2]*2)
+        header = hdus[0].header
+        cutout = _cutout_of(hdus[0].data, header, image_facts(header))
+        if cutout.pixels.shape != (size, size):
+            raise DamagedFileError(f"another shape: {cutout.pixels.shape}, asked for side {size}")
+        if cutout.facts.band != band:
+            raise DamagedFileError(f"another band: {cutout.facts.band}, asked for {band}")
+        if not cutout.facts.exptime > 0:
+            raise DamagedFileError("no exposure time: EXPTIME is missing or not above 0 seconds")
+        distance = math.dist(sky_to_pixel(header, ra, dec), [(size - 1)/2]*2)
         if not distance <= 2:
             raise DamagedFileError(f"another position: {distance:.1f} pixels off the centre")
         finite = 1 - cutout.mask.mean()

@@ -20,14 +20,15 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, ImageParameters, InvalidInputError,
     MissingInputError, Settings, SpecpredError, replace)
-from .cutouts import Cutout, read_cutout
+from .cutouts import Cutout, differences, read_cutout
 from .stages import atomic_path, only_one
-from .surveys import PS1, ImagingSurvey
+from .surveys import PS1, ImagingSurvey, survey_named
 
 # %% auto #0
-__all__ = ['central_crop', 'Galaxy', 'read_galaxy', 'composite', 'GalaxyImage', 'sky_statistics', 'aperture_magnitudes',
-           'storage_scale', 'pack_images', 'pack_arrays', 'find_rows', 'ImageStore', 'open_images', 'check_images',
-           'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Draws', 'Augmentation', 'augment']
+__all__ = ['central_crop', 'Galaxy', 'check_bands', 'combine_bands', 'read_galaxy', 'composite', 'GalaxyImage', 'sky_statistics',
+           'aperture_magnitudes', 'signal_to_noise', 'masked_fraction', 'storage_scale', 'pack_images', 'pack_arrays',
+           'find_rows', 'ImageStore', 'open_images', 'check_images', 'ImageTransform', 'fit_transform', 'turn', 'shift',
+           'rotate', 'Draws', 'Augmentation', 'augment']
 
 # %% ../nbs/12_images.ipynb #1f0339ea
 def central_crop(
@@ -50,32 +51,52 @@ class Galaxy(NamedTuple):
     exptime: np.ndarray  # (bands,) float32, seconds
 
 # %% ../nbs/12_images.ipynb #0deb37ff
+def check_bands(
+    cutouts:dict[str, Cutout],  # by band
+    survey:ImagingSurvey,  # whose bands are wanted
+) -> ImagingSurvey | None:
+    """The survey that took the cutouts, as far as their headers name one. Raises
+    `InvalidInputError` for a missing band."""
+    source = survey_named(" ".join(cutout.facts.telescope for cutout in cutouts.values()))
+    missing = [band for band in survey.bands if band not in cutouts]
+    if missing:
+        never = [band for band in missing if source and band not in source.bands]
+        cause = f"; {source.name} has no {', '.join(never)}" if never else ""
+        raise InvalidInputError(f"no image in {', '.join(missing)}{cause}")
+    return source
+
+def combine_bands(
+    cutouts:dict[str, Cutout],  # by band
+    size:int,  # side of the images, pixels
+    survey:ImagingSurvey = PS1,
+) -> Galaxy:
+    """Calibrates the cutouts of one galaxy. Raises `InvalidInputError` for missing bands and images
+    of another survey or too small, and `DamagedFileError` for unequal shapes and counts of unknown
+    exposure."""
+    for band, cutout in cutouts.items():
+        listed = "; ".join(differences(cutout.facts, survey))
+        if listed: raise InvalidInputError(f"the image in {band} is none of {survey.name}: "
+            f"{listed}. `specpred predict --resample` takes images of other surveys")
+    check_bands(cutouts, survey)
+    chosen = [cutouts[band] for band in survey.bands]
+    shapes = {cutout.pixels.shape for cutout in chosen}
+    if len(shapes) > 1: raise DamagedFileError(f"the bands have different shapes: {sorted(shapes)}")
+    flux = central_crop(np.stack([cutout.to_njy(survey) for cutout in chosen]), size)
+    mask = central_crop(np.stack([cutout.mask for cutout in chosen]), size)
+    return Galaxy(flux, mask, np.array([cutout.facts.exptime for cutout in chosen], np.float32))
+
+# %% ../nbs/12_images.ipynb #1d0abb36
 def read_galaxy(
     folder:str | Path,  # holds a file <band>.fits for each band
     size:int,  # side of the images, pixels
     survey:ImagingSurvey = PS1,
 ) -> Galaxy:
-    """Reads and calibrates the cutouts of one galaxy.
-
-    Raises `MissingInputError`, `DamagedFileError` or `InvalidInputError`."""
-    cutouts = [_read_band(f"{folder}/{band}.fits", band, survey) for band in survey.bands]
-    shapes = {cutout.counts.shape for cutout in cutouts}
-    if len(shapes) > 1:
-        raise DamagedFileError(f"the bands in {folder} have different shapes: {sorted(shapes)}")
-    exptime = np.array([cutout.exptime for cutout in cutouts], np.float32)
-    counts = central_crop(np.stack([cutout.counts for cutout in cutouts]), size)
-    mask = central_crop(np.stack([cutout.mask for cutout in cutouts]), size)
-    flux = survey.to_njy(counts, exptime[:, None, None]).astype(np.float32)
-    return Galaxy(flux, mask, exptime)
-
-# %% ../nbs/12_images.ipynb #fdbd1a26
-def _read_band(file:str, band:str, survey:ImagingSurvey) -> Cutout:
-    "Raises `DamagedFileError` for another band or one without data."
-    cutout = read_cutout(file, survey)
-    if cutout.band not in (None, band):
-        raise DamagedFileError(f"{file} holds the {cutout.band} band by its header")
-    if cutout.mask.all(): raise DamagedFileError(f"{file} has no finite pixel")
-    return cutout
+    """Reads and calibrates the cutouts of one galaxy. Raises `MissingInputError` for a missing
+    file, and what `read_cutout` and `combine_bands` raise."""
+    cutouts = {band: read_cutout(f"{folder}/{band}.fits", band) for band in survey.bands}
+    try: return combine_bands(cutouts, size, survey)
+    except DamagedFileError as error: raise DamagedFileError(f"{folder}: {error}") from error
+    except InvalidInputError as error: raise InvalidInputError(f"{folder}: {error}") from error
 
 # %% ../nbs/12_images.ipynb #3347fb6c
 def composite(
@@ -129,6 +150,12 @@ def _level_and_noise(image:np.ndarray, mask:np.ndarray) -> tuple[float, float]:
     return level, 1.4826*np.median(np.abs(pixels - level))
 
 # %% ../nbs/12_images.ipynb #c129e32a
+def _in_aperture(shape:tuple, pixel_scale:float, radius:float) -> np.ndarray:
+    "(height, width) bool: which pixels of an image lie within `radius` arcsec of its centre."
+    height, width = shape[-2:]
+    y, x = np.mgrid[:height, :width]
+    return np.hypot(y - (height - 1)/2, x - (width - 1)/2) <= radius/pixel_scale
+
 def aperture_magnitudes(
     flux:np.ndarray,  # (..., height, width) nJy
     pixel_scale:float,  # arcsec
@@ -136,11 +163,35 @@ def aperture_magnitudes(
 ) -> np.ndarray:
     """AB magnitudes (...) in a circular aperture at the centre, as asinh magnitudes
     (Lupton, Gunn & Szalay 1999) that turn linear at 100 nJy (26.4 mag)."""
-    height, width = flux.shape[-2:]
-    y, x = np.mgrid[:height, :width]
-    inside = np.hypot(y - (height - 1)/2, x - (width - 1)/2) <= radius/pixel_scale
-    total = flux[..., inside].sum(-1, dtype=np.float64)
+    total = flux[..., _in_aperture(flux.shape, pixel_scale, radius)].sum(-1, dtype=np.float64)
     return 31.4 - 2.5/np.log(10)*(np.arcsinh(total/200) + np.log(100))
+
+def signal_to_noise(
+    flux:np.ndarray,  # (..., height, width) nJy
+    pixel_scale:float,  # arcsec
+    mask = False,  # bool, broadcast against `flux`, True where there are no data
+    radius:float = 1.5,  # of the aperture, arcsec
+) -> np.ndarray:
+    """Signal-to-noise ratio (...) of what lies at the centre, above the level of the border: 0 for
+    a constant image, infinite for a source without noise around it."""
+    level, noise = sky_statistics(flux, mask)
+    inside = _in_aperture(flux.shape, pixel_scale, radius) & ~np.asarray(mask)
+    signal = ((flux - level[..., None, None])*inside).sum((-2, -1))
+    noise = noise*np.sqrt(np.broadcast_to(inside, flux.shape).sum((-2, -1)))
+    return np.divide(signal, noise, where=noise > 0, out=np.where(signal > 0, np.inf, 0.))
+
+# %% ../nbs/12_images.ipynb #ec6ba947
+def masked_fraction(
+    mask:np.ndarray,  # (..., height, width) bool, True where there are no data
+    pixel_scale:float,  # arcsec
+) -> np.ndarray:
+    "Fraction (...) of an image, or of its core, that has no data."
+    height, width = mask.shape[-2:]
+    y, x = np.ogrid[:height, :width]
+    squared = (y - (height - 1)/2)**2 + (x - (width - 1)/2)**2
+    weight = np.exp(-squared/2*pixel_scale**2)  # sigma is 1 arcsec
+    core = (mask*weight).sum((-2, -1))/weight.sum()
+    return np.maximum(core, mask.mean((-2, -1))).astype(np.float32)
 
 # %% ../nbs/12_images.ipynb #7a982406
 def storage_scale(
@@ -166,9 +217,9 @@ def _stored(galaxy:Galaxy, survey:ImagingSurvey, settings:ImageParameters, probl
     sky, noise = sky_statistics(galaxy.flux, galaxy.mask)
     scale = storage_scale(galaxy.flux, noise, settings.dtype)
     pixels = (galaxy.flux/scale[:, None, None]).astype(settings.dtype)
-    mask_fraction = galaxy.mask.mean((1, 2), dtype=np.float32)
+    mask_fraction = masked_fraction(galaxy.mask, survey.pixel_scale)
     if not problem and mask_fraction.max() > settings.max_mask_fraction:
-        problem = f"masked: {mask_fraction.max():.0%} of a band"
+        problem = f"masked: {mask_fraction.max():.0%} of a band or of its core"
     row = dict(usable=not problem, problem=problem, checksum=zlib.crc32(pixels))
     numbers = (mask_fraction, galaxy.exptime, sky, noise, scale)
     columns = [f"{name}_{band}" for name in PER_BAND for band in survey.bands]
@@ -266,7 +317,7 @@ def pack_images(
     store:str | Path,  # the folder to make
     survey:ImagingSurvey = PS1,
     size:int = 224,  # side of the images, pixels
-    max_mask_fraction:float = 0.2,  # more in any band makes a row unusable
+    max_mask_fraction:float = 0.2,  # `masked_fraction` from which on a row is not usable
     dtype:str = "float16",  # or "float32"
     n_jobs:int = -1,  # processes; -1: all cores
     progress:bool = True,
@@ -333,6 +384,7 @@ class ImageStore:
     sky: np.ndarray  # (N, bands) level of the border, nJy a pixel
     noise: np.ndarray  # (N, bands) nJy a pixel
     scale: np.ndarray  # (N, bands) nJy, unit of the stored numbers
+    max_mask_fraction: float  # limit of `masked_fraction` of usable galaxies
 
     def __len__(self) -> int: return len(self.pixels)
     def __reduce__(self): return open_images, (self.path,)  # pickles do not carry the images
@@ -355,6 +407,7 @@ def open_images(
     try:
         table = pd.read_parquet(path/"galaxies.parquet", page_checksum_verification=True)
         survey = ImagingSurvey.from_dict(table.attrs["survey"])
+        limit = float(table.attrs["max_mask_fraction"])
         columns = {name: table[name].to_numpy() for name in ("specobjid", "usable", "checksum")}
         for name in PER_BAND:
             columns[name] = table.filter(like=f"{name}_").to_numpy()
@@ -364,7 +417,7 @@ def open_images(
     except (OSError, EOFError, ValueError, KeyError, InvalidInputError) as error:
         raise DamagedFileError(f"{path} is not a whole image store ({error}); delete it and run "
             "12_images again") from error
-    return ImageStore(path, survey, pixels, **columns)
+    return ImageStore(path, survey, pixels, **columns, max_mask_fraction=limit)
 
 # %% ../nbs/12_images.ipynb #8cab99cb
 @patch

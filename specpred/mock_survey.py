@@ -282,7 +282,7 @@ def _skycell_content(cell, galaxies, conditions, survey, stamp, seed):
     _lose_pixels(pixels, rng)
     wcs = skycell_wcs(cell.ra, cell.dec, cell.side, survey.pixel_scale)
     return skycell_bytes(pixels, wcs, band, conditions.exptime, sky_noise, cell.projcell,
-        cell.subcell)
+        cell.subcell, survey)
 
 # %% ../nbs/08_mock_survey.ipynb #dc61360d
 def make_skycell(

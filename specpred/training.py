@@ -365,7 +365,8 @@ def save_trained(
     "Writes weights with all that prediction needs."
     errors, transform, images = calib_errors(model, sample), sample.transform, sample.images
     provenance = facts | dict(
-        image_size=images.shape[-1], stretch=transform.stretch, softening=transform.softening,
+        image_size=images.shape[-1], max_mask_fraction=images.max_mask_fraction,
+        stretch=transform.stretch, softening=transform.softening,
         residual_covariance=np.cov(errors.T).tolist(), residual_mean=errors.mean(0).tolist(),
         versions=versions())
     save(model, path, name=name, arguments=dict(c_in=images.shape[1], n_out=errors.shape[1]),

@@ -98,10 +98,10 @@ def rewrite(path, pixels, **cards):
 
 @pytest.mark.parametrize("spoil, problem", [
     (lambda p: p.write_bytes(p.read_bytes()[:3000]), "damaged file: "),
-    (lambda p: rewrite(p, np.zeros((16, 16)), EXPTIME=-1.), "EXPTIME is -1"),
+    (lambda p: rewrite(p, np.zeros((16, 16)), EXPTIME=-1.), "no exposure time"),
     (lambda p: rewrite(p, np.full((16, 16), np.nan)), "no finite pixel"),
     (lambda p: [rewrite(file, np.zeros((8, 8))) for file in p.parent.iterdir()],
-        "unfit image: an image of 8 x 8 pixels cannot be cropped"),
+        "an image of 8 x 8 pixels cannot be cropped"),
     (lambda p: rewrite(p, np.zeros((20, 20))), "different shapes"),
     (lambda p: rewrite(p, np.zeros((16, 16)), FILTER="z.00000"), "holds the z band"),
     (lambda p: rewrite(p, np.where(np.arange(16) < 5, np.nan, np.ones((16, 16)))), "masked: 25%"),
@@ -232,7 +232,7 @@ def test_arrays_that_cannot_be_packed(tmp_path, monkeypatch):
 
     flux[1, 4] = np.nan
     problems = pack_arrays(range(3), flux, tmp_path/"a")
-    assert problems == {"1": "masked: 100% of a band"}
+    assert problems == {"1": "masked: 100% of a band or of its core"}
 
     monkeypatch.setattr(images.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(SpecpredError, match="has room for 0.0 GB"):
@@ -295,3 +295,21 @@ def test_transforms_and_augmentations_that_cannot_be():
         with pytest.raises(InvalidInputError): images.Augmentation(**wrong)
     with pytest.raises(InvalidInputError, match="cannot be moved by 12"):
         images.shift(torch.zeros(5, 12, 12), 12, 0)
+
+
+@pytest.mark.parametrize("cards, problem", [
+    (dict(BUNIT="nanomaggy"), "unit nanomaggy, not count"),
+    (dict(TELESCOP="SDSS 2.5-M"), "taken by 'SDSS 2.5-M', not Pan-STARRS1"),
+    (dict(PIXSCALE=0.396), "pixels of 0.396 x 0.396 arcsec, not 0.25")])
+def test_images_of_another_survey_are_not_packed(tmp_path, cards, problem):
+    write_cutouts(tmp_path/"raw", 3)
+    rewrite(tmp_path/"raw/1/r.fits", np.ones((16, 16)), **cards)
+    problems = pack(tmp_path/"raw", 3, tmp_path/"a")
+    assert list(problems) == ["1"] and problem in problems["1"]
+
+
+def test_a_galaxy_without_its_core_is_not_packed(tmp_path):
+    flux = np.ones((2, 5, 64, 64))
+    flux[1, 2, 28:36, 28:36] = np.nan  # 1.6 % of a band
+    problems = pack_arrays([0, 1], flux, tmp_path/"a")
+    assert list(problems) == ["1"] and "of its core" in problems["1"]

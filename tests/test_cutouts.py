@@ -1,0 +1,185 @@
+"specpred.cutouts: what a header says of its image, in the words of many surveys."
+import io
+import math
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.wcs import WCS
+from astropy.wcs.utils import proj_plane_pixel_scales
+
+from specpred.config import DamagedFileError, InvalidInputError
+from specpred.cutouts import (ImageFacts, Stated, band_of, complete_facts, differences, image_facts,
+    read_cutout, read_cutouts, skycell_bytes, skycell_wcs, unit_of)
+from specpred.surveys import LEGACY, PS1, RUBIN, SURVEYS
+
+DECAM = dict(TELESCOP="CTIO 4.0-m telescope", INSTRUME="DECam",
+    FILTER="z DECam SDSS c0004 9260.0 1520.0", BUNIT="electron/s", MAGZERO=30.2, PIXSCAL1=0.27)
+LEGACY_SERVICE = dict(SURVEY="LegacySurvey", BANDS="grz", BUNIT="nanomaggy", CD1_1=-7.28e-5,
+    CD1_2=0, CD2_1=0, CD2_2=7.28e-5, CTYPE1="RA---TAN", CTYPE2="DEC--TAN")
+HSC = dict(INSTRUME="Hyper Suprime-Cam", FILTER="HSC-Y", FLUXMAG0=6.30957344e10,
+    CD1_1=-4.667e-5, CD2_2=4.667e-5, CTYPE1="RA---TAN", CTYPE2="DEC--TAN")
+RUBIN_COADD = dict(TELESCOP="Simonyi Survey Telescope", FILTER="i_39", BUNIT="nJy",
+    CDELT1=-5.5556e-5, CDELT2=5.5556e-5, CTYPE1="RA---TAN", CTYPE2="DEC--TAN")
+HUBBLE = dict(TELESCOP="HST", INSTRUME="ACS", FILTER1="F606W", BUNIT="ELECTRONS/S", EXPTIME="n/a",
+    CD1_1=-1.39e-5, CD2_2=1.39e-5, CTYPE1="RA---TAN", CTYPE2="DEC--TAN")
+
+
+@pytest.mark.parametrize("cards, band, survey, unit, zero_point, scale", [
+    (DECAM, "z", LEGACY, "count/s", 30.2, 0.27),
+    (LEGACY_SERVICE, "", LEGACY, "nanomaggy", 22.5, 0.262),
+    (HSC, "y", None, "", 27.0, 0.168),
+    (RUBIN_COADD, "i", RUBIN, "nJy", 31.4, 0.2),
+    (HUBBLE, "F606W", None, "count/s", math.nan, 0.05)])
+def test_headers_of_surveys(cards, band, survey, unit, zero_point, scale):
+    facts = image_facts(fits.Header(cards))
+    assert facts.band == band and facts.unit == unit
+    named = [known for known in SURVEYS.values() if known.is_named_in(facts.telescope)]
+    assert named == ([survey] if survey else [])
+    np.testing.assert_allclose([facts.zero_point, *facts.pixel_scale], [zero_point, scale, scale],
+        rtol=2e-3)
+    if survey is not RUBIN: assert differences(facts, PS1)
+
+
+@pytest.mark.parametrize("text, band", [
+    ("g.00000", "g"), ("r", "r"), ("SDSS i", "i"), ("zp1", "z"), ("y", "y"), ("HSC-R", "r"),
+    ("DES_g", "g"), ("u'", "u"), ("ip", "i"), ("PS1 y", "y"), ("R", "R"), ("I", "I"), ("VR", "VR"),
+    ("Ks", "Ks"), ("rr", "rr"), ("F814W", "F814W")])
+def test_spellings_of_bands(text, band): assert band_of(text) == band
+
+
+@pytest.mark.parametrize("text, unit, zero_point", [
+    ("nanomaggies", "nanomaggy", 22.5), ("nmgy", "nanomaggy", 22.5), ("Jy", "Jy", 8.9),
+    ("10^-6 Jy", "10^-6 Jy", 23.9), ("DN", "count", math.nan), ("counts/sec", "count/s", math.nan),
+    ("e/s", "count/s", math.nan), ("electrons", "count", math.nan), ("MJy/sr", "MJy/sr", math.nan),
+    ("erg/s/cm2/Hz", "erg/s/cm2/Hz", -48.6), ("furlong", "furlong", math.nan)])
+def test_spellings_of_units(text, unit, zero_point):
+    assert unit_of(text)[0] == unit
+    assert unit_of(text)[1] == pytest.approx(zero_point, abs=2e-3, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
+@pytest.mark.parametrize("seed", range(30))
+def test_any_world_coordinate_system_gives_the_scale_that_astropy_gives(seed):
+    rng = np.random.default_rng(seed)
+    header = fits.Header(dict(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CRVAL1=10.0, CRVAL2=20.0))
+    matrix = rng.normal(0, 1e-4, (2, 2))
+    names = [("CD{}_{}", 1), ("PC{}_{}", 2e-4), ("PC00{}00{}", 2e-4)][seed % 3]
+    for i, j in np.ndindex(2, 2): header[names[0].format(i + 1, j + 1)] = matrix[i, j]/names[1]
+    if names[1] != 1: header.update(CDELT1=names[1], CDELT2=names[1])
+    if seed % 2:  # declination first is legal, too
+        header.update(CTYPE1="DEC--TAN", CTYPE2="RA---TAN", CRVAL1=20.0, CRVAL2=10.0)
+        matrix = matrix[::-1]
+    facts = image_facts(header)
+    expected = proj_plane_pixel_scales(WCS(header))*3600
+    np.testing.assert_allclose(facts.pixel_scale, expected, rtol=1e-9)
+    assert facts.mirrored == (np.linalg.det(matrix) > 0)
+    x, y = np.linalg.solve(matrix, [0, 1])
+    assert math.tan(math.radians(facts.rotation)) == pytest.approx(-x/y)
+
+
+def test_a_header_without_sky_coordinates_says_no_scale():
+    for cards in ({}, dict(CTYPE1="LINEAR", CTYPE2="LINEAR", CDELT1=1.0, CDELT2=1.0),
+            dict(CTYPE1="RA---TAN", CTYPE2="DEC--TAN")):
+        assert np.isnan(image_facts(fits.Header(cards)).pixel_scale).all()
+    singular = dict(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CD1_1=1e-4)
+    with pytest.raises(DamagedFileError, match="singular"): image_facts(fits.Header(singular))
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(), ""), (dict(telescope=""), ""), (dict(unit="nJy", zero_point=31.4), ""),
+    (dict(pixel_scale=(0.252, 0.25)), ""), (dict(rotation=-15.0), ""),
+    (dict(telescope="SDSS 2.5-M"), "taken by 'SDSS 2.5-M', not Pan-STARRS1"),
+    (dict(pixel_scale=(0.396, 0.396)), "pixels of 0.396 x 0.396 arcsec, not 0.25"),
+    (dict(pixel_scale=(0.25, 0.5)), "pixels of 0.25 x 0.5 arcsec, not 0.25"),
+    (dict(unit="nanomaggy", zero_point=22.5), "unit nanomaggy, not count"),
+    (dict(zero_point=30.0), "zero point 30.00 mag, not 32.34"),
+    (dict(mirrored=True), "east to the right of north, not to the left"),
+    (dict(rotation=90.0), "north 90 degrees from up, not 0")])
+def test_what_is_not_of_the_survey_is_said_with_both_values(changes, said):
+    usual = dict(band="g", telescope="PS1", unit="count", exptime=860.0, pixel_scale=(0.25, 0.25),
+        zero_point=25 + 2.5*math.log10(860))
+    assert "; ".join(differences(ImageFacts(**usual | changes), PS1)) == said
+
+
+def test_user_and_header_have_to_agree():
+    header = fits.Header(dict(BUNIT="nanomaggy"))
+    assert complete_facts(header, Stated(pixel_scale=0.396)).pixel_scale == (0.396, 0.396)
+    assert complete_facts(header, Stated(unit="nmgy")).zero_point == 22.5
+    for stated, text in ((Stated(unit="count"), "unit nanomaggy, you say count"),
+            (Stated(zero_point=25.0), "zero_point 22.5, you say 25.0")):
+        with pytest.raises(InvalidInputError, match=text): complete_facts(header, stated)
+
+
+def written(path, *hdus):
+    fits.HDUList([fits.PrimaryHDU(), *hdus] if len(hdus) > 1 else list(hdus)).writeto(path)
+    return path
+
+
+def test_one_file_may_hold_all_bands(tmp_path):
+    pixels = [np.full((8, 9), k, np.float32) for k in range(5)]
+    by_extname = written(tmp_path/"extname.fits",
+        *(fits.ImageHDU(one, name=band) for one, band in zip(pixels, "grizy", strict=True)))
+    headers = [fits.Header(dict(FILTER=f"{band}.00000")) for band in "grizy"]
+    by_filter = written(tmp_path/"filter.fits", *map(fits.ImageHDU, pixels, headers))
+    cube = written(tmp_path/"cube.fits",
+        fits.PrimaryHDU(np.array(pixels), fits.Header(dict(BANDS="g,r,i,z,y"))))
+    for path in (by_extname, by_filter, cube):
+        assert {band: one.pixels[0, 0] for band, one in read_cutouts(path).items()} == dict(
+            zip("grizy", range(5), strict=True))
+    unnamed = written(tmp_path/"unnamed.fits", fits.PrimaryHDU(np.array(pixels)))
+    with pytest.raises(DamagedFileError, match="a cube of 5 images, and BANDS is ''"):
+        read_cutouts(unnamed)
+
+
+def test_a_weight_map_is_no_band(tmp_path):
+    image = fits.ImageHDU(np.ones((8, 8), np.float32), fits.Header(dict(FILTER="r")), name="SCI")
+    weights = fits.ImageHDU(np.zeros((8, 8), np.float32), name="WHT")
+    cutout = read_cutout(written(tmp_path/"file.fits", image, weights), "r")
+    assert cutout.pixels.all()
+
+
+def test_a_foreign_filter_is_not_taken_for_a_band(tmp_path):
+    image = fits.PrimaryHDU(np.ones((8, 8), np.float32), fits.Header(dict(FILTER="R")))
+    path = written(tmp_path/"r.fits", image)
+    with pytest.raises(DamagedFileError, match="holds the R band by its header, not r"):
+        read_cutout(path, "r")
+
+
+def test_a_stack_and_an_image_of_unknown_exposure(tmp_path):
+    counts = np.random.default_rng(0).normal(0, 10, (64, 64))
+    counts[:3] = np.nan
+    (tmp_path/"stack.fits").write_bytes(
+        skycell_bytes(counts, skycell_wcs(180, 30, 64), "i", 700.0, noise=10.0))
+    cutout = read_cutout(tmp_path/"stack.fits", "i")
+    assert cutout.facts.telescope == "PS1" and not differences(cutout.facts, PS1)
+    assert cutout.mask.sum() == 3*64 and not cutout.pixels[:3].any()
+    np.testing.assert_allclose(cutout.pixels[3:], counts[3:], atol=1)
+    np.testing.assert_allclose(cutout.to_njy(PS1), cutout.pixels*(363.1/700), rtol=1e-5)
+
+    silent = read_cutout(written(tmp_path/"silent.fits", fits.PrimaryHDU(np.ones((8, 8)))), "g")
+    np.testing.assert_allclose(silent.to_njy(LEGACY), 3631, rtol=1e-5)
+    with pytest.raises(DamagedFileError, match="no exposure time in EXPTIME"): silent.to_njy(PS1)
+
+
+@pytest.mark.parametrize("card", ["BUNIT   = 'nJy", "BANDS   = grizy", "EXPTIME = '1e3",
+    "CDELT1  = 'x", "FILTER  = = ="])
+def test_cards_that_cannot_be_parsed(tmp_path, card):
+    header = fits.Header(dict(BUNIT="nJy", BANDS="grizy", EXPTIME=1e3, FILTER="g", CDELT1=1.0,
+        CTYPE1="RA---TAN", CTYPE2="DEC--TAN"))
+    stream = io.BytesIO()
+    fits.PrimaryHDU(np.ones((5, 8, 8), np.float32), header).writeto(stream)
+    content = stream.getvalue()
+    at = content.index(card[:9].encode())
+    (tmp_path/"cube.fits").write_bytes(content[:at] + card.ljust(80).encode() + content[at + 80:])
+    with pytest.raises(DamagedFileError): read_cutouts(tmp_path/"cube.fits")
+
+
+def test_real_cutouts_say_what_they_are(real_data):
+    for band in "griz":
+        facts = read_cutout(real_data/f"ps1/{band}.fits", band).facts
+        assert facts.band == band and facts.exptime > 700 and not facts.unstated()
+        assert differences(facts, PS1) == []
+    facts = read_cutout(real_data/"sdss_images/g.fits", "g").facts
+    assert (facts.unit, facts.zero_point, round(facts.rotation)) == ("nanomaggy", 22.5, -90)
+    assert len(differences(facts, PS1)) == 4
