@@ -6,6 +6,7 @@
 from __future__ import annotations
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -61,18 +62,33 @@ def info(data_dir: _DataDir = None):
 @app.command()
 def predict(
     cutouts: Annotated[list[Path], typer.Argument(
-        help="Per galaxy: a FITS file with a (bands, size, size) image, or a folder <band>.fits.")],
+        help="Per galaxy: a folder or files <band>.fits, or a FITS file with all bands.")],
     profile: _Profile = "demo",
     model: Annotated[str | None, typer.Option("--model",
         help="Name of a trained model; the default is the best on the valid galaxies.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o",
-        help="Folder for the tables and plots.")] = Path("predicted_spectra"),
+        help="Folder for the tables, the plots and summary.csv.")] = Path("predicted_spectra"),
+    resample: Annotated[bool, typer.Option("--resample",
+        help="Bring images of another survey to pixels, zero point and filters of the model's.")
+        ] = False,
+    pixel_scale: Annotated[float | None, typer.Option("--pixel-scale", min=0.001,
+        help="Arcsec, where the headers do not say it.")] = None,
+    zero_point: Annotated[float | None, typer.Option("--zero-point",
+        help="AB magnitude of a pixel value of 1, where the headers do not say it.")] = None,
+    unit: Annotated[str | None, typer.Option("--unit",
+        help="Of the pixels, e.g. nanomaggy or uJy, where the headers do not say it.")] = None,
     data_dir: _DataDir = None,
 ):
-    "Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each."
+    """Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each.
+
+    Images must be those of the survey that the model learned from; what their headers say is
+    checked."""
     from specpred.config import get_paths, get_profile
+    from specpred.cutouts import Stated
     from specpred.predict import predict_files
-    for file in predict_files(cutouts, get_paths(get_profile(profile), data_dir), out, model=model):
+    stated = Stated(pixel_scale, zero_point, unit)
+    for file in predict_files(cutouts, get_paths(get_profile(profile), data_dir), out, model,
+            resample=resample, stated=stated):
         print(file)
 
 # %% ../nbs/26_cli.ipynb #4a390aa4
@@ -147,6 +163,7 @@ def serve(
 def main():
     "Entry point of the command `specpred`."
     from specpred.config import SpecpredError
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try: app()
     except (SpecpredError, OSError) as error: sys.exit(f"error: {error}")
     except SystemExit as end:

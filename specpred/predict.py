@@ -5,8 +5,12 @@
 # %% ../nbs/24_predict.ipynb #9db180ad
 from __future__ import annotations
 
+import re
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,18 +21,22 @@ from tqdm.auto import tqdm
 
 from . import models
 from .config import (
-    DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError,
+    ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError,
     random_generator)
-from .formats import open_fits
-from .images import central_crop, composite, read_galaxy
+from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
+from .images import (
+    Galaxy, combine_bands, composite, masked_fraction, signal_to_noise)
 from .plotting import RED, mark_lines
+from .resample import resample_galaxy
+from .spectra import list_few
 from .stages import atomic_path
 from .surveys import ImagingSurvey
 from .vae import SpectrumModel
 
 # %% auto #0
-__all__ = ['GaussianErrors', 'PredictedSpectra', 'Predictor', 'write_cube', 'read_cube', 'name_galaxies', 'read_image',
-           'write_table', 'plot_prediction', 'find_weights', 'predict_files', 'read_images', 'write_predictions']
+__all__ = ['GaussianErrors', 'PredictedSpectra', 'Predictor', 'has_source', 'write_cube', 'name_galaxies', 'ReadImage',
+           'read_image', 'write_table', 'plot_prediction', 'find_weights', 'predict_files', 'write_predictions',
+           'write_summary']
 
 # %% ../nbs/24_predict.ipynb #ebc03724
 @dataclass(frozen=True)
@@ -102,14 +110,26 @@ def predict(self:Predictor,
     flux,  # (N, bands, height, width) nJy, bands and pixel scale of the model's survey, centred
     n_draws:int = 128,  # of the band
 ) -> PredictedSpectra:
-    "Spectra with 68 % bands. Raises `InvalidInputError` for other shapes, smaller images and NaN."
+    """Spectra with 68 % bands. Raises `InvalidInputError` for other shapes, smaller images, NaN,
+    and images without a source in their middle."""
     targets = self.model.predict_targets(flux)
+    empty = np.flatnonzero(~has_source(np.asarray(flux), self.model.survey))
+    if len(empty): raise InvalidInputError(f"no source in the middle of {list_few(empty, 'image')}")
     if self.decoder is None: return PredictedSpectra(targets)
     bands = np.zeros((2, len(targets), len(self.decoder.wavelength)), np.float32)
     for k, one in enumerate(targets):
         draws = self.decoder.decode(self.posterior.draw(one, n_draws).astype(np.float32))
         bands[:, k] = np.percentile(draws, (16, 84), axis=0)
     return PredictedSpectra(targets, self.decoder.wavelength, self.decoder.decode(targets), *bands)
+
+# %% ../nbs/24_predict.ipynb #c75a64c6
+def has_source(
+    flux:np.ndarray,  # (..., bands, height, width) nJy
+    survey:ImagingSurvey,
+    mask = False,  # bool, broadcast against `flux`, True where there are no data
+) -> np.ndarray:
+    "Whether something is detected at 5 sigma in the middle of an image in any band, (...) bool."
+    return (signal_to_noise(flux, survey.pixel_scale, mask) > 5).any(-1)
 
 # %% ../nbs/24_predict.ipynb #9c0e94f9
 def write_cube(
@@ -119,68 +139,82 @@ def write_cube(
 ):
     "Writes a calibrated image as one FITS file that `specpred predict` reads."
     from astropy.io import fits
-    header = fits.Header({"BUNIT": "nJy", "BANDS": "".join(survey.bands)})
+    header = fits.Header([("BUNIT", "nJy"), ("BANDS", "".join(survey.bands), "of the planes"),
+        ("SURVEY", survey.name), ("PIXSCALE", survey.pixel_scale, "arcsec")])
     with atomic_path(path) as part: fits.writeto(part, np.asarray(flux, np.float32), header)
 
-# %% ../nbs/24_predict.ipynb #5e9fbb00
-def read_cube(
-    path,  # a file of `write_cube`
-    survey:ImagingSurvey,  # whose bands are expected
-) -> np.ndarray:
-    "(bands, height, width) nJy; pixels without data are 0. Raises `DamagedFileError`."
-    with open_fits(path) as hdus:
-        cubes = [hdu for hdu in hdus if hdu.is_image and hdu.header.get("NAXIS") == 3]
-        if not cubes: raise DamagedFileError("no three-dimensional image")
-        header, flux = cubes[0].header, np.asarray(cubes[0].data, np.float32)
-        bands, unit = str(header.get("BANDS")), str(header.get("BUNIT"))
-    expected = "".join(survey.bands)
-    if bands != expected or unit.lower() != "njy" or len(flux) != len(expected):
-        raise DamagedFileError(
-            f"{path} has shape {flux.shape}, BANDS = {bands!r} and BUNIT = {unit!r}; expected "
-            f"({len(expected)}, height, width), BANDS = {expected!r} and BUNIT = 'nJy' "
-            "(predict.write_cube)."
-        )
-    return np.nan_to_num(flux, nan=0., posinf=0., neginf=0.)
-
 # %% ../nbs/24_predict.ipynb #cf9ca405
+def _without_ending(path:Path) -> str:
+    "The name of a FITS file without .fits or .fits.gz."
+    return re.sub(r"\.(fits?|fts)(\.gz)?$", "", path.name.lower())
+
 def name_galaxies(
-    cutouts,  # paths: folders with one file a band, these files themselves, or cubes
+    cutouts,  # paths: folders with one file a band, these files themselves, or other files
     bands,  # names of the bands
-) -> dict[str, Path]:
-    """The folder or cube of each galaxy, by its name. Raises `MissingInputError` for what is not
-    there, and `InvalidInputError` for two galaxies of one name."""
-    bands_given, sources = {}, []
+) -> dict[str, list[Path]]:
+    """The files of each galaxy, by its name. Raises `MissingInputError` for what is not there, and
+    `InvalidInputError` for two galaxies of one name."""
+    files_of = {}  # by folder, or by file for one that has all bands
     for path in map(Path, cutouts):
         if not path.exists(): raise MissingInputError(f"{path} does not exist.")
         path = path.resolve()
-        if path.is_file() and path.stem in bands:
-            bands_given.setdefault(path.parent, set()).add(path.stem)
-        else: sources.append(path)
-    for folder, given in bands_given.items():
-        if missing := [band for band in bands if band not in given]:
-            raise MissingInputError(
-                f"Of the galaxy in {folder} these bands were not given: {', '.join(missing)}."
-            )
+        listed = sorted(path.iterdir()) if path.is_dir() else [path]
+        of_bands = [file for file in listed if _without_ending(file) in bands]
+        source = path.parent if of_bands and path.is_file() else path
+        files_of.setdefault(source, []).extend(of_bands or [path])
     galaxies = {}
-    for path in [*sources, *bands_given]:
-        name = path.name if path.is_dir() else path.stem
+    for source, files in files_of.items():
+        name = source.name if source.is_dir() else _without_ending(source)
         if name in galaxies:
             raise InvalidInputError(
                 f"Two galaxies are called {name!r}; their results would overwrite each other."
             )
-        galaxies[name] = path
+        galaxies[name] = files
     return galaxies
 
-# %% ../nbs/24_predict.ipynb #dc85e531
+# %% ../nbs/24_predict.ipynb #356c8d34
+class ReadImage(NamedTuple):
+    "An image for a prediction."
+    flux: np.ndarray  # (bands, size, size) nJy, 0 where there are no data
+    mask_fraction: float  # largest `masked_fraction` of the bands
+    notes: list[str]  # what the reader of a prediction should know
+
 def read_image(
-    path:Path,  # a folder with one file a band, or a cube
-    survey:ImagingSurvey,
-    size:int,  # side of the image, pixels
-) -> np.ndarray:
-    """(bands, size, size) nJy of a galaxy, pixels without data 0. Raises a `SpecpredError` for what
-    cannot be read."""
-    if path.is_dir(): return read_galaxy(path, size, survey).flux
-    return central_crop(read_cube(path, survey), size)
+    files:list[Path],  # from `name_galaxies`
+    model:models.TrainedModel,  # whose survey and image size are wanted
+    resample:bool = False,  # images of other surveys are made those of the model's
+    stated:Stated = NOTHING_STATED,
+) -> ReadImage:
+    """The image of a galaxy. Raises a `SpecpredError` for what cannot be read, is of another
+    survey, lacks data or shows nothing."""
+    survey, cutouts, size = model.survey, {}, model.provenance["image_size"]
+    for file in files:
+        band = _without_ending(file)
+        cutouts |= ({band: read_cutout(file, band, stated)} if band in survey.bands
+            else read_cutouts(file, stated))
+    if resample: galaxy, notes = resample_galaxy(cutouts, size, survey)
+    else: galaxy, notes = combine_bands(cutouts, size, survey), _unstated(cutouts, survey)
+    fraction = masked_fraction(galaxy.mask, survey.pixel_scale).max()
+    _check_image(galaxy, fraction, model)
+    if fraction: notes = [*notes, "some pixels have no data, see mask_fraction"]
+    return ReadImage(galaxy.flux, float(fraction), notes)
+
+# %% ../nbs/24_predict.ipynb #1cdb5f80
+def _unstated(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
+    "A note on what the headers do not say."
+    unstated = {what: True for cutout in cutouts.values() for what in cutout.facts.unstated()}
+    if not unstated: return []
+    return [f"the headers say nothing of {', '.join(unstated)}: taken for {survey.name}'s"]
+
+def _check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
+    "Raises `InvalidInputError` for an image that lacks data or shows nothing."
+    limit = model.provenance.get("max_mask_fraction", ImageParameters().max_mask_fraction)
+    if fraction > limit:
+        raise InvalidInputError(
+            f"{fraction:.0%} of a band or of its core has no data; the model takes {limit:.0%}"
+        )
+    if not has_source(galaxy.flux, model.survey, galaxy.mask):
+        raise InvalidInputError("no source in the middle of the image")
 
 # %% ../nbs/24_predict.ipynb #0367d1f4
 def write_table(
@@ -257,52 +291,82 @@ def predict_files(
     out,  # folder for tables and plots
     model:str | None = None,  # name of a trained model, e.g. "xresnet18_hybrid"
     batch_size:int = 64,  # galaxies in memory at once
+    resample:bool = False,  # images of other surveys are made those of the model's
+    stated:Stated = NOTHING_STATED,  # what the headers do not say
 ) -> list[Path]:
     """Predicts the spectra of some galaxies; writes `<name>.ecsv` and `<name>.png` for each and
-    returns their paths. Raises, after all others are done, the error of a galaxy that cannot be
-    read, or one that lists several."""
+    `summary.csv` with a row for each, and returns their paths. Raises, after all others are done,
+    the error of a galaxy that cannot be read, or one that lists several."""
     predictor = Predictor.load(find_weights(paths, model), paths.vae)
     galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
     if not galaxies: raise InvalidInputError("No cutouts were given.")
-    written, errors, names = [], {}, list(galaxies)
+    out, names = Path(out), list(galaxies)
+    written, summary, errors = [], [], {}
     with tqdm(total=len(names), unit="galaxy", disable=None) as bar:
         for start in range(0, len(names), batch_size):
-            batch = names[start:start + batch_size]
-            images = read_images({name: galaxies[name] for name in batch}, predictor.model, errors)
-            if images: written += write_predictions(predictor, images, Path(out))
+            images, batch = {}, names[start:start + batch_size]
+            for name in batch:
+                try: images[name] = read_image(galaxies[name], predictor.model, resample, stated)
+                except SpecpredError as error: errors[name] = error
+                summary.append(_summary(name, images.get(name), errors.get(name)))
+            if images: written += write_predictions(predictor, images, out)
+            write_summary(out/"summary.csv", summary)
             bar.update(len(batch))
-    if len(errors) == 1: raise next(iter(errors.values()))
-    if errors:
-        listed = [f"  {name}: {error}" for name, error in errors.items()]
-        raise InvalidInputError(
-            "\n".join([f"{len(errors)} of {len(names)} galaxies could not be read:", *listed])
-        )
-    return written
+    _warn_of_notes(summary)
+    _raise_errors(errors, len(names))
+    return [*written, out/"summary.csv"]
 
 # %% ../nbs/24_predict.ipynb #e72c3224
-def read_images(
-    galaxies:dict[str, Path],  # from `name_galaxies`
-    model:models.TrainedModel,  # whose survey and image size are wanted
-    errors:dict,  # where the error of a galaxy that cannot be read is put, by name
-) -> dict[str, np.ndarray]:
-    "Images (bands, size, size) in nJy by name, of the galaxies that can be read."
-    images = {}
-    for name, path in galaxies.items():
-        try: images[name] = read_image(path, model.survey, model.provenance["image_size"])
-        except SpecpredError as error: errors[name] = error
-    return images
-
 def write_predictions(
     predictor:Predictor,
-    images:dict[str, np.ndarray],  # by name, (bands, size, size) nJy
+    images:dict[str, ReadImage],  # by name
     out:Path,  # folder
 ) -> list[Path]:
     "Table and plot of each galaxy of a batch."
-    spectra, written = predictor.predict(np.stack(list(images.values()))), []
-    for row, (name, flux) in enumerate(images.items()):
+    spectra, written = predictor.predict(np.stack([one.flux for one in images.values()])), []
+    for row, (name, image) in enumerate(images.items()):
         table, plot = out/f"{name}.ecsv", out/f"{name}.png"
-        write_table(table, spectra, row, {"galaxy": name, "model": predictor.model.name})
-        figure = plot_prediction(flux, predictor.model.survey.bands, spectra, row, name)
+        facts = dict(galaxy=name, model=predictor.model.name, mask_fraction=image.mask_fraction,
+            notes=image.notes)
+        write_table(table, spectra, row, facts)
+        figure = plot_prediction(image.flux, predictor.model.survey.bands, spectra, row, name)
         with atomic_path(plot) as part: figure.savefig(part, dpi=110)
         written += [table, plot]
     return written
+
+# %% ../nbs/24_predict.ipynb #af90c909
+def _summary(name:str, image:ReadImage | None, error:SpecpredError | None) -> dict:
+    "A galaxy's row of the summary."
+    if error: return dict(galaxy=name, status="failed", mask_fraction=np.nan, reason=str(error))
+    return dict(galaxy=name, status="flagged" if image.notes else "predicted",
+        mask_fraction=round(image.mask_fraction, 4), reason="; ".join(image.notes))
+
+def write_summary(
+    path:Path,  # of the CSV file
+    summary:list[dict],  # rows, one a galaxy
+):
+    "Writes a table of galaxies; rows of others that are in the file already are kept."
+    table = pd.DataFrame(summary)
+    if path.is_file():
+        earlier = pd.read_csv(path, dtype=dict(galaxy=str))
+        table = pd.concat([earlier[~earlier.galaxy.isin(table.galaxy)], table])
+    with atomic_path(path) as part: table.to_csv(part, index=False)
+
+def _warn_of_notes(summary:list[dict]):
+    "One warning for each kind of note."
+    flagged = [row for row in summary if row["status"] == "flagged"]
+    for reason, n in Counter(row["reason"] for row in flagged).items():
+        first = next(row["galaxy"] for row in flagged if row["reason"] == reason)
+        others = f" and {n - 1} more" if n > 1 else ""
+        warnings.warn(f"{first}{others}: {reason}", stacklevel=3)
+
+def _raise_errors(errors:dict, n:int):
+    "Raises the error of the only galaxy that failed, or one that lists all of them."
+    if len(errors) == 1:
+        (name, error), = errors.items()
+        raise type(error)(f"{name}: {error}") from error
+    if errors:
+        listed = [f"  {name}: {error}" for name, error in errors.items()]
+        raise InvalidInputError(
+            "\n".join([f"{len(errors)} of {n} galaxies could not be predicted:", *listed])
+        )

@@ -1,0 +1,212 @@
+"specpred.predict and its command: which images are predicted, and what is said of the others."
+import gzip
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from astropy.io import fits
+from typer.testing import CliRunner
+
+from specpred import models
+from specpred.cli import app
+from specpred.config import InvalidInputError, MissingInputError, Paths, SpecpredError
+from specpred.cutouts import Stated, skycell_wcs
+from specpred.predict import predict_files, read_image, write_cube
+from specpred.surveys import PS1
+from specpred.vae import InfoVAE, SpectrumModel
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    "A small untrained network and a decoder, saved as a profile's."
+    import torch
+    torch.manual_seed(0)
+    paths = Paths(tmp_path_factory.mktemp("trained")/"demo")
+    n = len(PS1.bands)
+    provenance = dict(image_size=SIZE, seed=1, stretch="asinh", softening=(100.,)*n,
+        residual_covariance=(0.5*np.eye(6)).tolist(), residual_mean=[0.]*6, max_mask_fraction=0.2)
+    arguments = dict(c_in=n, n_out=6)
+    models.save(models.MODELS["conv3"](**arguments), paths.weights("conv3", 0), name="conv3",
+        arguments=arguments, image_stats=((0.5,)*n, (1.,)*n), target_stats=((0.,)*6, (1.,)*6),
+        survey=PS1, channels=PS1.bands, provenance=provenance)
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 6)))[0].T
+    SpectrumModel(InfoVAE(60, hidden=(40, 20)).eval(), wavelength=10**np.linspace(3.53, 3.9, 60),
+        mean=np.full(60, 0.13), components=axes, centre=np.zeros(10), target_mean=np.zeros(6),
+        target_std=np.ones(6)).save(paths.vae)
+    pd.DataFrame(dict(rmse=[1.])).to_csv(paths.history("conv3", 0), index=False)
+    return paths
+
+
+def example_flux(size=40):
+    "A galaxy with noise in five bands, nJy."
+    rows, columns = np.indices((size, size)) - (size - 1)/2
+    galaxy = 5e4*np.exp(-np.hypot(rows, columns)/3)
+    return galaxy + np.random.default_rng(0).normal(0, 50, (5, size, size))
+
+
+def write_bands(folder, flux, exptime=700., scale=0.25, bands="grizy", **cards):
+    "PS1's cutouts, changed by cards; those of None are left out."
+    folder.mkdir(parents=True, exist_ok=True)
+    for band, image in zip(bands, flux, strict=False):
+        header = skycell_wcs(180, 30, image.shape[-1], scale).to_header()
+        header.update({"EXPTIME": exptime, "HIERARCH FPA.FILTERID": f"{band}.00000",
+            "HIERARCH FPA.TELESCOPE": "PS1", "HIERARCH FPA.ZP": 25.0})
+        for name, value in cards.items():
+            if value is None: header.remove(name, ignore_missing=True)
+            else: header[name] = value
+        counts = np.asarray(image*exptime/363.1, np.float32)
+        fits.writeto(folder/f"{band}.fits", counts, header, overwrite=True)
+    return folder
+
+
+def quietly(*args, **kwargs):
+    "The result, and the texts of warnings."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = predict_files(*args, **kwargs)
+    return result, [str(one.message) for one in caught if one.category is UserWarning]
+
+
+def test_a_sound_folder_is_predicted_without_a_warning(paths, tmp_path):
+    galaxy = write_bands(tmp_path/"ngc", example_flux())
+    written, texts = quietly([galaxy], paths, tmp_path/"out")
+    assert [path.name for path in written] == ["ngc.ecsv", "ngc.png", "summary.csv"] and not texts
+    (row,) = pd.read_csv(written[-1]).to_dict("records")
+    assert (row["galaxy"], row["status"], row["mask_fraction"]) == ("ngc", "predicted", 0)
+
+
+SDSS_CARDS = {"FPA.TELESCOPE": None, "FPA.ZP": None, "FPA.FILTERID": None, "EXPTIME": "53.9",
+    "ORIGIN": "SDSS", "BUNIT": "nanomaggy"}
+
+
+@pytest.mark.parametrize("scale, cards, said", [
+    (0.396, SDSS_CARDS, "taken by 'SDSS', not Pan-STARRS1; pixels of 0.396 x 0.396 arcsec, not"),
+    (0.263, {"FPA.TELESCOPE": "DECam", "BUNIT": "electron"}, "taken by 'DECam'"),
+    (0.396, {}, "pixels of 0.396 x 0.396 arcsec, not 0.25"),
+    (0.25, {"BUNIT": "nanomaggy"}, "unit nanomaggy, not count"),
+    (0.25, {"FPA.ZP": 27.0}, "zero point 34.11 mag, not 32.11"),
+    (0.25, {"CDELT1": 0.25/3600}, "east to the right of north, not to the left"),
+    (0.25, {"PC1_1": 0.0, "PC1_2": 1.0, "PC2_1": -1.0, "PC2_2": 0.0}, "north 90 degrees from up")])
+def test_images_of_another_kind_are_refused_with_both_values(paths, tmp_path, scale, cards, said):
+    galaxy = write_bands(tmp_path/"ngc", example_flux(), scale=scale, **cards)
+    with pytest.raises(InvalidInputError, match=said):
+        predict_files([galaxy], paths, tmp_path/"out")
+    (row,) = pd.read_csv(tmp_path/"out/summary.csv").to_dict("records")
+    assert row["status"] == "failed" and said in row["reason"]
+    assert not list((tmp_path/"out").glob("*.ecsv"))
+
+
+def test_a_wrong_or_missing_band_is_an_error(paths, tmp_path):
+    swapped = write_bands(tmp_path/"swapped", example_flux(), bands="girzy")
+    (swapped/"r.fits").rename(swapped/"i.fits")
+    with pytest.raises(SpecpredError, match="i.fits holds the r band by its header, not i"):
+        predict_files([swapped], paths, tmp_path/"out")
+    sdss = write_bands(tmp_path/"sdss", example_flux()[:4], **SDSS_CARDS)
+    for resample, said in ((False, "taken by 'SDSS'"), (True, "no image in y; SDSS has no y")):
+        with pytest.raises(InvalidInputError, match=said):
+            predict_files([sdss], paths, tmp_path/"out", resample=resample)
+    ps1 = write_bands(tmp_path/"ps1", example_flux()[:4])
+    with pytest.raises(InvalidInputError, match="ps1: no image in y$"):
+        predict_files([ps1], paths, tmp_path/"out")
+
+
+def test_resampled_images_give_what_the_survey_s_own_would(paths, tmp_path):
+    model = models.load(paths.weights("conv3", 0))
+    direct = write_bands(tmp_path/"direct", example_flux(size=64))
+    rubin = {"FPA.TELESCOPE": None, "TELESCOP": "Rubin", "BUNIT": "nJy", "FPA.ZP": None}
+    rows, columns = np.indices((100, 100)) - 49.5
+    flux = np.repeat(5e4*0.64*np.exp(-np.hypot(rows, columns)/3*0.8)[None], 5, axis=0)
+    other = write_bands(tmp_path/"other", flux*363.1/700, scale=0.2, **rubin)
+    files = [sorted(folder.iterdir()) for folder in (direct, other)]
+    ours, theirs = read_image(files[0], model), read_image(files[1], model, resample=True)
+    np.testing.assert_allclose(theirs.flux[:, 10:22, 10:22].sum((1, 2)),
+        ours.flux[:, 10:22, 10:22].sum((1, 2)), rtol=0.01)
+    assert "no colour terms from Rubin to Pan-STARRS1" in theirs.notes
+    with pytest.raises(InvalidInputError, match="taken by 'Rubin'"): read_image(files[1], model)
+
+
+def test_what_a_header_does_not_say_is_a_warning_or_said_by_the_user(paths, tmp_path):
+    silent = tmp_path/"silent"
+    silent.mkdir()
+    for band, image in zip("grizy", example_flux(), strict=True):
+        fits.writeto(silent/f"{band}.fits", np.float32(image))
+    with pytest.raises(SpecpredError, match="no exposure time .* --unit and --zero-point"):
+        predict_files([silent], paths, tmp_path/"out")
+    _, texts = quietly([silent], paths, tmp_path/"out", stated=Stated(zero_point=31.4))
+    assert texts == ["silent: the headers say nothing of pixel scale, telescope: taken for "
+        "Pan-STARRS1's"]
+    _, texts = quietly([silent], paths, tmp_path/"out", stated=Stated(0.25, unit="nJy"))
+    assert texts == ["silent: the headers say nothing of telescope: taken for Pan-STARRS1's"]
+    with pytest.raises(InvalidInputError, match="pixels of 0.4 x 0.4 arcsec, not 0.25"):
+        predict_files([silent], paths, tmp_path/"out", stated=Stated(0.4, unit="nJy"))
+
+
+@pytest.mark.parametrize("hole, refused", [
+    (np.s_[:, :, 20:], True), (np.s_[2, 16:24, 16:24], True), (np.s_[1, 4:12, 4:12], False)])
+def test_masked_pixels_are_said_and_limited(paths, tmp_path, hole, refused):
+    "Half of the image and the nucleus are too much; a corner is a warning and a column."
+    flux = example_flux()
+    flux[hole] = np.nan
+    galaxy = write_bands(tmp_path/"ngc", flux)
+    if refused:
+        with pytest.raises(InvalidInputError, match="of a band or of its core has no data"):
+            predict_files([galaxy], paths, tmp_path/"out")
+        return
+    written, texts = quietly([galaxy], paths, tmp_path/"out")
+    assert texts == ["ngc: some pixels have no data, see mask_fraction"]
+    (row,) = pd.read_csv(written[-1]).to_dict("records")
+    assert row["status"] == "flagged"
+    assert row["mask_fraction"] == pytest.approx(64/SIZE**2, abs=1e-3)
+
+
+@pytest.mark.parametrize("image", [np.zeros((5, 40, 40)), np.full((5, 40, 40), 300.),
+    np.random.default_rng(0).normal(0, 50, (5, 40, 40)), np.tile(np.arange(40.), (5, 40, 1))])
+def test_an_image_that_shows_nothing_is_an_error(paths, tmp_path, image):
+    with pytest.raises(InvalidInputError, match="no source in the middle"):
+        predict_files([write_bands(tmp_path/"ngc", image)], paths, tmp_path/"out")
+
+
+def test_forms_in_which_a_galaxy_may_come(paths, tmp_path):
+    "A folder, packed files, five files, five extensions and a cube give the same spectrum."
+    folder = write_bands(tmp_path/"folder", example_flux())
+    packed = write_bands(tmp_path/"packed", example_flux())
+    for path in list(packed.iterdir()):
+        (packed/f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    loose = write_bands(tmp_path/"loose", example_flux())
+    hdus = [fits.PrimaryHDU()]
+    for band in "grizy":
+        pixels, header = fits.getdata(folder/f"{band}.fits", header=True)
+        header.remove("FPA.FILTERID")
+        hdus.append(fits.ImageHDU(pixels, header, name=band))
+    fits.HDUList(hdus).writeto(tmp_path/"extensions.fits")
+    write_cube(tmp_path/"cube.fits", example_flux(), PS1)
+    given = [folder, packed, *loose.iterdir(), tmp_path/"extensions.fits", tmp_path/"cube.fits"]
+    written, texts = quietly(given, paths, tmp_path/"out")
+    tables = [path for path in written if path.suffix == ".ecsv"]
+    assert {path.stem for path in tables} == {"folder", "packed", "loose", "extensions", "cube"}
+    from astropy.table import Table
+    first, *others = (np.array(Table.read(path)["flux"]) for path in tables)
+    for other in others: np.testing.assert_allclose(other, first, rtol=1e-3)
+    assert not texts
+    with pytest.raises(MissingInputError): predict_files([tmp_path/"none"], paths, tmp_path/"out")
+
+
+def test_the_command_says_what_it_does_not_know(paths, tmp_path):
+    sound = write_bands(tmp_path/"sound", example_flux())
+    sdss = write_bands(tmp_path/"sdss", example_flux(), scale=0.396)
+    def run(*arguments):
+        return CliRunner().invoke(app, ["predict", *map(str, arguments),
+            "--out", str(tmp_path/"out"), "--data-dir", str(paths.root.parent)])
+    done = run(sound)
+    assert done.exit_code == 0 and "summary.csv" in done.output, done.output
+    failed = run(sound, sdss)
+    assert isinstance(failed.exception, InvalidInputError) and "0.396" in str(failed.exception)
+    table = pd.read_csv(tmp_path/"out/summary.csv").set_index("galaxy").status.to_dict()
+    assert table == dict(sound="predicted", sdss="failed")
+    assert run(sdss, "--resample").exit_code == 0
+    contradicted = run(sound, "--pixel-scale", "0.4")
+    assert "says pixel_scale 0.25, you say 0.4" in str(contradicted.exception)
