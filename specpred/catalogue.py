@@ -323,10 +323,18 @@ def catalogue(self:_Source) -> pd.DataFrame:
     return pd.DataFrame(columns | self.positions())[list(_COLUMNS)]
 
 # %% ../nbs/09_catalogue.ipynb #fa43101b
+def _names_position(line:str) -> bool:
+    "Whether a line of CSV has a column of positions among several names."
+    return "," in line and any(_spelling(name) in _POSITIONS for name in line.split(","))
+
 def _read_csv(text:str, file:str) -> pd.DataFrame:
-    """A table of texts, without the lines at its beginning that start with #. Raises
-    `InvalidInputError` where a row has more or fewer fields than the header."""
-    text = re.sub(r"\A(?:\s*#[^\n]*(?:\n|\Z))*", "", text)
+    """A table of texts, without the lines at its beginning that start with #, unless the last of
+    them is the header. Raises `InvalidInputError` where a row has more or fewer fields than the
+    header."""
+    comments = re.match(r"(?:\s*#[^\n]*(?:\n|\Z))*", text)[0]
+    text, last = text[len(comments):], comments.rstrip().rpartition("\n")[2].lstrip("# ")
+    if _names_position(last) and not _names_position(text.partition("\n")[0]):
+        text = f"{last}\n{text}"
     lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try: names, *rows = (fields for fields in lines if fields)
     except (ValueError, csv.Error) as error:

@@ -383,6 +383,14 @@ def test_tables_as_people_have_them(tmp_path, text, expected, warning):
     assert bool(warning) == bool(table.attrs["warnings"])
 
 
+@pytest.mark.parametrize("text", [
+    "#ra,dec,z\n146.7,-1.0,0.02\n", "# made by hand, 2020\n# ra, dec, z\n146.7,-1.0,0.02\n",
+    "# ra, dec in degrees, J2000\nra,dec,z\n146.7,-1.0,0.02\n"])
+def test_a_header_may_be_a_comment(tmp_path, text):
+    (row,) = read_quietly(write(tmp_path, text)).itertuples()
+    assert (row.ra, row.dec, row.redshift) == (146.7, -1.0, 0.02)
+
+
 @pytest.mark.parametrize("none", ["-9", "99.0", "-1", "-9999", "N/A", "", "null", "-", "1e20", "x"])
 def test_a_redshift_that_is_none_stops_nothing(tmp_path, none):
     table = read_quietly(write(tmp_path, f"ra,dec,z,petroMag_r\n1,2,0.02,17\n3,4,{none},inf\n"))
