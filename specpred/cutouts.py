@@ -7,13 +7,15 @@ from __future__ import annotations
 import io
 import math
 import os
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 import re
 
 import numpy as np
 from astropy import units
 from astropy.io import fits
+from astropy.wcs import WCS
 from fastcore.basics import patch
 
 from .config import DamagedFileError, InvalidInputError
@@ -23,7 +25,8 @@ from .surveys import AB_ZERO, PS1, ImagingSurvey, njy_of, survey_named
 # %% auto #0
 __all__ = ['PS1_SOUTH', 'NOTHING_STATED', 'skycell_path', 'skycell_wcs', 'Pixel', 'sky_to_pixel', 'asinh_scale', 'linear_counts',
            'Skycell', 'read_skycell', 'skycell_bytes', 'ImageFacts', 'band_of', 'unit_of', 'image_facts', 'differences',
-           'Stated', 'complete_facts', 'Cutout', 'read_cutouts', 'read_cutout', 'check_cutout']
+           'Stated', 'complete_facts', 'Cutout', 'read_cutouts', 'read_cutout', 'why_uncalibrated', 'offset',
+           'check_cutout']
 
 # %% ../nbs/05_cutouts.ipynb #674e8aea
 PS1_SOUTH = -30.0  # declination of the southern edge of the 3pi survey, degrees
@@ -43,12 +46,18 @@ def skycell_wcs(
     dec:float,  # degrees
     side:int,  # pixels
     pixel_scale:float=PS1.pixel_scale,  # arcsec
-) -> astropy.wcs.WCS:  # noqa: F821
+) -> WCS:
     "Gnomonic projection around the centre of a skycell; east is left."
-    from astropy.wcs import WCS
     centre, step = side/2 + 0.5, pixel_scale/3600
     return WCS(dict(CTYPE1="RA---TAN", CRVAL1=ra, CRPIX1=centre, CDELT1=-step,
         CTYPE2="DEC--TAN", CRVAL2=dec, CRPIX2=centre, CDELT2=step))
+
+_AXES = ("RA---TAN", "DEC--TAN")
+
+def _degrees(unit:str) -> float:
+    "Degrees of a unit as CUNIT1 has it."
+    text = unit.strip().lower()
+    return 1.0 if text in ("", "deg", "degree", "degrees") else units.Unit(text).to(units.deg)
 
 def _plane_matrix(header) -> np.ndarray:
     """(2, 2) intermediate world coordinates per pixel, in the unit of the header: from CD, or from
@@ -56,22 +65,26 @@ def _plane_matrix(header) -> np.ndarray:
     axes = (1, 2)
     if any(f"CD{i}_{j}" in header for i in axes for j in axes):
         return np.array([[float(header.get(f"CD{i}_{j}", 0)) for j in axes] for i in axes])
-    if "CDELT1" not in header: raise DamagedFileError("no world coordinate system")
-    step = np.array([float(header[f"CDELT{i}"]) for i in axes])
-    if "CROTA2" in header:
+    step = np.array([float(header.get(f"CDELT{i}", 1)) for i in axes])
+    spelled = [(i, j, name) for i in axes for j in axes for name in (f"PC00{i}00{j}", f"PC{i}_{j}")
+        if name in header]
+    if not spelled and "CDELT1" not in header: raise DamagedFileError("no world coordinate system")
+    if not spelled and "CROTA2" in header:
         angle = math.radians(float(header["CROTA2"]))
         cos, sin = math.cos(angle), math.sin(angle)
         return np.array([[cos, -sin], [sin, cos]])*step
-    def pc(i, j): return header.get(f"PC00{i}00{j}", header.get(f"PC{i}_{j}", float(i == j)))
-    return np.array([[float(pc(i, j)) for j in axes] for i in axes])*step[:, None]
+    turns = np.eye(2)
+    for i, j, name in spelled: turns[i - 1, j - 1] = float(header[name])
+    return turns*step[:, None]
 
 def _pixel_matrix(header) -> np.ndarray:
-    """(2, 2) degrees per pixel, east before north. Raises `DamagedFileError` for a header without a
-    world coordinate system."""
-    axes = [str(header.get(f"CTYPE{i}", ""))[:4].rstrip("-") for i in (1, 2)]
-    if sorted(axes) != ["DEC", "RA"]: raise DamagedFileError(f"no sky coordinates: axes {axes}")
-    matrix = _plane_matrix(header)*units.Unit(header.get("CUNIT1", "deg")).to(units.deg)
-    return matrix if axes[0] == "RA" else matrix[::-1]
+    """(2, 2) degrees per pixel, east before north, of a gnomonic projection. Raises
+    `DamagedFileError` for a header without one."""
+    types = [str(header.get(f"CTYPE{i}", "")).strip().upper() for i in (1, 2)]
+    if sorted(types) != sorted(_AXES): raise DamagedFileError(f"no gnomonic projection: {types}")
+    units_of = np.array([_degrees(str(header.get(f"CUNIT{i}", ""))) for i in (1, 2)])
+    matrix = _plane_matrix(header)*units_of[:, None]
+    return matrix if types[0] == _AXES[0] else matrix[::-1]
 
 # %% ../nbs/05_cutouts.ipynb #43ecc2d3
 class Pixel(NamedTuple):
@@ -130,7 +143,7 @@ def read_skycell(
 # %% ../nbs/05_cutouts.ipynb #4795c7dc
 def skycell_bytes(
     counts:np.ndarray,  # (side, side) linear, NaN where there are no data
-    wcs:astropy.wcs.WCS,  # noqa: F821  of `skycell_wcs`
+    wcs:WCS,  # of `skycell_wcs`
     band:str,
     exptime:float,  # seconds
     noise:float,  # standard deviation of the sky, counts; sets the asinh scale
@@ -171,18 +184,21 @@ class ImageFacts:
 def _number(header, *names) -> float:
     "The first of these cards that holds a finite number; NaN for none."
     for name in names:
-        try: value = float(header.get(name, math.nan))
+        value = header.get(name, math.nan)
+        try: number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError): continue
-        if math.isfinite(value): return value
+        if math.isfinite(number): return number
     return math.nan
 
 def _text(header, *names) -> str:
     "The first of these cards that holds a text; empty for none."
     texts = (str(header.get(name, "")).strip() for name in names)
-    return next((text for text in texts if text.lower() not in ("", "none", "unknown")), "")
+    return next((text for text in texts if text.lower() not in _UNKNOWN), "")
 
-_BAND = re.compile(r"""(?:(?i:ps1|sdss|des|decam|lsst|megacam|hsc)[\s_.-]*(?P<a>[ugrizyUGRIZY])
-    |(?P<b>[ugrizy]|Y))  (?:'|p1|p|s)?  (?:[\s_.-].*)?""", re.VERBOSE)
+_UNKNOWN = ("", "none", "unknown", "n/a", "indef", "undefined")
+_BAND = re.compile(r"""(?:(?i:ps1|panstarrs|sdss|sloan|des|decam|lsst|ztf|omegacam|megacam|hsc)
+    [\s_.:-]*(?P<a>[ugrizyUGRIZY])  |(?P<b>[ugrizy]|Y))  (?:'|p1|p|s|2)?  (?:[\s_.:-].*)?""",
+    re.VERBOSE)
 
 def band_of(
     text:str,  # a filter, as a header writes it
@@ -206,27 +222,45 @@ def unit_of(
             return unit, 22.5 if unit == "nanomaggy" else math.nan
     try: njy = units.Unit(text).to(units.nJy)
     except (ValueError, TypeError, units.UnitConversionError): return text, math.nan
+    if text.upper() in ("AB", "ST") or njy <= 0: return text, math.nan
     return "nJy" if njy == 1 else text, 2.5*math.log10(AB_ZERO/njy)
 
 def _calibration(header, exptime:float) -> tuple[str, float]:
-    "Unit and zero point."
-    unit, zero_point = unit_of(_text(header, "BUNIT"))
-    if math.isfinite(zero_point): return unit, zero_point
-    per_second = _number(header, "FPA.ZP")
-    if math.isfinite(per_second): return unit or "count", per_second + 2.5*math.log10(exptime)
-    flux_of_zero = _number(header, "FLUXMAG0")
-    if flux_of_zero > 0: return unit, 2.5*math.log10(flux_of_zero)
-    return unit, _number(header, *_ZERO_POINTS)
+    """Unit and zero point. Raises `DamagedFileError` for a zero point that is not the unit's."""
+    unit, of_unit = unit_of(_text(header, "BUNIT"))
+    stated = _number(header, *_ZERO_POINTS)
+    if math.isfinite(of_unit):
+        if abs(stated - of_unit) > 0.02: raise DamagedFileError(f"a zero point of {stated} mag, "
+            f"and the unit {unit}, whose zero point is {of_unit:.2f}")
+        return unit, of_unit
+    if unit not in ("", "count", "count/s"): return unit, math.nan
+    per_second, flux_of_zero = _number(header, "FPA.ZP"), _number(header, "FLUXMAG0")
+    if math.isfinite(per_second):
+        return unit or "count", per_second + (unit != "count/s")*2.5*math.log10(exptime)
+    return unit, 2.5*math.log10(flux_of_zero) if flux_of_zero > 0 else stated
 
 # %% ../nbs/05_cutouts.ipynb #f2de8e4d
+def _local_matrix(header) -> np.ndarray:
+    "Like `_pixel_matrix`, in the middle of an image of any projection, with astropy."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old spellings
+        wcs = WCS(header)
+    if not wcs.has_celestial: raise DamagedFileError("no sky coordinates")
+    x, y = ((header.get(f"NAXIS{i}", 1) - 1)/2 for i in (1, 2))
+    middle, right, up = wcs.celestial.pixel_to_world([x, x + 1, x], [y, y, y + 1]).icrs
+    steps = [middle.spherical_offsets_to(pixel) for pixel in (right, up)]
+    return np.array([[east.deg, north.deg] for east, north in steps]).T
+
 def _geometry(header) -> dict:
     "Pixel scale, rotation and handedness, as far as the header has them."
-    try: matrix = _pixel_matrix(header)*3600
+    is_gnomonic = str(header.get("CTYPE1", "")).strip().upper() in _AXES
+    try: matrix = (_pixel_matrix if is_gnomonic else _local_matrix)(header)*3600
     except DamagedFileError:
         scale = _number(header, "PIXSCALE", "PIXSCAL1", "SECPIX", "SECPIX1")
         return dict(pixel_scale=(scale, scale))
     scales = np.linalg.norm(matrix, axis=0)
-    if not scales.all(): raise DamagedFileError(f"a singular world coordinate system: {matrix}")
+    if not abs(np.linalg.det(matrix)) > 0:
+        raise DamagedFileError(f"a singular world coordinate system: {matrix.tolist()}")
     x, y = np.linalg.solve(matrix, [0, 1])
     return dict(pixel_scale=tuple(scales.tolist()), rotation=math.degrees(math.atan2(-x, y)),
         mirrored=bool(np.linalg.det(matrix) > 0))
@@ -297,24 +331,33 @@ class Stated(NamedTuple):
     unit: str | None = None  # as BUNIT might have it
 
 NOTHING_STATED = Stated()
-_CARDS = dict(pixel_scale="PIXSCALE", zero_point="MAGZERO", unit="BUNIT")
+
+def _stated_facts(stated:Stated) -> dict:
+    "The facts that the user states. Raises `InvalidInputError` for a zero point not of the unit."
+    given = {}
+    if stated.pixel_scale is not None: given["pixel_scale"] = (stated.pixel_scale,)*2
+    if stated.zero_point is not None: given["zero_point"] = stated.zero_point
+    if stated.unit:
+        given["unit"], zero_point = unit_of(stated.unit)
+        if abs(given.get("zero_point", zero_point) - zero_point) > 0.02: raise InvalidInputError(
+            f"you say zero point {stated.zero_point} mag, but that of {stated.unit} is "
+            f"{zero_point:.2f}")
+        if math.isfinite(zero_point): given["zero_point"] = zero_point
+    return given
 
 def complete_facts(
     header,  # of a FITS image
     stated:Stated = NOTHING_STATED,
 ) -> ImageFacts:
-    "`image_facts` of both together. Raises `InvalidInputError` where the header says otherwise."
-    if stated == NOTHING_STATED: return image_facts(header)
-    header = header.copy()
-    given = {name: value for name, value in stated._asdict().items() if value is not None}
-    for name, value in given.items(): header.setdefault(_CARDS[name], value)
+    "What both say. Raises `InvalidInputError` where the header says otherwise than the user."
     facts = image_facts(header)
-    for name, value in given.items():
+    for name, value in _stated_facts(stated).items():
         said = getattr(facts, name)
-        agrees = said == unit_of(value)[0] if name == "unit" else np.allclose(said, value, 0.002)
-        if agrees: continue
-        text = said if name == "unit" else f"{np.ravel(said)[0]:.4g}"
-        raise InvalidInputError(f"its header says {name} {text}, you say {value}")
+        if said == "" or (name != "unit" and np.isnan(said).any()):
+            facts = replace(facts, **{name: value})
+        elif not (said == value if name == "unit" else np.allclose(said, value, 0.002)):
+            said, value = (x if name == "unit" else f"{np.ravel(x)[0]:.4g}" for x in (said, value))
+            raise InvalidInputError(f"its header says {name} {said}, you say {value}")
     return facts
 
 # %% ../nbs/05_cutouts.ipynb #4444e3cd
@@ -326,39 +369,56 @@ class Cutout:
     header: fits.Header
     facts: ImageFacts
 
+_NO_IMAGE = re.compile("(?i)err|we?i?ght|wht|var|mask|dq|bpm|flag|unc|rms|exp|psf|model")
+
 def _planes(hdu, band:str) -> dict[str, np.ndarray]:
     "The two-dimensional images in an HDU by band; `band` is what the header says of a single one."
-    if hdu.header["NAXIS"] == 2:
+    data = hdu.data
+    while data.ndim > 2 and len(data) == 1: data = data[0]
+    if data.ndim == 2:
         # astropy writes names of extensions in capitals
         extension = band_of(_text(hdu.header, "EXTNAME").lower())
-        return {band or (extension if extension in tuple("ugrizy") else ""): hdu.data}
-    bands = _text(hdu.header, "BANDS").replace(",", "")
-    if len(bands) != len(hdu.data):
-        raise DamagedFileError(f"a cube of {len(hdu.data)} images, and BANDS is {bands!r}")
-    return dict(zip(bands, hdu.data, strict=True))
+        return {band or (extension if extension in tuple("ugrizy") else ""): data}
+    words = re.findall(r"[^\s,]+", _text(hdu.header, "BANDS"))
+    bands = [band_of(word.lower()) for word in (words if len(words) > 1 else "".join(words))]
+    if len(bands) != len(data):
+        raise DamagedFileError(f"a cube of {len(data)} images, and BANDS is {''.join(bands)!r}")
+    return dict(zip(bands, data, strict=True))
 
 def _cutout_of(pixels, header, facts:ImageFacts) -> Cutout:
     pixels = linear_counts(pixels, header)
-    mask = ~np.isfinite(pixels)
+    mask = ~(np.abs(pixels) < 1e20)  # NaN, infinite, or a number that stands for them
     return Cutout(np.where(mask, np.float32(0), pixels), mask, header, facts)
 
 # %% ../nbs/05_cutouts.ipynb #244890e2
+_INHERITED = (*_TELESCOPES, "ORIGIN", *_FILTERS, "FILTER1", "FILTER2", "EXPTIME", "EXPOSURE",
+    "BUNIT", "FPA.ZP", "FLUXMAG0", *_ZERO_POINTS)
+
+def _inherit(header, primary) -> fits.Header:
+    "The header of an extension with what the primary header says for all of them."
+    header = header.copy()
+    for name in _INHERITED:
+        if name in primary and name not in header:
+            header[name if len(name) <= 8 else f"HIERARCH {name}"] = primary[name]
+    return header
+
 def read_cutouts(
     path:str | os.PathLike,  # a FITS file, linear or asinh-compressed
     stated:Stated = NOTHING_STATED,
 ) -> dict[str, Cutout]:
     """The images in a file by band; empty text for a single one that does not say its band. Raises
-    `MissingInputError` where there is no file, `DamagedFileError` for one without images, and
-    `InvalidInputError` where the headers contradict what is stated."""
+    `MissingInputError` where there is no file, `DamagedFileError` for one without images or with
+    two of a band, and `InvalidInputError` where the headers contradict what is stated."""
     cutouts = {}
     with open_fits(path) as hdus:
-        for hdu in hdus:
-            if not hdu.is_image or hdu.header["NAXIS"] not in (2, 3): continue
-            facts = complete_facts(hdu.header, stated)
+        for k, hdu in enumerate(hdus):
+            if not hdu.is_image or hdu.header["NAXIS"] < 2 or _NO_IMAGE.search(hdu.name): continue
+            header = _inherit(hdu.header, hdus[0].header) if k else hdu.header
+            facts = complete_facts(header, stated)
             for band, pixels in _planes(hdu, facts.band).items():
-                cutouts.setdefault(band, _cutout_of(pixels, hdu.header, facts))
+                if band in cutouts: raise DamagedFileError(f"two images of the band {band!r}")
+                cutouts[band] = _cutout_of(pixels, header, facts)
         if not cutouts: raise DamagedFileError("no two-dimensional image")
-    if len(cutouts) > 1: cutouts.pop("", None)  # a weight map or a mask
     return cutouts
 
 def read_cutout(
@@ -377,18 +437,39 @@ def read_cutout(
     return cutout
 
 # %% ../nbs/05_cutouts.ipynb #92d4d533
+def why_uncalibrated(
+    facts:ImageFacts,
+) -> str:
+    "Why pixels cannot be made fluxes, and what to do."
+    if facts.unit in ("", "count") and not math.isfinite(facts.exptime):
+        why = "no exposure time in EXPTIME, and no unit or zero point that would do without"
+    else: why = f"no zero point for the unit {facts.unit or 'of the pixels'}"
+    return f"{why}; `specpred predict` takes --unit and --zero-point"
+
 @patch
 def to_njy(self:Cutout,
     survey:ImagingSurvey,  # of which it is an image
 ) -> np.ndarray:
     "(height, width) float32 fluxes. Raises `DamagedFileError` for counts of unknown exposure."
     facts = self.facts
-    is_known = survey.unit != "count" or math.isfinite(facts.exptime)
-    if is_known and facts.unit in ("", survey.unit):
+    is_exposed = survey.unit != "count" or math.isfinite(facts.exptime)
+    if is_exposed and facts.unit in ("", survey.unit):
         return survey.to_njy(self.pixels, np.float32(facts.exptime)).astype(np.float32)
     if math.isfinite(facts.zero_point): return self.pixels*np.float32(njy_of(facts.zero_point))
-    raise DamagedFileError("no exposure time in EXPTIME, and no unit or zero point that would do "
-        "without; `specpred predict` takes --unit and --zero-point")
+    raise DamagedFileError(why_uncalibrated(facts))
+
+# %% ../nbs/05_cutouts.ipynb #7eb6fc63
+def offset(
+    cutout:Cutout,
+    other:Cutout,  # of the same shape
+) -> float:
+    "Distance of two images of a galaxy from each other, arcsec; 0 where coordinates are lacking."
+    try:
+        first, second = (image.header for image in (cutout, other))
+        tangent = first["CRVAL1"], first["CRVAL2"]
+        places = [sky_to_pixel(header, *tangent) for header in (first, second)]
+    except (KeyError, DamagedFileError): return 0.0
+    return math.dist(*places)*cutout.facts.pixel_scale[0]
 
 # %% ../nbs/05_cutouts.ipynb #ba7b7e83
 def check_cutout(

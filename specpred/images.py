@@ -20,7 +20,7 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, ImageParameters, InvalidInputError,
     MissingInputError, Settings, SpecpredError, replace)
-from .cutouts import Cutout, differences, read_cutout
+from .cutouts import Cutout, differences, offset, read_cutout
 from .stages import atomic_path, only_one
 from .surveys import PS1, ImagingSurvey, survey_named
 
@@ -56,8 +56,13 @@ def check_bands(
     survey:ImagingSurvey,  # whose bands are wanted
 ) -> ImagingSurvey | None:
     """The survey that took the cutouts, as far as their headers name one. Raises
-    `InvalidInputError` for a missing band."""
-    source = survey_named(" ".join(cutout.facts.telescope for cutout in cutouts.values()))
+    `InvalidInputError` for a missing band, and bands of several surveys."""
+    sources = {band: survey_named(cutout.facts.telescope) for band, cutout in cutouts.items()
+        if cutout.facts.telescope}
+    source = next(iter(sources.values()), None)
+    names = {band: other.name if other else "another" for band, other in sources.items()}
+    if len(set(names.values())) > 1:
+        raise InvalidInputError(f"the bands are of several surveys: {names}")
     missing = [band for band in survey.bands if band not in cutouts]
     if missing:
         never = [band for band in missing if source and band not in source.bands]
@@ -70,9 +75,9 @@ def combine_bands(
     size:int,  # side of the images, pixels
     survey:ImagingSurvey = PS1,
 ) -> Galaxy:
-    """Calibrates the cutouts of one galaxy. Raises `InvalidInputError` for missing bands and images
-    of another survey or too small, and `DamagedFileError` for unequal shapes and counts of unknown
-    exposure."""
+    """Calibrates the cutouts of one galaxy. Raises `InvalidInputError` for missing bands, images
+    of another survey, of several places or too small, and `DamagedFileError` for unequal shapes
+    and counts of unknown exposure."""
     for band, cutout in cutouts.items():
         listed = "; ".join(differences(cutout.facts, survey))
         if listed: raise InvalidInputError(f"the image in {band} is none of {survey.name}: "
@@ -81,6 +86,10 @@ def combine_bands(
     chosen = [cutouts[band] for band in survey.bands]
     shapes = {cutout.pixels.shape for cutout in chosen}
     if len(shapes) > 1: raise DamagedFileError(f"the bands have different shapes: {sorted(shapes)}")
+    for band, cutout in zip(survey.bands, chosen, strict=True):
+        distance = offset(chosen[0], cutout)
+        if distance > 2: raise InvalidInputError(f"the image in {band} shows a place "
+            f"{distance:.1f} arcsec from that in {survey.bands[0]}")
     flux = central_crop(np.stack([cutout.to_njy(survey) for cutout in chosen]), size)
     mask = central_crop(np.stack([cutout.mask for cutout in chosen]), size)
     return Galaxy(flux, mask, np.array([cutout.facts.exptime for cutout in chosen], np.float32))

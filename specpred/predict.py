@@ -25,7 +25,7 @@ from .config import (
     random_generator)
 from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
 from .images import (
-    Galaxy, combine_bands, composite, masked_fraction, signal_to_noise)
+    Galaxy, combine_bands, composite, masked_fraction, signal_to_noise, sky_statistics)
 from .plotting import RED, mark_lines
 from .resample import resample_galaxy
 from .spectra import list_few
@@ -34,9 +34,9 @@ from .surveys import ImagingSurvey
 from .vae import SpectrumModel
 
 # %% auto #0
-__all__ = ['GaussianErrors', 'PredictedSpectra', 'Predictor', 'has_source', 'write_cube', 'name_galaxies', 'ReadImage',
-           'read_image', 'write_table', 'plot_prediction', 'find_weights', 'predict_files', 'write_predictions',
-           'write_summary']
+__all__ = ['GaussianErrors', 'PredictedSpectra', 'Predictor', 'has_source', 'constant_bands', 'write_cube', 'name_galaxies',
+           'ReadImage', 'read_image', 'write_table', 'plot_prediction', 'find_weights', 'predict_files',
+           'write_predictions', 'read_summary']
 
 # %% ../nbs/24_predict.ipynb #ebc03724
 @dataclass(frozen=True)
@@ -113,8 +113,11 @@ def predict(self:Predictor,
     """Spectra with 68 % bands. Raises `InvalidInputError` for other shapes, smaller images, NaN,
     and images without a source in their middle."""
     targets = self.model.predict_targets(flux)
-    empty = np.flatnonzero(~has_source(np.asarray(flux), self.model.survey))
-    if len(empty): raise InvalidInputError(f"no source in the middle of {list_few(empty, 'image')}")
+    flux = np.asarray(flux)
+    empty = ~has_source(flux, self.model.survey) | constant_bands(flux).any(1)
+    if empty.any():
+        raise InvalidInputError("no source in the middle, or a constant band: "
+            + list_few(np.flatnonzero(empty), "image"))
     if self.decoder is None: return PredictedSpectra(targets)
     bands = np.zeros((2, len(targets), len(self.decoder.wavelength)), np.float32)
     for k, one in enumerate(targets):
@@ -131,6 +134,15 @@ def has_source(
     "Whether something is detected at 5 sigma in the middle of an image in any band, (...) bool."
     return (signal_to_noise(flux, survey.pixel_scale, mask) > 5).any(-1)
 
+def constant_bands(
+    flux:np.ndarray,  # (..., bands, height, width)
+    mask = False,  # bool, broadcast against `flux`, True where there are no data
+) -> np.ndarray:
+    "Which bands have the same value everywhere, (..., bands) bool."
+    mask = np.broadcast_to(mask, flux.shape)
+    low, high = np.where(mask, np.inf, flux), np.where(mask, -np.inf, flux)
+    return low.min((-2, -1)) >= high.max((-2, -1))
+
 # %% ../nbs/24_predict.ipynb #9c0e94f9
 def write_cube(
     path,  # the FITS file to make
@@ -144,9 +156,19 @@ def write_cube(
     with atomic_path(path) as part: fits.writeto(part, np.asarray(flux, np.float32), header)
 
 # %% ../nbs/24_predict.ipynb #cf9ca405
-def _without_ending(path:Path) -> str:
-    "The name of a FITS file without .fits or .fits.gz."
-    return re.sub(r"\.(fits?|fts)(\.gz)?$", "", path.name.lower())
+_ENDING = re.compile(r"(?i)\.(fits?|fts)(\.gz|\.fz)?$")
+
+def _band_files(folder:Path, bands) -> list[Path]:
+    "The files of a folder that are called by bands. Raises `MissingInputError` for none."
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    named = [path for path in files if _is_band(path, bands)]
+    if named: return named
+    held = ", ".join(path.name for path in files[:6]) or "nothing"
+    raise MissingInputError(f"{folder} holds no {bands[0]}.fits and so on; it holds {held}.")
+
+def _is_band(path:Path, bands) -> bool:
+    "Whether a FITS file is called by a band."
+    return bool(_ENDING.search(path.name)) and _ENDING.sub("", path.name) in bands
 
 def name_galaxies(
     cutouts,  # paths: folders with one file a band, these files themselves, or other files
@@ -158,18 +180,17 @@ def name_galaxies(
     for path in map(Path, cutouts):
         if not path.exists(): raise MissingInputError(f"{path} does not exist.")
         path = path.resolve()
-        listed = sorted(path.iterdir()) if path.is_dir() else [path]
-        of_bands = [file for file in listed if _without_ending(file) in bands]
-        source = path.parent if of_bands and path.is_file() else path
-        files_of.setdefault(source, []).extend(of_bands or [path])
+        source = path.parent if path.is_file() and _is_band(path, bands) else path
+        files = _band_files(path, bands) if path.is_dir() else [path]
+        files_of[source] = files_of.get(source, []) + files
     galaxies = {}
     for source, files in files_of.items():
-        name = source.name if source.is_dir() else _without_ending(source)
+        name = source.name if source.is_dir() else _ENDING.sub("", source.name)
         if name in galaxies:
             raise InvalidInputError(
                 f"Two galaxies are called {name!r}; their results would overwrite each other."
             )
-        galaxies[name] = files
+        galaxies[name] = list(dict.fromkeys(files))
     return galaxies
 
 # %% ../nbs/24_predict.ipynb #356c8d34
@@ -189,15 +210,18 @@ def read_image(
     survey, lacks data or shows nothing."""
     survey, cutouts, size = model.survey, {}, model.provenance["image_size"]
     for file in files:
-        band = _without_ending(file)
-        cutouts |= ({band: read_cutout(file, band, stated)} if band in survey.bands
-            else read_cutouts(file, stated))
+        band = _ENDING.sub("", file.name)
+        images = read_cutouts(file, stated)
+        if _is_band(file, survey.bands): images = {band: read_cutout(file, band, stated)}
+        for band in images:
+            if band in cutouts: raise InvalidInputError(f"two images of the band {band!r}: {file}")
+        cutouts |= images
     if resample: galaxy, notes = resample_galaxy(cutouts, size, survey)
     else: galaxy, notes = combine_bands(cutouts, size, survey), _unstated(cutouts, survey)
     fraction = masked_fraction(galaxy.mask, survey.pixel_scale).max()
     _check_image(galaxy, fraction, model)
     if fraction: notes = [*notes, "some pixels have no data, see mask_fraction"]
-    return ReadImage(galaxy.flux, float(fraction), notes)
+    return ReadImage(galaxy.flux, float(fraction), notes + _odd_pixels(galaxy, survey))
 
 # %% ../nbs/24_predict.ipynb #1cdb5f80
 def _unstated(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
@@ -206,6 +230,21 @@ def _unstated(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
     if not unstated: return []
     return [f"the headers say nothing of {', '.join(unstated)}: taken for {survey.name}'s"]
 
+def _odd_pixels(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
+    "Notes on bands with many pixels of one value, or a sky that is not subtracted."
+    notes, (level, noise) = [], sky_statistics(*galaxy[:2])
+    for k, band in enumerate(survey.bands):
+        values, counts = np.unique(galaxy.flux[k][~galaxy.mask[k]], return_counts=True)
+        second, most = np.sort([0, *counts])[-2:]
+        # in an image of integers many pixels have one value, and many the next one
+        if most > 0.05*galaxy.mask[k].size and second < most/4:
+            notes.append(f"{most/galaxy.mask[k].size:.0%} of the image in {band} has the value "
+                f"{values[counts.argmax()]:g}: are these data?")
+        if level[k] > 5*noise[k]:
+            notes.append(f"the border of the image in {band} is {level[k]/noise[k]:.0f} times its "
+                "noise: is the sky subtracted?")
+    return notes
+
 def _check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
     "Raises `InvalidInputError` for an image that lacks data or shows nothing."
     limit = model.provenance.get("max_mask_fraction", ImageParameters().max_mask_fraction)
@@ -213,6 +252,8 @@ def _check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
         raise InvalidInputError(
             f"{fraction:.0%} of a band or of its core has no data; the model takes {limit:.0%}"
         )
+    for band, is_constant in zip(model.survey.bands, constant_bands(*galaxy[:2]), strict=True):
+        if is_constant: raise InvalidInputError(f"the image in {band} is constant")
     if not has_source(galaxy.flux, model.survey, galaxy.mask):
         raise InvalidInputError("no source in the middle of the image")
 
@@ -301,6 +342,7 @@ def predict_files(
     galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
     if not galaxies: raise InvalidInputError("No cutouts were given.")
     out, names = Path(out), list(galaxies)
+    earlier = read_summary(out/"summary.csv")
     written, summary, errors = [], [], {}
     with tqdm(total=len(names), unit="galaxy", disable=None) as bar:
         for start in range(0, len(names), batch_size):
@@ -310,7 +352,9 @@ def predict_files(
                 except SpecpredError as error: errors[name] = error
                 summary.append(_summary(name, images.get(name), errors.get(name)))
             if images: written += write_predictions(predictor, images, out)
-            write_summary(out/"summary.csv", summary)
+            with atomic_path(out/"summary.csv") as part:
+                others = earlier[~earlier.galaxy.isin(names[:len(summary)])]
+                pd.concat([others, pd.DataFrame(summary)]).to_csv(part, index=False)
             bar.update(len(batch))
     _warn_of_notes(summary)
     _raise_errors(errors, len(names))
@@ -341,16 +385,16 @@ def _summary(name:str, image:ReadImage | None, error:SpecpredError | None) -> di
     return dict(galaxy=name, status="flagged" if image.notes else "predicted",
         mask_fraction=round(image.mask_fraction, 4), reason="; ".join(image.notes))
 
-def write_summary(
+def read_summary(
     path:Path,  # of the CSV file
-    summary:list[dict],  # rows, one a galaxy
-):
-    "Writes a table of galaxies; rows of others that are in the file already are kept."
-    table = pd.DataFrame(summary)
-    if path.is_file():
-        earlier = pd.read_csv(path, dtype=dict(galaxy=str))
-        table = pd.concat([earlier[~earlier.galaxy.isin(table.galaxy)], table])
-    with atomic_path(path) as part: table.to_csv(part, index=False)
+) -> pd.DataFrame:
+    """The table that `predict_files` wrote earlier, empty where there is none. Raises
+    `InvalidInputError` for another file."""
+    if not path.is_file(): return pd.DataFrame(dict(galaxy=[]))
+    try: return pd.read_csv(path, dtype=dict(galaxy=str)).set_index("galaxy").reset_index()
+    except (ValueError, KeyError) as error:
+        raise InvalidInputError(f"{path} is no summary of predictions ({error}); choose another "
+            "folder for the results.") from error
 
 def _warn_of_notes(summary:list[dict]):
     "One warning for each kind of note."

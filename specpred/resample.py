@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.wcs import WCS
-from astropy.wcs.utils import pixel_to_pixel, proj_plane_pixel_area
-from scipy.ndimage import binary_dilation, map_coordinates
+from astropy.wcs.utils import pixel_to_pixel
+from scipy.ndimage import binary_dilation, distance_transform_edt, map_coordinates
 
 from .config import InvalidInputError
-from .cutouts import Cutout, skycell_wcs
+from .cutouts import Cutout, skycell_wcs, why_uncalibrated
 from .formats import damage_reported
 from .images import Galaxy, aperture_magnitudes, check_bands
 from .surveys import ImagingSurvey, colour_terms, njy_of
@@ -31,9 +31,9 @@ def _sky_coordinates(cutout:Cutout) -> WCS:
     with warnings.catch_warnings(), damage_reported("the coordinate system"):
         warnings.simplefilter("ignore")  # of old spellings
         wcs = WCS(cutout.header)
-    if wcs.has_celestial: return wcs.celestial
     scale = cutout.facts.pixel_scale[0]
     if not scale > 0: raise InvalidInputError("its pixel scale is unknown; give --pixel-scale")
+    if wcs.has_celestial: return wcs.celestial
     height, width = cutout.pixels.shape
     wcs = skycell_wcs(0, 0, 1, scale)
     wcs.wcs.crpix = (width + 1)/2, (height + 1)/2
@@ -42,7 +42,8 @@ def _sky_coordinates(cutout:Cutout) -> WCS:
 def _centre(cutout:Cutout) -> SkyCoord:
     "The position of the middle of an image."
     height, width = cutout.pixels.shape
-    return _sky_coordinates(cutout).pixel_to_world((width - 1)/2, (height - 1)/2).icrs
+    with damage_reported("the coordinate system"):
+        return _sky_coordinates(cutout).pixel_to_world((width - 1)/2, (height - 1)/2).icrs
 
 # %% ../nbs/23_resample.ipynb #a49078df
 class Image(NamedTuple):
@@ -55,6 +56,22 @@ def _sum_blocks(pixels:np.ndarray, n:int) -> np.ndarray:
     size = len(pixels)//n
     return pixels.reshape(size, n, size, n).sum((1, 3))
 
+def _bin(cutout:Cutout, source:WCS, n:int) -> tuple[Cutout, WCS]:
+    "The image with n x n pixels summed to one."
+    if n < 2: return cutout, source
+    rows, columns = (side//n*n for side in cutout.pixels.shape)
+    blocks = [x[:rows, :columns].reshape(rows//n, n, columns//n, n)
+        for x in (cutout.pixels, cutout.mask)]
+    binned = dataclasses.replace(cutout, pixels=blocks[0].sum((1, 3)), mask=blocks[1].any((1, 3)))
+    return binned, source.slice((np.s_[::n], np.s_[::n]))
+
+def _fill(cutout:Cutout) -> np.ndarray:
+    "The pixels, the masked ones as their nearest neighbours, so that the spline has no edges."
+    if cutout.mask.all() or not cutout.mask.any(): return cutout.pixels
+    nearest = distance_transform_edt(cutout.mask, return_distances=False, return_indices=True)
+    return cutout.pixels[tuple(nearest)]
+
+# %% ../nbs/23_resample.ipynb #16eb4f6d
 def resample_image(
     cutout:Cutout,
     centre:SkyCoord,  # of the result
@@ -62,18 +79,26 @@ def resample_image(
     size:int,  # of the result, pixels
 ) -> Image:
     """The image on pixels of another size with north up and east to the left, flux conserved.
-    Raises `InvalidInputError` for one of unknown pixel scale."""
-    source = _sky_coordinates(cutout)
-    ratio = pixel_scale/math.sqrt(proj_plane_pixel_area(source))/3600
+    Raises `InvalidInputError` for one of unknown pixel scale or that covers less than half the
+    side of the result, `DamagedFileError` for a coordinate system that is none."""
+    scale = math.sqrt(math.prod(cutout.facts.pixel_scale))
+    if min(cutout.pixels.shape)*scale < size*pixel_scale/2:
+        raise InvalidInputError(f"it covers {min(cutout.pixels.shape)*scale:.1f} arcsec of "
+            f"{size*pixel_scale:.1f}")
+    n_binned = max(1, int(pixel_scale/scale/2))
+    cutout, source = _bin(cutout, _sky_coordinates(cutout), n_binned)
+    ratio = pixel_scale/scale/n_binned
     n = math.ceil(2*ratio) if ratio > 1.01 else 1
     target = skycell_wcs(centre.ra.deg, centre.dec.deg, size*n, pixel_scale/n)
     y, x = np.indices((size*n, size*n))
     with damage_reported("the coordinate system"):
         places = pixel_to_pixel(target, source, x, y)[::-1]
-    flux = map_coordinates(cutout.pixels.astype(float), places, order=3, mode="nearest")
-    near_mask = binary_dilation(cutout.mask, np.ones((3, 3))).astype(np.float32)
+    (y_by_y, y_by_x), (x_by_y, x_by_x) = map(np.gradient, places)
+    area = np.abs(y_by_y*x_by_x - y_by_x*x_by_y)  # of a new pixel in old ones
+    flux = map_coordinates(_fill(cutout).astype(float), places, order=3, mode="nearest")*area
+    near_mask = binary_dilation(cutout.mask, np.ones((5, 5))).astype(np.float32)
     outside = map_coordinates(near_mask, places, order=1, mode="grid-constant", cval=1.0)
-    flux = _sum_blocks(flux, n)*(ratio/n)**2
+    flux = _sum_blocks(flux, n)
     lost = ~((_sum_blocks(outside, n) < 0.01) & np.isfinite(flux))
     return Image(np.where(lost, 0, flux).astype(np.float32), lost)
 
@@ -82,8 +107,8 @@ def _to_njy(cutout:Cutout, source:ImagingSurvey | None) -> np.ndarray:
     "Fluxes by the header's zero point or else the survey's. Raises `InvalidInputError`."
     if math.isfinite(cutout.facts.zero_point):
         return cutout.pixels*np.float32(njy_of(cutout.facts.zero_point))
-    if source: return cutout.to_njy(source)
-    raise InvalidInputError("its zero point is unknown; give --zero-point, or --unit for a flux")
+    if source and source.unit in (cutout.facts.unit, "count"): return cutout.to_njy(source)
+    raise InvalidInputError(why_uncalibrated(cutout.facts))
 
 def _correct_colours(flux, source:ImagingSurvey | None, survey:ImagingSurvey) -> tuple:
     "Fluxes in the survey's filters, and notes."
@@ -108,8 +133,10 @@ def _compare_seeing(source:ImagingSurvey | None, survey:ImagingSurvey) -> list[s
     if source is None: return ["its seeing is unknown"]
     seeing, notes = dict(zip(source.bands, source.seeing, strict=True)), []
     for band, usual in zip(survey.bands, survey.seeing, strict=True):
-        if abs(seeing[band]/usual - 1) > 0.1:
-            notes.append(f"the seeing of {source.name} in {band} is {seeing[band]} arcsec, that of "
+        own = seeing.get(band)
+        if own is None: notes.append(f"the seeing of {source.name} in {band} is unknown")
+        elif abs(own/usual - 1) > 0.1:
+            notes.append(f"the seeing of {source.name} in {band} is {own} arcsec, that of "
                 f"{survey.name} {usual}")
     return notes
 

@@ -84,7 +84,8 @@ def from_dict(cls:ImagingSurvey,
 # %% ../nbs/03_surveys.ipynb #f8cb8983
 PS1 = ImagingSurvey("Pan-STARRS1", tuple("grizy"), pixel_scale=0.25, zero_point=25.0, unit="count",
     depth=(23.3, 23.2, 23.1, 22.3, 21.4), seeing=(1.31, 1.19, 1.11, 1.07, 1.02),
-    filters="panstarrs", names=("ps1", "gpc1", "pan-starrs1", "pan-starrs", "panstarrs"))
+    filters="panstarrs",
+    names=("ps1", "gpc1", "pan-starrs1", "pan-starrs", "panstarrs1", "panstarrs"))
 SDSS = ImagingSurvey("SDSS", tuple("ugriz"), pixel_scale=0.396, zero_point=22.5, unit="nanomaggy",
     depth=(22.15, 23.13, 22.70, 22.20, 20.71), seeing=(1.53, 1.44, 1.32, 1.26, 1.29),
     filters="sdss2010", names=("sdss",))
@@ -132,7 +133,8 @@ def colour_terms(
     g_r,  # g - r in the magnitudes of `source`
 ) -> np.ndarray | None:
     """Magnitudes (bands of the target, ...) to add to those of the source; None where they are not
-    known."""
+    known. Beyond the colours of the stars, 0 to 1.5, the outermost are taken."""
     terms = COLOUR_TERMS.get((source.name, target.name))
     if terms is None or not set(target.bands) <= set(terms): return None
+    g_r = np.clip(g_r, 0, 1.5)
     return np.array([np.polynomial.polynomial.polyval(g_r, terms[b]) for b in target.bands])

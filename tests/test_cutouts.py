@@ -44,6 +44,7 @@ def test_headers_of_surveys(cards, band, survey, unit, zero_point, scale):
 @pytest.mark.parametrize("text, band", [
     ("g.00000", "g"), ("r", "r"), ("SDSS i", "i"), ("zp1", "z"), ("y", "y"), ("HSC-R", "r"),
     ("DES_g", "g"), ("u'", "u"), ("ip", "i"), ("PS1 y", "y"), ("R", "R"), ("I", "I"), ("VR", "VR"),
+    ("ZTF_g", "g"), ("HSC-R2", "r"), ("PS1:g", "g"), ("Sloan g", "g"), ("OMEGACAM g_SDSS", "g"),
     ("Ks", "Ks"), ("rr", "rr"), ("F814W", "F814W")])
 def test_spellings_of_bands(text, band): assert band_of(text) == band
 
@@ -107,8 +108,59 @@ def test_user_and_header_have_to_agree():
     assert complete_facts(header, Stated(pixel_scale=0.396)).pixel_scale == (0.396, 0.396)
     assert complete_facts(header, Stated(unit="nmgy")).zero_point == 22.5
     for stated, text in ((Stated(unit="count"), "unit nanomaggy, you say count"),
-            (Stated(zero_point=25.0), "zero_point 22.5, you say 25.0")):
+            (Stated(zero_point=25.0), "zero_point 22.5, you say 25"),
+            (Stated(zero_point=25.0, unit="nJy"), "but that of nJy is 31.40")):
         with pytest.raises(InvalidInputError, match=text): complete_facts(header, stated)
+    for cards in (dict(MAGZPT=30.0), {"HIERARCH FPA.ZP": 30.0, "EXPTIME": 1.0}):
+        with pytest.raises(InvalidInputError, match="zero_point 30, you say 25"):
+            complete_facts(fits.Header(cards), Stated(zero_point=25.0))
+    blank = fits.Header(dict(BUNIT="", MAGZERO="", SECPIX="", EXPTIME=True))
+    facts = complete_facts(blank, Stated(0.3, 25.0, "count"))
+    assert (facts.pixel_scale, facts.zero_point, facts.unit) == ((0.3, 0.3), 25.0, "count")
+    assert math.isnan(facts.exptime)
+
+
+@pytest.mark.parametrize("cards, zero_point", [
+    ({"HIERARCH FPA.ZP": 25.0, "EXPTIME": 100.0}, 30.0),
+    ({"HIERARCH FPA.ZP": 25.0, "EXPTIME": 100.0, "BUNIT": "count/s"}, 25.0),
+    (dict(BUNIT="MJy/sr", MAGZP=20.0), math.nan), (dict(BUNIT="AB", MAGZP=20.0), math.nan),
+    (dict(BUNIT="-1 Jy"), math.nan), (dict(BUNIT="nanomaggy", MAGZERO=22.5), 22.5)])
+def test_zero_points(cards, zero_point):
+    assert image_facts(fits.Header(cards)).zero_point == pytest.approx(zero_point, nan_ok=True)
+
+
+def test_a_unit_and_a_zero_point_that_contradict_each_other():
+    with pytest.raises(DamagedFileError, match="30.0 mag, and the unit nanomaggy"):
+        image_facts(fits.Header(dict(BUNIT="nanomaggy", MAGZERO=30.0)))
+
+
+@pytest.mark.parametrize("cards, scale", [
+    (dict(CUNIT1="arcsec", CUNIT2="deg", CDELT1=-0.4, CDELT2=0.4/3600), 0.4),
+    (dict(CUNIT1="", CUNIT2="DEGREES", CDELT1=-0.4/3600, CDELT2=0.4/3600), 0.4),
+    (dict(PC1_1=-0.4/3600, PC2_2=0.4/3600), 0.4),
+    (dict(CDELT1=-0.4/3600, CDELT2=0.4/3600, CTYPE1="ra---tan", CTYPE2="dec--tan"), 0.4),
+    (dict(CDELT1=-0.4/3600, CDELT2=0.4/3600, CTYPE1="GLON-TAN", CTYPE2="GLAT-TAN"), 0.4),
+    (dict(CDELT1=-0.4/3600, CDELT2=0.4/3600, CTYPE1="RA---SIN", CTYPE2="DEC--SIN"), 0.4)])
+def test_pixel_scales_in_other_words(cards, scale):
+    usual = dict(NAXIS=2, NAXIS1=9, NAXIS2=9, CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CRVAL1=30.0,
+        CRVAL2=40.0, CRPIX1=5.0, CRPIX2=5.0)
+    facts = image_facts(fits.Header(usual | cards))
+    assert facts.pixel_scale == pytest.approx((scale, scale), rel=1e-4)
+    assert facts.rotation == pytest.approx(0, abs=0.1) or cards["CTYPE1"].startswith("GLON")
+
+
+def test_the_scale_is_that_in_the_middle_of_the_image():
+    "Plate carrée: a degree of right ascension is half as wide at 60 degrees."
+    header = fits.Header(dict(NAXIS=2, NAXIS1=9, NAXIS2=9, CTYPE1="RA---CAR", CTYPE2="DEC--CAR",
+        CRVAL1=30.0, CRVAL2=0.0, CRPIX1=5.0, CRPIX2=5 - 60*9000.0, CDELT1=-0.4/3600,
+        CDELT2=0.4/3600))
+    assert image_facts(header).pixel_scale == pytest.approx((0.2, 0.4), rel=1e-3)
+
+
+def test_pc_counts_more_than_crota2():
+    header = fits.Header(dict(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CDELT1=-1e-4, CDELT2=1e-4,
+        CROTA2=0.0, PC1_1=0.0, PC1_2=1.0, PC2_1=-1.0, PC2_2=0.0))
+    assert abs(image_facts(header).rotation) == pytest.approx(90)
 
 
 def written(path, *hdus):
@@ -132,11 +184,42 @@ def test_one_file_may_hold_all_bands(tmp_path):
         read_cutouts(unnamed)
 
 
-def test_a_weight_map_is_no_band(tmp_path):
-    image = fits.ImageHDU(np.ones((8, 8), np.float32), fits.Header(dict(FILTER="r")), name="SCI")
-    weights = fits.ImageHDU(np.zeros((8, 8), np.float32), name="WHT")
-    cutout = read_cutout(written(tmp_path/"file.fits", image, weights), "r")
-    assert cutout.pixels.all()
+def test_weights_and_errors_are_no_bands(tmp_path):
+    r = fits.Header(dict(FILTER="r"))
+    image = fits.ImageHDU(np.ones((8, 8), np.float32), r, name="SCI")
+    for name in ("WHT", "r_err", "VARIANCE", "MASK"):
+        weights = fits.ImageHDU(np.zeros((8, 8), np.float32), r, name=name)
+        path = written(tmp_path/f"{name}.fits", weights, image)
+        assert read_cutout(path, "r").pixels.all()
+    twice = written(tmp_path/"twice.fits", image, fits.ImageHDU(np.zeros((8, 8)), r, name="B"))
+    with pytest.raises(DamagedFileError, match="two images of the band 'r'"): read_cutouts(twice)
+
+
+def test_an_extension_inherits_what_the_first_header_says(tmp_path):
+    primary = fits.PrimaryHDU()
+    primary.header.update({"INSTRUME": "DECam", "FILTER": "r", "EXPTIME": 90.0,
+        "HIERARCH FPA.ZP": 25.0})
+    image = fits.ImageHDU(np.ones((8, 8), np.float32), fits.Header(dict(EXPTIME=30.0)))
+    fits.HDUList([primary, image]).writeto(tmp_path/"mef.fits")
+    facts = read_cutout(tmp_path/"mef.fits", "r").facts
+    assert (facts.band, facts.telescope, facts.exptime) == ("r", "DECam", 30)
+    assert facts.zero_point == pytest.approx(25 + 2.5*math.log10(30))
+
+
+def test_numbers_that_stand_for_none_are_masked(tmp_path):
+    pixels = np.ones((4, 4), np.float32)
+    pixels[0] = [np.nan, np.inf, -1e30, 3.4e38]
+    cutout = read_cutout(written(tmp_path/"r.fits", fits.PrimaryHDU(pixels)), "r")
+    assert cutout.mask.sum() == 4 and not cutout.pixels[0].any()
+
+
+def test_axes_of_one_pixel_and_names_of_planes(tmp_path):
+    flat = written(tmp_path/"flat.fits", fits.PrimaryHDU(np.ones((1, 1, 8, 8), np.float32)))
+    assert read_cutout(flat, "g").pixels.shape == (8, 8)
+    cube = np.ones((3, 8, 8), np.float32)
+    for k, names in enumerate(("g r z", "g, r, z", "GRZ")):
+        path = written(tmp_path/f"{k}.fits", fits.PrimaryHDU(cube, fits.Header(dict(BANDS=names))))
+        assert set(read_cutouts(path)) == set("grz")
 
 
 def test_a_foreign_filter_is_not_taken_for_a_band(tmp_path):

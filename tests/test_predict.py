@@ -165,8 +165,69 @@ def test_masked_pixels_are_said_and_limited(paths, tmp_path, hole, refused):
 @pytest.mark.parametrize("image", [np.zeros((5, 40, 40)), np.full((5, 40, 40), 300.),
     np.random.default_rng(0).normal(0, 50, (5, 40, 40)), np.tile(np.arange(40.), (5, 40, 1))])
 def test_an_image_that_shows_nothing_is_an_error(paths, tmp_path, image):
-    with pytest.raises(InvalidInputError, match="no source in the middle"):
+    with pytest.raises(InvalidInputError, match="no source in the middle|in g is constant"):
         predict_files([write_bands(tmp_path/"ngc", image)], paths, tmp_path/"out")
+
+
+def test_a_band_that_is_blank_or_of_another_place_is_an_error(paths, tmp_path):
+    blank = example_flux()
+    blank[2] = 0
+    with pytest.raises(InvalidInputError, match="the image in i is constant"):
+        predict_files([write_bands(tmp_path/"blank", blank)], paths, tmp_path/"out")
+    mixed = write_bands(tmp_path/"mixed", example_flux())
+    with fits.open(mixed/"r.fits", mode="update") as hdus: hdus[0].header["CRVAL2"] += 4/3600
+    with pytest.raises(InvalidInputError, match="the image in r shows a place 4.0 arcsec from"):
+        predict_files([mixed], paths, tmp_path/"out")
+
+
+def test_odd_pixels_are_noted(paths, tmp_path):
+    flux = example_flux()
+    flux[0, :, :8] = 0
+    flux[3] += 1000
+    _, texts = quietly([write_bands(tmp_path/"ngc", flux)], paths, tmp_path/"out")
+    assert "12% of the image in g has the value 0: are these data?" in texts[0]
+    assert "the border of the image in z is" in texts[0] and "sky subtracted" in texts[0]
+
+
+def test_folders_that_hold_something_else(paths, tmp_path):
+    folder = tmp_path/"folder"
+    folder.mkdir()
+    (folder/"cutout_g.txt").write_text("")
+    with pytest.raises(MissingInputError, match="holds no g.fits and so on; it holds cutout_g.txt"):
+        predict_files([folder], paths, tmp_path/"out")
+    sound = write_bands(tmp_path/"NGC1", example_flux())
+    (sound/"g").mkdir()
+    (sound/"r.txt").write_text("notes")
+    written, _ = quietly([sound], paths, tmp_path/"out")
+    assert written[0].name == "NGC1.ecsv"
+    (sound/"g.fits.gz").write_bytes(gzip.compress((sound/"g.fits").read_bytes()))
+    with pytest.raises(InvalidInputError, match="two images of the band 'g'"):
+        predict_files([sound], paths, tmp_path/"out")
+
+
+@pytest.mark.parametrize("content", ["name,x\n1,2\n", ""])
+def test_another_summary_is_not_overwritten(paths, tmp_path, content):
+    (tmp_path/"summary.csv").write_text(content)
+    galaxy = write_bands(tmp_path/"ngc", example_flux())
+    with pytest.raises(InvalidInputError, match="is no summary of predictions"):
+        predict_files([galaxy], paths, tmp_path)
+    assert (tmp_path/"summary.csv").read_text() == content
+
+
+def test_a_summary_keeps_earlier_galaxies(paths, tmp_path):
+    for name in ("001", "ngc", "001"):
+        quietly([write_bands(tmp_path/name, example_flux())], paths, tmp_path/"out")
+    table = pd.read_csv(tmp_path/"out/summary.csv", dtype=str)
+    assert sorted(table.galaxy) == ["001", "ngc"]
+
+
+def test_a_band_that_the_survey_s_seeing_is_not_known_for(paths, tmp_path):
+    "DES has a Y that the Legacy Surveys have not."
+    cards = {"FPA.TELESCOPE": None, "FPA.ZP": None, "FPA.FILTERID": None, "TELESCOP": "DECam",
+        "MAGZERO": 30.0}
+    galaxy = write_bands(tmp_path/"des", example_flux(), **cards)
+    _, texts = quietly([galaxy], paths, tmp_path/"out", resample=True)
+    assert "the seeing of Legacy Surveys in y is unknown" in texts[0]
 
 
 def test_forms_in_which_a_galaxy_may_come(paths, tmp_path):

@@ -6,11 +6,11 @@ import pytest
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 
-from specpred.config import InvalidInputError
+from specpred.config import InvalidInputError, SpecpredError
 from specpred.cutouts import (NOTHING_STATED, Cutout, Stated, complete_facts, read_cutout,
     skycell_wcs)
 from specpred.images import aperture_magnitudes
-from specpred.resample import resample_galaxy, resample_image
+from specpred.resample import _centre, resample_galaxy, resample_image
 from specpred.surveys import LEGACY, PS1
 
 MIDDLE = SkyCoord(150, 2, unit="deg")
@@ -73,7 +73,7 @@ def test_calibration_comes_from_each_image():
     np.testing.assert_allclose(flux, [100*36.31, 100*3631], rtol=1e-3)
 
     bands["r"] = cutout_of(pixels, **counts)
-    with pytest.raises(InvalidInputError, match="zero point is unknown"):
+    with pytest.raises(InvalidInputError, match="no exposure time in EXPTIME.* --zero-point"):
         resample_galaxy(bands, 60, RI)
     bands["r"] = cutout_of(pixels, stated=Stated(zero_point=30.0), **counts)
     assert resample_galaxy(bands, 60, RI).galaxy.flux[0].sum() == pytest.approx(363.1, rel=1e-3)
@@ -102,6 +102,44 @@ def test_what_cannot_be_made_equal_is_said():
         "its filters are unknown: no colour terms", "its seeing is unknown"]
     same = cutout_of(blob(64, 6), TELESCOP="DECam", BUNIT="nanomaggy", CDELT1=0.25/3600)
     assert resample_galaxy(dict.fromkeys("griz", same), 32, LEGACY).notes == []
+
+
+def test_flux_is_conserved_in_any_projection():
+    "Far from the tangent point, or in plate carrée, pixels have another size than CDELT."
+    pixels = blob(81, 8)
+    for cards in (dict(CTYPE1="RA---CAR", CTYPE2="DEC--CAR", CRVAL2=0.0, CRPIX2=41 - 2*14400.0),
+            dict(CRVAL2=22.0, CRPIX2=41 + 20*14400.0),
+            dict(CTYPE1="GLON-TAN", CTYPE2="GLAT-TAN")):
+        cutout = cutout_of(pixels, **cards)
+        cutout.header.update(NAXIS=2, NAXIS1=81, NAXIS2=81)
+        cutout = dataclasses.replace(cutout, facts=complete_facts(cutout.header))
+        image = resample_image(cutout, _centre(cutout), 0.2, 80)
+        assert image.flux.sum() == pytest.approx(1, abs=2e-3), cards
+
+
+def test_holes_do_not_ring():
+    "A star that is saturated leaves a hole; the pixels around it keep their values."
+    star = 1e5*blob(64, 6)*4
+    mask = star > 0.5*star.max()
+    whole = resample_image(cutout_of(star), MIDDLE, 0.2, 60)
+    image = resample_image(cutout_of(star, mask=mask), MIDDLE, 0.2, 60)
+    kept = ~image.mask
+    assert np.abs(image.flux - whole.flux)[kept].max() < 0.01*whole.flux.max()
+
+
+def test_images_that_cannot_be_resampled():
+    small = cutout_of(blob(20, 3), scale=0.05)
+    with pytest.raises(InvalidInputError, match="it covers 1.0 arcsec of 15.0"):
+        resample_image(small, MIDDLE, 0.25, 60)
+    broken = cutout_of(blob(64, 3), RADESYS="GAPPT", BUNIT="nJy")
+    with pytest.raises(SpecpredError): resample_galaxy(dict.fromkeys("ri", broken), 32, RI)
+    mixed = dict(r=cutout_of(blob(64, 6), TELESCOP="SDSS", BUNIT="nanomaggy"),
+        i=cutout_of(blob(64, 6), TELESCOP="PS1", BUNIT="nJy"))
+    with pytest.raises(InvalidInputError, match="of several surveys"):
+        resample_galaxy(mixed, 32, RI)
+    counts = cutout_of(blob(64, 6), TELESCOP="SDSS", EXPTIME=54.0)  # of an old frame
+    with pytest.raises(InvalidInputError, match="no zero point for the unit of the pixels"):
+        resample_galaxy(dict.fromkeys("ri", counts), 32, RI)
 
 
 def test_real_frames_of_sdss_become_what_ps1_saw(real_data):
