@@ -113,7 +113,7 @@ def _to_njy(cutout:Cutout, source:ImagingSurvey | None) -> np.ndarray:
 def _correct_colours(flux, source:ImagingSurvey | None, survey:ImagingSurvey) -> tuple:
     "Fluxes in the survey's filters, and notes."
     if source is None: return flux, ["its filters are unknown: no colour terms"]
-    if source == survey: return flux, []
+    if source.name == survey.name: return flux, []
     magnitudes = dict(zip(survey.bands, aperture_magnitudes(flux, survey.pixel_scale), strict=True))
     terms = None
     if "g" in magnitudes and "r" in magnitudes:
