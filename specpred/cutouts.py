@@ -265,6 +265,7 @@ def _geometry(header) -> dict:
     return dict(pixel_scale=tuple(scales.tolist()), rotation=math.degrees(math.atan2(-x, y)),
         mirrored=bool(np.linalg.det(matrix) > 0))
 
+# %% ../nbs/05_cutouts.ipynb #6fdfefc1
 _TELESCOPES = ("FPA.TELESCOPE", "TELESCOP", "INSTRUME", "SURVEY")
 _FILTERS = ("FPA.FILTERID", "FPA.FILTER", "FILTER", "FILTNAM", "BAND")
 
@@ -332,6 +333,7 @@ class Stated(NamedTuple):
 
 NOTHING_STATED = Stated()
 
+# %% ../nbs/05_cutouts.ipynb #b92aca3f
 def _stated_facts(stated:Stated) -> dict:
     "The facts that the user states. Raises `InvalidInputError` for a zero point not of the unit."
     given = {}

@@ -50,7 +50,6 @@ class Galaxy(NamedTuple):
     mask: np.ndarray  # (bands, size, size) bool, True where there are no data
     exptime: np.ndarray  # (bands,) float32, seconds
 
-# %% ../nbs/12_images.ipynb #0deb37ff
 def check_bands(
     cutouts:dict[str, Cutout],  # by band
     survey:ImagingSurvey,  # whose bands are wanted
@@ -70,6 +69,7 @@ def check_bands(
         raise InvalidInputError(f"no image in {', '.join(missing)}{cause}")
     return source
 
+# %% ../nbs/12_images.ipynb #0deb37ff
 def combine_bands(
     cutouts:dict[str, Cutout],  # by band
     size:int,  # side of the images, pixels
@@ -319,7 +319,6 @@ def _whole_numbers(values) -> np.ndarray:
             f"got {numbers.dtype} of shape {numbers.shape}")
     return numbers.astype(np.uint64)
 
-# %% ../nbs/12_images.ipynb #bbb7f8da
 def pack_images(
     specobjids:np.ndarray,  # (N,) uint64, one a galaxy
     raw_cutouts:str | Path,  # folder with a folder <specobjid> for each
@@ -359,7 +358,6 @@ def pack_arrays(
     readers = [partial(_galaxy_of, image) for image in flux]
     return _pack(specobjids, readers, store, survey, settings, "", n_jobs=1, progress=False)
 
-# %% ../nbs/12_images.ipynb #76550faf
 def _galaxy_of(flux:np.ndarray) -> Galaxy:
     "A galaxy given as an array."
     mask = ~np.isfinite(flux)
