@@ -189,14 +189,14 @@ def _parse_header(text:bytes) -> tuple[fits.Header, int]:
 
 # %% ../nbs/04_formats.ipynb #5948062b
 def _fits_units(content:bytes) -> list[_Unit]:
-    """The units of a FITS file. The last block may be unfilled, and zeros or blanks may follow it.
-    Raises `DamagedFileError`."""
+    """The units of a FITS file. The last block may be unfilled, and zeros, blanks or line ends may
+    follow it. Raises `DamagedFileError`."""
     if content[:2000].lstrip()[:1] == b"<": raise DamagedFileError("a web page, no FITS file")
     if content[:9] != b"SIMPLE  =": raise DamagedFileError("no FITS file")
     units, at = [], 0
     while at < len(content):
         match = _HEADER.match(content, at)
-        if not match and units and not content[at:].strip(b"\0 "): break
+        if not match and units and not content[at:].strip(b"\0 \r\n"): break
         if not match: raise DamagedFileError(f"a damaged header at byte {at} of {len(content)}")
         header, size = _parse_header(match[0])
         start = at + _to_block(len(match[0]))

@@ -286,6 +286,7 @@ def test_packed_and_unpadded_files_are_complete(tmp_path, checksum):
     for content in (SPECTRUM, cutout):
         end = end_of_data(content)
         forms = (content[:end], content[: end + 7], content + bytes(1000), content + b" " * 2880)
+        forms += (content + b"\n", content + b"\r\n")
         forms += tuple(gzip.compress(form) for form in (content, *forms))
         for form in forms:
             (tmp_path / "file").write_bytes(form)
