@@ -295,8 +295,6 @@ def wavelength(self:SDSSSpectrum) -> np.ndarray:
     return 10**self.loglam
 
 # %% ../nbs/04_formats.ipynb #ef8c8dd1
-_FIRST_BOSS_PLATE = 3510
-
 @patch(as_prop=True)
 def name(self:SDSSSpectrum) -> str:
     "Name of its file in the archive (since data release 8; that of SDSS-V since 19)."
@@ -306,7 +304,7 @@ def name(self:SDSSSpectrum) -> str:
 @patch(as_prop=True)
 def fibre_diameter(self:SDSSSpectrum) -> float:
     "On the sky, arcsec: 3 for the legacy spectrograph, 2 for BOSS and SDSS-V; NaN if unknown."
-    if self.catalogid or self.plate >= _FIRST_BOSS_PLATE: return 2.0
+    if self.catalogid or self.plate >= FIRST_BOSS_PLATE: return 2.0
     return 3.0 if self.plate else math.nan
 
 @patch
