@@ -358,11 +358,25 @@ def _decoded(stored:np.ndarray, column:fits.Column) -> np.ndarray:
     no_value = stored == column.null if column.null is not None else np.zeros(len(stored), bool)
     return np.where(no_value, np.nan, values) if no_value.any() else values
 
+# %% ../nbs/04_formats.ipynb #5d1c07be
 def _column(table:_Table, name:str) -> np.ndarray:
-    "The values of a column. Raises `DamagedFileError` if there is no such column."
+    """The values of a column, (rows,). Raises `DamagedFileError` if there is no such column, or one
+    of arrays."""
     if name not in table.rows.dtype.names: raise DamagedFileError(f"no spectrum: no column {name}")
     stored = table.rows[name]
+    if stored.ndim > 1: raise DamagedFileError(f"no spectrum: {name} has shape {stored.shape}")
     return _decoded(stored, table.encoded[name]) if name in table.encoded else stored
+
+def _number(value, name:str, kind:type) -> int | float:
+    """An int or float, whatever it is stored as. Raises `DamagedFileError` for what is no number,
+    and where an int is asked for, for NaN, a fraction, or a float that may have lost digits."""
+    try:
+        value = np.asarray(value).item()
+        is_exact = not isinstance(value, float) or value.is_integer() and abs(value) < 2**53
+        if kind is int and not is_exact: raise ValueError("no integer")
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise DamagedFileError(f"no spectrum: {name} is {value!r}") from error
 
 # %% ../nbs/04_formats.ipynb #13d2fac4
 def _grid_start(loglam:np.ndarray) -> float:
@@ -374,7 +388,8 @@ def _grid_start(loglam:np.ndarray) -> float:
     return start
 
 # %% ../nbs/04_formats.ipynb #b154b635
-_MEASURED = dict(redshift="z", zwarning="zwarning", object_class="class", subclass="subclass")
+_TEXTS = dict(object_class="class", subclass="subclass")
+_MEASURED = dict(redshift="z", zwarning="zwarning") | _TEXTS
 _BY_PLATE = dict(plate="plate", mjd="mjd", fiberid="fiberid")  # columns that name a spectrum
 _BY_FIELD = dict(field="field", mjd="mjd", catalogid="catalogid")  # likewise, of SDSS-V
 _POSITIONS = (("plug_ra", "plug_dec"), ("racat", "deccat"), ("fiber_ra", "fiber_dec"))
@@ -390,7 +405,7 @@ def _fibre_position(objects:_Table) -> dict:
     "The first usable position in the second table of a file."
     for names in _POSITIONS:
         if not set(names) <= set(objects.rows.dtype.names): continue
-        position = _position(*(_column(objects, name)[0].item() for name in names))
+        position = _position(*(_number(_column(objects, name)[0], name, float) for name in names))
         if math.isfinite(position["ra"]): return position
     return _position(math.nan, math.nan)
 
@@ -407,22 +422,34 @@ def _pixel_values(pixels:_Table) -> dict:
         arrays[name] = values.astype(dtype)
     return arrays
 
+# %% ../nbs/04_formats.ipynb #7e40ab12
+def _naming_columns(objects:_Table) -> dict:
+    "The columns that name the spectrum: field and catalogid where no plate is given."
+    columns = set(objects.rows.dtype.names)
+    if not {"plate", "fiberid"} <= columns: return _BY_FIELD
+    has_plate = "catalogid" not in columns or _column(objects, "plate")[0] > 0
+    return _BY_PLATE if has_plate else _BY_FIELD
+
 def _spectrum_of_tables(pixels:_Table, objects:_Table) -> SDSSSpectrum:
     "The spectrum in the first two tables of a file."
-    names = _MEASURED | (_BY_PLATE if "plate" in objects.rows.dtype.names else _BY_FIELD)
-    values = {name: _column(objects, column)[0].item() for name, column in names.items()}
-    for name in ("object_class", "subclass"): values[name] = values[name].decode("latin1").strip()
+    values = {}
+    for name, column in (_MEASURED | _naming_columns(objects)).items():
+        value = _column(objects, column)[0]
+        if name in _TEXTS: values[name] = value.decode("latin1").strip()
+        else: values[name] = _number(value, column, float if name == "redshift" else int)
     arrays, loglam = _pixel_values(pixels), _column(pixels, "loglam").astype(float)
     return SDSSSpectrum(**arrays, **values, **_fibre_position(objects), loglam0=_grid_start(loglam))
 
 # %% ../nbs/04_formats.ipynb #d07f7c59
-_SPEC_CLASS = ("UNKNOWN", "STAR", "GALAXY", "QSO", "QSO", "SKY", "STAR")  # by SPEC_CLN
+_SPEC_CLASS = {1: "STAR", 2: "GALAXY", 3: "QSO", 4: "QSO", 5: "SKY", 6: "STAR"}  # by SPEC_CLN
 _INTEGERS = dict(plate="PLATEID", mjd="MJD", fiberid="FIBERID")
 
 def _image(unit:_Unit) -> np.ndarray:
-    "The pixels of the image in the first unit of a file."
+    "The image in the first unit of a file, (rows, n). Raises `DamagedFileError`."
     parts = unit.text.ljust(_to_block(len(unit.text))), unit.data.ljust(_to_block(len(unit.data)))
-    return fits.PrimaryHDU.fromstring(b"".join(parts)).data
+    image = fits.PrimaryHDU.fromstring(b"".join(parts)).data
+    if image.ndim != 2: raise DamagedFileError(f"no spectrum: an image of {image.ndim} axes")
+    return image
 
 def _spectrum_of_spspec(unit:_Unit) -> SDSSSpectrum:
     "The spectrum in the image of a file of data release 7 or earlier."
@@ -430,13 +457,14 @@ def _spectrum_of_spspec(unit:_Unit) -> SDSSSpectrum:
     flux, _, error, mask = _image(unit)[:4].astype(float)
     if abs(header["COEFF1"] - DLOGLAM) > 1e-9:
         raise DamagedFileError(f"no spectrum: its pixels are {header['COEFF1']} dex wide")
-    values = {name: int(header[key]) for name, key in _INTEGERS.items()}
+    values = {name: _number(header[key], key, int) for name, key in _INTEGERS.items()}
     position = _position(*(float(header.get(key, math.nan)) for key in ("RAOBJ", "DECOBJ")))
     with np.errstate(divide="ignore"): ivar = np.where(error > 0, 1/error**2, 0)
     and_mask = np.nan_to_num(mask).astype(np.int64).astype(np.uint32)
     return SDSSSpectrum(flux.astype(np.float32), ivar.astype(np.float32), and_mask, **values,
         **position, loglam0=float(header["COEFF0"]), redshift=float(header["Z"]),
-        zwarning=int(header.get("Z_WARNIN", 0)), object_class=_SPEC_CLASS[header["SPEC_CLN"]])
+        zwarning=_number(header.get("Z_WARNIN", 0), "Z_WARNIN", int),
+        object_class=_SPEC_CLASS.get(header["SPEC_CLN"], "UNKNOWN"))
 
 # %% ../nbs/04_formats.ipynb #a8de68ea
 def read_sdss(
@@ -571,8 +599,8 @@ def sdss_spectrum_bytes(
         + _table_bytes("SPECOBJ", 1, row) + _table_bytes("SPZLINE", len(SPZLINES), lines))
 
 # %% ../nbs/04_formats.ipynb #3bcc131c
-_META = ("zwarning", "object_class", "subclass", "ra", "dec", "plate", "mjd", "fiberid",
-    "field", "catalogid", "and_mask", "or_mask", "model")
+_INTEGER_META = ("zwarning", "plate", "mjd", "fiberid", "field", "catalogid")
+_META = (*_INTEGER_META, "object_class", "subclass", "ra", "dec", "and_mask", "or_mask", "model")
 _FLUX_UNIT = units.Unit(1e-17*units.erg/units.s/units.cm**2/units.AA)
 
 @patch
@@ -600,6 +628,15 @@ def _calibrate(spectrum) -> _Calibration:
     except (units.UnitConversionError, AttributeError, TypeError, DamagedFileError) as error:
         raise InvalidInputError(f"This is no flux density on SDSS's pixels ({error}).") from error
 
+def _known_values(meta:dict) -> dict:
+    "What `meta` says of the fields in `_META`. Raises `InvalidInputError`."
+    known = {name: meta[name] for name in _META if name in meta}
+    try:
+        for name in known.keys() & set(_INTEGER_META):
+            known[name] = _number(known[name], name, int)
+    except DamagedFileError as error: raise InvalidInputError(f"meta: {error}") from error
+    return known
+
 # %% ../nbs/04_formats.ipynb #fe19c31b
 def from_specutils(
     spectrum,  # specutils.Spectrum, one-dimensional, on pixels of `DLOGLAM` dex
@@ -607,14 +644,13 @@ def from_specutils(
 ) -> SDSSSpectrum:
     """An `SDSSSpectrum` from a `specutils.Spectrum` with any units of wavelength and flux density.
     Raises `InvalidInputError` when its pixels are not SDSS's, its units no flux density, its
-    uncertainty unknown, or an array of another length."""
+    uncertainty unknown, an array of another length, or a name in `meta` no integer."""
     loglam0, factor = _calibrate(spectrum)
     if spectrum.uncertainty is not None:
         with np.errstate(divide="ignore"):  # where nothing was measured
             ivar = spectrum.uncertainty.represent_as(InverseVariance).array/factor**2
     if ivar is None: raise InvalidInputError("This spectrum has no uncertainty; give its ivar.")
-    known = {name: spectrum.meta[name] for name in _META if name in spectrum.meta}
-    values = dict(and_mask=np.zeros(len(factor), np.uint32)) | known
+    values = dict(and_mask=np.zeros(len(factor), np.uint32)) | _known_values(spectrum.meta)
     shapes = {np.shape(values.get(name)) for name in ("and_mask", "or_mask", "model")} - {()}
     if shapes | {np.shape(ivar), spectrum.flux.shape} != {factor.shape}:
         raise InvalidInputError("Flux, ivar, masks and model have several shapes.")

@@ -172,9 +172,20 @@ def test_files_of_the_old_layout(tmp_path):
     write_spspec(tmp_path / "coarse.fit", spectrum, COEFF1=2e-4)
     write_spspec(tmp_path / "rows.fit", spectrum, 2)
     write_spspec(tmp_path / "text.fit", spectrum, Z="unknown")
-    for name in ("cut", "coarse", "rows", "text"):
+    write_spspec(tmp_path / "plate.fit", spectrum, PLATEID=266.5)
+    rows, header = fits.getdata(tmp_path / "spSpec-5.fit", header=True)
+    fits.writeto(tmp_path / "cube.fit", np.stack([rows] * 4), header)
+    for name in ("cut", "coarse", "rows", "text", "plate", "cube"):
         with pytest.raises(DamagedFileError, match=name):
             read_sdss(tmp_path / f"{name}.fit")
+
+
+@pytest.mark.parametrize(
+    "code, expected", [(0, "UNKNOWN"), (2, "GALAXY"), (6, "STAR"), (-1, "UNKNOWN"), (7, "UNKNOWN")]
+)
+def test_the_class_in_the_old_layout(tmp_path, code, expected):
+    write_spspec(tmp_path / "file.fit", some_spectrum(), SPEC_CLN=code)
+    assert read_sdss(tmp_path / "file.fit").object_class == expected
 
 
 def test_there_and_back_to_specutils():
@@ -221,6 +232,16 @@ def test_specutils_spectra_that_are_none_of_sdss():
     bare.meta["and_mask"] = np.zeros(49, np.uint32)
     with pytest.raises(InvalidInputError, match="several shapes"):
         from_specutils(bare, ivar=np.ones(50))
+
+
+def test_names_in_the_meta_of_specutils_are_integers():
+    theirs = some_spectrum().to_specutils()
+    theirs.meta.update(plate=266.0, mjd="51602", fiberid=np.int32(17))
+    assert from_specutils(theirs).name == "spec-0266-51602-0017.fits"
+    for value in (266.5, np.nan, "none", None, [1, 2]):
+        theirs.meta["plate"] = value
+        with pytest.raises(InvalidInputError, match="plate is"):
+            from_specutils(theirs)
 
 
 def test_missing_and_foreign_files(tmp_path):
@@ -427,11 +448,68 @@ def test_spectra_of_sdss_v(objects, ra):
     assert from_specutils(spectrum.to_specutils()).name == spectrum.name
 
 
+def test_a_plate_of_zero_names_no_spectrum():
+    "Some programs fill the columns of both surveys."
+    for others in (dict(PLATE=0, FIBERID=0), dict(PLATE=0), dict(PLATE=-1, FIBERID=7)):
+        assert read_sdss(sdss5_bytes(NAME | others)).name == read_sdss(sdss5_bytes(NAME)).name
+    by_plate = read_sdss(sdss5_bytes(NAME | dict(PLATE=266, FIBERID=17)))
+    assert by_plate.name == "spec-0266-60000-0017.fits" and by_plate.catalogid == 0
+
+
 def test_a_table_that_names_no_spectrum_is_refused():
     for lacking in NAME:
         objects = {name: value for name, value in NAME.items() if name != lacking}
         with pytest.raises(DamagedFileError, match=f"no column {lacking.lower()}"):
             read_sdss(sdss5_bytes(objects))
+
+
+def with_columns(table: str, **changes) -> bytes:
+    "The spectrum with these columns in one of its first two tables, or functions of what it has."
+
+    def change(columns):
+        if (table == "COADD") == ("loglam" in columns):
+            for name, value in changes.items():
+                columns[name] = value(columns[name]) if callable(value) else np.array([value])
+        return columns
+
+    return rewritten(SPECTRUM, change)
+
+
+def test_names_of_other_types_are_read_as_integers():
+    content = with_columns("SPECOBJ", PLATE=266.0, MJD=b"51602", FIBERID=b" 17", ZWARNING=0.0)
+    check_spectrum(content, *IDENTITY, 150.1, 2.2)
+    assert_equal_spectra(read_sdss(content), read_sdss(SPECTRUM))
+    assert read_sdss(content).name == "spec-0266-51602-0017.fits"
+    numbers = NAME | dict(PLUG_RA=150.1, PLUG_DEC=2.2)
+    texts = {name: str(value).encode() for name, value in numbers.items()}
+    assert_equal_spectra(read_sdss(sdss5_bytes(texts)), read_sdss(sdss5_bytes(numbers)))
+
+
+@pytest.mark.parametrize("name", ["PLATE", "MJD", "FIBERID", "ZWARNING"])
+@pytest.mark.parametrize("value", [266.5, np.nan, np.inf, b"none", b"", [1, 2]])
+def test_names_that_are_no_integers_are_refused(name, value):
+    with pytest.raises(DamagedFileError, match=f"no spectrum: {name.lower()} "):
+        read_sdss(with_columns("SPECOBJ", **{name: value}))
+
+
+def test_other_values_that_are_no_numbers_are_refused():
+    with pytest.raises(DamagedFileError, match="catalogid is 2.7"):  # the last digits are lost
+        read_sdss(sdss5_bytes(NAME | dict(CATALOGID=float(NAME["CATALOGID"]))))
+    for name in ("Z", "PLUG_RA"):
+        with pytest.raises(DamagedFileError, match=f"no spectrum: {name.lower()} is b'far'"):
+            read_sdss(with_columns("SPECOBJ", **{name: b"far"}))
+    masked = with_columns("SPECOBJ", MJD=lambda values: np.ma.array(values, mask=[True]))
+    with pytest.raises(DamagedFileError, match="mjd is nan"):
+        read_sdss(masked)
+
+
+@pytest.mark.parametrize("name", ["flux", "ivar", "and_mask", "or_mask", "model", "loglam"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_pixels_of_several_values_are_refused(name, n):
+    content = with_columns("COADD", **{name: lambda values: np.stack([values] * n, axis=-1)})
+    for read in (read_sdss, lambda content: check_spectrum(content, *IDENTITY)):
+        with pytest.raises(DamagedFileError, match=rf"{name} has shape \(3000, {n}\)"):
+            read(content)
 
 
 # positions
