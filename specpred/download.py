@@ -39,7 +39,7 @@ from .surveys import ImagingSurvey
 
 # %% auto #0
 __all__ = ['STATUS', 'MAX_SPECTRUM_BYTES', 'TABLE', 'FILE', 'download', 'BusyError', 'NotFoundError', 'RefusedError',
-           'ArchiveClient', 'ArchiveFile', 'galaxy_files', 'Fetcher', 'DownloadState', 'losses', 'estimate',
+           'ArchiveClient', 'ArchiveFile', 'galaxy_files', 'path_of', 'Fetcher', 'DownloadState', 'losses', 'estimate',
            'plan_download', 'describe_download']
 
 # %% ../nbs/11_download.ipynb #95213606
@@ -60,7 +60,7 @@ def download(
     `InvalidInputError` if `raw` holds files of another archive, or most spectra are of other
     positions than their rows."""
     raw, client = Path(raw), client or ArchiveClient(parameters)
-    files_of = partial(galaxy_files, bands=survey.bands, size=size, release=parameters.release)
+    files_of = partial(galaxy_files, bands=survey.bands, size=size, parameters=parameters)
     source = source_of(parameters, mock)
     with only_one(raw, "download"), archive_urls(source, mock) as urls:
         claim_folder(raw, source)
@@ -209,7 +209,7 @@ STATUS = {NotFoundError: "missing", RefusedError: "refused", BusyError: "failed"
 class ArchiveFile(NamedTuple):
     "A file of a galaxy, and what became of it."
     name: str  # below raw/
-    request: str  # what is asked for, without the archive's address
+    request: str  # what is asked for, without the archive's address; see `path_of`
     status: str = "waiting"
     size: int = 0  # bytes
     error: str = ""  # its cause, a colon and details
@@ -221,26 +221,35 @@ class ArchiveFile(NamedTuple):
     def band(self) -> str: return Path(self.name).stem
 
     @property
-    def is_elsewhere(self) -> bool: return self.error.startswith("another position")
+    def is_elsewhere(self) -> bool:
+        "Whether it is a spectrum of another position."
+        is_bad_spectrum = self.archive == "SAS" and self.status == "bad"
+        return is_bad_spectrum and self.error.startswith("another position")
 
     def with_error(self, error:Exception) -> ArchiveFile:
-        return self._replace(status=STATUS[type(error)], error=str(error))
+        return self._replace(status=STATUS[type(error)], size=0, error=str(error))
 
 # %% ../nbs/11_download.ipynb #adea6836
 def galaxy_files(
     row,  # of the catalogue
     bands:tuple,
     size:int,  # side of the cutouts, pixels
-    release:str,  # SDSS data release
+    parameters:ArchiveParameters,  # their release and max_separation
 ) -> list[ArchiveFile]:
     "Spectrum and cutouts of a galaxy."
-    files, cutout = [], f"ra={row.ra:.8f}&dec={row.dec:.8f}&size={size}&band="
+    files, position = [], f"ra={row.ra:.8f}&dec={row.dec:.8f}"
     if row.plate > 0:
-        path = spectrum_path(row.run2d, row.plate, row.mjd, row.fiberid, release)
-        files.append(ArchiveFile(f"spectra/{path.rpartition('/')[2]}", path))
+        path = spectrum_path(row.run2d, row.plate, row.mjd, row.fiberid, parameters.release)
+        compared = f"{position}&max_separation={parameters.max_separation:g}"
+        files.append(ArchiveFile(f"spectra/{path.rpartition('/')[2]}", f"{path}?{compared}"))
     if row.dec > PS1_SOUTH:
+        cutout = f"{position}&size={size}&band="
         files += [ArchiveFile(f"cutouts/{row.specobjid}/{b}.fits", f"{cutout}{b}") for b in bands]
     return files
+
+def path_of(request:str) -> str:
+    "What an archive is asked for; what follows in the request of a spectrum is for its check."
+    return request.partition("?")[0]
 
 # %% ../nbs/11_download.ipynb #9853a44d
 def read_image_names(
@@ -279,8 +288,8 @@ class Fetcher:
     def spectrum(self, row, file:ArchiveFile) -> bytes:
         check = partial(check_spectrum, plate=row.plate, mjd=row.mjd, fiberid=row.fiberid,
             ra=row.ra, dec=row.dec, max_separation=self.client.parameters.max_separation)
-        url = f"{self.urls.sas_url}/{file.request}"
-        return (self.quarantined(file, check)
+        url = f"{self.urls.sas_url}/{path_of(file.request)}"
+        return (self.kept_content(file, check)
             or self.client.get(url, max_bytes=MAX_SPECTRUM_BYTES, check=check))
 
     def position(self, row) -> dict:
@@ -288,17 +297,29 @@ class Fetcher:
 
 # %% ../nbs/11_download.ipynb #0cddfc3a
 @patch
-def quarantined(self:Fetcher,
-    file:ArchiveFile,
+def kept_at(self:ArchiveFile,
+    raw:Path,  # folder of the download
+) -> Path | None:
+    "Where a spectrum lies that has arrived, but was or may be of another position than its row."
+    if not (self.status == "unchecked" or self.is_elsewhere): return None
+    for path in (raw/"quarantine"/self.name, raw/self.name):
+        if path.is_file(): return path
+    return None
+
+@patch
+def kept_content(self:Fetcher,
+    file:ArchiveFile,  # as recorded
     check,  # called with the content
 ) -> bytes | None:
-    """A file in quarantine that passes its check now; None if there is none, or a damaged one.
-    Raises `OtherPositionError`."""
-    path = self.raw/"quarantine"/file.name
-    if not path.is_file(): return None
+    """The spectrum that has arrived, if it passes its check now; None if there is none, or it is
+    damaged. Raises `OtherPositionError`."""
+    path = file.kept_at(self.raw)
+    if path is None: return None
     content = path.read_bytes()
     try: check(content)
-    except OtherPositionError: raise
+    except OtherPositionError as error:
+        error.content = content
+        raise
     except DamagedFileError: return None
     return content
 
@@ -332,6 +353,7 @@ def fetch(self:Fetcher,
         if hasattr(error, "content"):
             with atomic_path(quarantined) as part: part.write_bytes(error.content)
             with atomic_path(reason) as part: part.write_text(f"{error}\n")
+            (self.raw/file.name).unlink(missing_ok=True)
         return file.with_error(error)
     with atomic_path(self.raw/file.name) as part: part.write_bytes(content)
     quarantined.unlink(missing_ok=True)
@@ -342,7 +364,7 @@ def fetch(self:Fetcher,
 @patch
 def galaxy(self:Fetcher,
     row,  # of the catalogue
-    files:list[ArchiveFile],  # those of its files that are missing
+    files:list[ArchiveFile],  # those of its files that are missing, as recorded
 ) -> list[ArchiveFile]:
     "Fetches files of a galaxy."
     spectra = [file for file in files if file.archive == "SAS"]
@@ -363,6 +385,7 @@ class DownloadState:
     "What became of each file, in SQLite. Raises `DamagedFileError` for another kind of file."
     def __init__(self, path:str | Path):
         self.database, self.committed = sqlite3.connect(path, timeout=30), time.monotonic()
+        self.database.create_function("path_of", 1, path_of)
         try:
             self.database.execute(TABLE)
             self.database.execute(f"{FILE} WHERE wanted LIMIT 0")
@@ -376,15 +399,16 @@ class DownloadState:
         self.database.close()
 
     def recorded(self, file:ArchiveFile) -> ArchiveFile:
-        "The file with its status; as it is where nothing is known of this request."
-        row = self.database.execute(f"{FILE} WHERE name = ? AND request = ?", file[:2]).fetchone()
+        "What is known of the file; as it is where nothing is known of what it asks for."
+        row = self.database.execute(f"{FILE} WHERE name = ? AND path_of(request) = path_of(?)",
+            file[:2]).fetchone()
         return ArchiveFile(*row) if row else file
 
 # %% ../nbs/11_download.ipynb #3216221e
 @patch
 def enqueue(self:DownloadState,
     catalogue:pd.DataFrame,
-    files_of,  # `galaxy_files` with bands, size and release
+    files_of,  # `galaxy_files` with bands, size and parameters
     retry_missing:bool = False,  # forget which files the archives did not have
 ):
     "Makes the files of a catalogue those that are wanted; keeps what is known of others."
@@ -392,8 +416,10 @@ def enqueue(self:DownloadState,
         self.database.execute("UPDATE file SET wanted = 0")
         self.database.executemany("""INSERT INTO file (name, request, status, wanted)
             VALUES (?, ?, 'waiting', 1) ON CONFLICT (name) DO UPDATE SET wanted = 1,
-            status = iif(request = excluded.request, status, 'waiting'),
-            request = excluded.request""",
+            request = excluded.request, status = CASE
+                WHEN request = excluded.request THEN status
+                WHEN path_of(request) != path_of(excluded.request) THEN 'waiting'
+                WHEN status = 'good' THEN 'unchecked' ELSE status END""",
             (file[:2] for row in catalogue.itertuples() for file in files_of(row)))
         if retry_missing:
             self.database.execute("UPDATE file SET status = 'waiting' WHERE status = 'missing'")
@@ -410,14 +436,13 @@ def record(self:DownloadState, files:list[ArchiveFile]):
 
 # %% ../nbs/11_download.ipynb #2a80b7ca
 @patch
-def is_missing(self:DownloadState,
+def is_missing(self:ArchiveFile,
     raw:Path,  # folder of the download
-    file:ArchiveFile,
 ) -> bool:
-    "Whether the file has to be fetched."
-    path, recorded = raw/file.name, self.recorded(file)
-    if recorded.status != "good": return recorded.status != "missing"
-    return not path.is_file() or path.stat().st_size != recorded.size
+    "Whether the file, as recorded, has to be fetched or checked."
+    path = raw/self.name
+    if self.status != "good": return self.status != "missing"
+    return not path.is_file() or path.stat().st_size != self.size
 
 @patch
 def n_good_spectra(self:DownloadState) -> int:
@@ -473,7 +498,7 @@ def fetch_all(self:Fetcher,
 def fetch_missing(
     fetcher:Fetcher,
     catalogue:pd.DataFrame,
-    files_of,  # `galaxy_files` with bands, size and release
+    files_of,  # `galaxy_files` with bands, size and parameters
     state:DownloadState,
     progress:bool,
 ):
@@ -484,8 +509,8 @@ def fetch_missing(
         place = np.lexsort([catalogue.ra, np.floor(catalogue.dec/0.4)])
         rows = catalogue.iloc[place].itertuples()
         for row in tqdm(rows, "download", len(catalogue), unit="galaxy", disable=not progress):
-            files = [file for file in files_of(row)
-                if file.archive not in outcomes.skipped and state.is_missing(fetcher.raw, file)]
+            files = [file for file in map(state.recorded, files_of(row))
+                if file.archive not in outcomes.skipped and file.is_missing(fetcher.raw)]
             if files: yield row, files
     def record(files:list[ArchiveFile]):
         state.record(files)
@@ -623,14 +648,16 @@ def plan_download(
 ) -> str:
     "What a download would fetch, in words; changes nothing. Raises what `download` does."
     raw, n, n_bands = Path(raw), parameters.n_max, len(survey.bands)
-    files_of = partial(galaxy_files, bands=survey.bands, size=size, release=parameters.release)
+    files_of = partial(galaxy_files, bands=survey.bands, size=size, parameters=parameters)
     known = holds_source(raw, source_of(parameters, mock))
     catalogue = known_catalogue(parameters, raw, catalogue_query(n, seed))
     if catalogue is None: text, missing = "At most", Counter(SAS=n, PS1=n*n_bands)
     else:
-        files = [file for row in catalogue.itertuples() for file in files_of(row)]
         with DownloadState(raw/"state.sqlite" if known else ":memory:") as state:
-            missing = Counter(file.archive for file in files if state.is_missing(raw, file))
+            files = [state.recorded(file) for row in catalogue.itertuples()
+                for file in files_of(row)]
+        missing = Counter(file.archive for file in files
+            if file.is_missing(raw) and not file.kept_at(raw))
         text = f"{len(files):,} files, of which {len(files) - missing.total():,} need no download;"
     plan = estimate(missing["SAS"], missing["PS1"], n_bands, size, parameters.concurrency)
     return (f"{text} {plan['files']:,} to download: {plan['requests']:,} requests, "

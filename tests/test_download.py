@@ -24,8 +24,9 @@ import pytest
 
 from specpred.config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError,
     MissingInputError, MockParameters, SpecpredError)
-from specpred.download import (ArchiveClient, BusyError, DownloadState, Fetcher, NotFoundError,
-    RefusedError, describe_download, download, fetch_missing, galaxy_files, losses, plan_download)
+from specpred.download import (ArchiveClient, ArchiveFile, BusyError, DownloadState, Fetcher,
+    NotFoundError, Outcomes, RefusedError, describe_download, download, fetch_missing, galaxy_files,
+    losses, plan_download)
 from specpred.cutouts import PS1_SOUTH
 from specpred.local_archive import FAULTS, ArchiveURLs, Faults, serve
 from specpred.mock_survey import make_survey
@@ -83,7 +84,7 @@ def test_every_good_file_arrives_and_every_other_is_explained(clean, through_fau
     lasting, seen, files = FAULTY.model_copy(update=dict(passing=0)), Counter(), files_in(clean[0])
     with DownloadState(raw/"state.sqlite") as state:
         for row in catalogue.itertuples():
-            for file in galaxy_files(row, PS1.bands, SIZE, "dr17"):
+            for file in galaxy_files(row, PS1.bands, SIZE, LOCAL):
                 key = file.name.rpartition("/")[2]
                 if file.archive == "PS1":
                     key = f"{row.ra:.8f}", f"{row.dec:.8f}", file.band
@@ -564,6 +565,70 @@ def test_a_spectrum_of_another_position_is_kept_apart_and_not_asked_for_again(
     assert not [p for p in (raw/"quarantine").rglob("*") if p.is_file()]
 
 
+def spectra_in(folder):
+    return {path.name: path.read_bytes() for path in (folder/"spectra").rglob("*.fits")}
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["", "a state without positions"])
+def test_a_second_table_is_compared_with_the_spectra_that_arrived(clean, mock, tmp_path, is_old):
+    raw, rows = tmp_path/"raw", rows_with_spectra(clean[1]).head(12)
+    here = ArchiveParameters(table=own_table(tmp_path, rows))
+    assert fetch(here, raw, mock).has_spectrum.all()
+    arrived, n_files = spectra_in(raw), len(files_in(raw))
+    if is_old:
+        with DownloadState(raw/"state.sqlite") as state:
+            state.database.execute("UPDATE file SET request = path_of(request)")
+    swapped = rows.copy()
+    swapped.loc[[3, 4], ["ra", "dec"]] = rows.loc[[4, 3], ["ra", "dec"]].to_numpy()
+    own_table(tmp_path, swapped)
+    client = CountingClient(here)
+    own = fetch(here, raw, mock, client=client).set_index("table_row")
+    assert not client.spectra
+    assert own.index[~own.has_spectrum].tolist() == [3, 4]
+    assert (own.status[[3, 4]].str.contains("another position")).all()
+    moved = spectra_in(raw/"quarantine")
+    assert len(moved) == 2 and spectra_in(raw) | moved == arrived
+    assert not moved.keys() & spectra_in(raw).keys()
+    plan = plan_download(here, raw, PS1, SIZE, 1, mock)
+    assert f"{n_files} files, of which {n_files} need no download; 0 to download" in plan
+    own_table(tmp_path, rows)
+    assert "0.00 GB" in plan_download(here, raw, PS1, SIZE, 1, mock)
+    own = fetch(here, raw, mock, client=client)
+    assert own.has_spectrum.all() and not client.spectra and spectra_in(raw) == arrived
+
+
+def test_a_smaller_max_separation_is_applied_to_spectra_that_arrived(clean, mock, tmp_path):
+    raw, rows = tmp_path/"raw", rows_with_spectra(clean[1]).head(3)
+    rows.loc[1, "dec"] += 2/3600
+    for limit, has_spectrum in ((3, [True]*3), (1, [True, False, True]), (3, [True]*3)):
+        here = ArchiveParameters(table=own_table(tmp_path, rows), max_separation=limit)
+        client = CountingClient(here)
+        is_first = not raw.exists()
+        own = fetch(here, raw, mock, client=client).sort_values("table_row")
+        assert own.has_spectrum.tolist() == has_spectrum
+        assert len(client.spectra) == (3 if is_first else 0)
+
+
+def test_a_spectrum_of_another_reduction_is_not_taken_for_the_one_asked_for(clean, mock, tmp_path):
+    raw, rows = tmp_path/"raw", rows_with_spectra(clean[1]).head(3)
+    rows.loc[1, "ra"] = (rows.ra[1] + 0.01) % 360  # this one goes into quarantine
+    here = ArchiveParameters(table=own_table(tmp_path, rows))
+    assert fetch(here, raw, mock).has_spectrum.sum() == 2
+    rows["run2d"], rows["ra"] = "103", rows_with_spectra(clean[1]).ra.head(3)
+    own_table(tmp_path, rows)
+    client = CountingClient(here)
+    own = fetch(here, raw, mock, client=client)  # the mock survey has no such reduction
+    assert len(client.spectra) == 3 and own.status.str.contains("spectrum missing").all()
+
+
+def test_cutouts_of_another_position_are_no_spectra_of_another_position():
+    outcomes = Outcomes(n_spectra=0)
+    error = DamagedFileError("another position: the centre is elsewhere")
+    for k in range(20):
+        outcomes.count(ArchiveFile(f"cutouts/{k}/g.fits", "").with_error(error))
+    assert outcomes.n_spectra == outcomes.n_elsewhere == 0
+
+
 @pytest.mark.parametrize("max_separation", [3, 648_000])
 def test_a_table_whose_spectra_are_shifted_stops_the_download(
         clean, mock, tmp_path, max_separation):
@@ -583,6 +648,23 @@ def test_a_table_whose_spectra_are_shifted_stops_the_download(
         assert not (raw/"catalogue.parquet").exists()
 
 
+def test_a_second_table_whose_spectra_are_shifted_stops_the_download(clean, mock, tmp_path):
+    raw, rows = tmp_path/"raw", rows_with_spectra(clean[1])
+    here = ArchiveParameters(table=own_table(tmp_path, rows), concurrency=1)
+    own, arrived = fetch(here, raw, mock), spectra_in(raw)
+    names = ["plate", "mjd", "fiberid", "run2d", "redshift"]
+    shifted = rows.copy()
+    shifted[names] = rows[names].reindex(np.roll(rows.index, 1)).to_numpy()
+    own_table(tmp_path, shifted)
+    client = CountingClient(here)
+    with pytest.raises(InvalidInputError, match="10 of 10 spectra .* shifted against"):
+        fetch(here, raw, mock, client=client)
+    assert spectra_in(raw) | spectra_in(raw/"quarantine") == arrived
+    own_table(tmp_path, rows)
+    assert fetch(here, raw, mock, client=client).equals(own)
+    assert spectra_in(raw) == arrived and not client.spectra
+
+
 def test_a_few_spectra_of_other_positions_do_not_stop_a_download_that_is_nearly_done(
         clean, mock, tmp_path):
     rows = rows_with_spectra(clean[1])
@@ -597,7 +679,7 @@ def test_a_few_spectra_of_other_positions_do_not_stop_a_download_that_is_nearly_
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch):
     "Ten times as many spectra, which arrive from nowhere."
     monkeypatch.setattr(Fetcher, "fetch", lambda self, file, get: file._replace(status="good"))
-    files_of, peaks = partial(galaxy_files, bands=PS1.bands, size=SIZE, release="dr17"), {}
+    files_of, peaks = partial(galaxy_files, bands=PS1.bands, size=SIZE, parameters=LOCAL), {}
     for n in (500, 5000):
         k = np.arange(n)
         table = pd.DataFrame(dict(specobjid=k, ra=k*360/n, dec=-40.0, plate=266 + k//640, mjd=51602,
