@@ -4,10 +4,13 @@
 
 # %% ../nbs/09_catalogue.ipynb #fa1d1db8
 from __future__ import annotations
+import contextlib
 import csv
 import gzip
 import hashlib
+import html
 import io
+import json
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -31,8 +34,8 @@ from .formats import (BOSS_RUN2D, FIRST_BOSS_PLATE, RUN2D_PATTERN, SpectrumNames
 from .plotting import BLUE, GREEN, ORANGE, PURPLE
 
 # %% auto #0
-__all__ = ['SELECTION', 'SPLITS', 'SPLIT_COLOURS', 'catalogue_query', 'read_skyserver_csv', 'read_table', 'sky_blocks',
-           'SkySplit', 'split_by_sky', 'split_catalogue', 'plot_split']
+__all__ = ['SELECTION', 'MAX_PAGE_BYTES', 'SPLITS', 'SPLIT_COLOURS', 'catalogue_query', 'page_message', 'read_skyserver_csv',
+           'read_table', 'sky_blocks', 'SkySplit', 'split_by_sky', 'split_catalogue', 'plot_split']
 
 # %% ../nbs/09_catalogue.ipynb #3c53761b
 SELECTION = """
@@ -362,6 +365,21 @@ def _check_selection(catalogue:pd.DataFrame):
             raise InvalidInputError(f"{rows.sum()} rows have {reason}, e.g. specobjid {first}")
     if not len(catalogue): raise InvalidInputError("no galaxy fulfils the selection")
 
+# %% ../nbs/09_catalogue.ipynb #2c41d6b9
+MAX_PAGE_BYTES = 1 << 14  # of an archive's page that are read for a message
+
+def page_message(
+    page:bytes,  # JSON, HTML or plain text, perhaps cut off
+) -> str:
+    "What an archive's page says, at most 300 characters on one line."
+    text = page[:MAX_PAGE_BYTES].decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON object
+        fields = {key.lower().replace(" ", ""): value for key, value in json.loads(text).items()}
+        text = str(fields.get("errormessage") or fields.get("message") or text)
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", text)
+    text = "".join(c if c.isprintable() else " " for c in html.unescape(text))
+    return " ".join(text.split())[:300]
+
 # %% ../nbs/09_catalogue.ipynb #e58933fe
 def read_skyserver_csv(
     content:bytes,  # what the SQL service answered
@@ -378,9 +396,8 @@ def read_skyserver_csv(
         catalogue = source.catalogue()
         _check_selection(catalogue)
     except InvalidInputError as error:
-        words = " ".join(re.sub(r"<[^>]*>", " ", text[:2000]).split())
-        head = "".join(letter for letter in words if letter.isprintable())[:300]
-        raise ArchiveError(f"SkyServer sent no catalogue: {error}. It says: {head}") from error
+        message = f"SkyServer sent no catalogue: {error}. It says: {page_message(content)}"
+        raise ArchiveError(message) from error
     return catalogue.sort_values("specobjid", ignore_index=True)
 
 # %% ../nbs/09_catalogue.ipynb #04c250b6

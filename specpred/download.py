@@ -6,7 +6,6 @@
 from __future__ import annotations
 import contextlib
 import hashlib
-import html
 import json
 import re
 import shutil
@@ -27,8 +26,8 @@ import tenacity
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from specpred.catalogue import (catalogue_query, read_skyserver_csv, read_table,
-    split_catalogue)
+from .catalogue import (MAX_PAGE_BYTES, catalogue_query, page_message, read_skyserver_csv,
+    read_table, split_catalogue)
 from .config import (ArchiveError, ArchiveParameters, DamagedFileError, InvalidInputError,
     MissingInputError)
 from .cutouts import PS1_SOUTH, check_cutout, skycell_path
@@ -87,21 +86,8 @@ class RefusedError(ArchiveError):
     "The archive does not accept the request, or its answer is unsafe."
 
 # %% ../nbs/11_download.ipynb #6454427c
-MAX_PAGE_BYTES = 1 << 14  # of an error's page that are read
 QUERY_ERRORS = re.compile(r"incorrect syntax|syntax error|invalid (column|object) name|"
     r"could not be bound|conversion failed|not a recognized|ambiguous column", re.IGNORECASE)
-
-def page_message(
-    page:bytes,  # JSON, HTML or plain text, perhaps cut off
-) -> str:
-    "What an error's page says, at most 300 characters on one line."
-    text = page.decode("utf-8", "replace")
-    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON object
-        fields = {key.lower().replace(" ", ""): value for key, value in json.loads(text).items()}
-        text = str(fields.get("errormessage") or fields.get("message") or text)
-    text = re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", text)
-    text = "".join(c if c.isprintable() else " " for c in html.unescape(text))
-    return " ".join(text.split())[:300]
 
 # %% ../nbs/11_download.ipynb #ca4cf6fe
 LONGEST_WAIT = 600  # seconds of Retry-After that are waited for

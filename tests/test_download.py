@@ -427,12 +427,15 @@ def test_what_an_archive_says_of_an_error_is_in_the_message(
     assert str(error.value).isprintable() and len(asked) == n_requests
 
 
-@pytest.mark.parametrize("content", [b"<html>Sorry, the database is down</html>", b"",
-    b'{"Error Message": "Incorrect syntax"}', b"#Table1\nspecObjID,plate\n../../x,1\n"])
-def test_an_answer_that_is_no_catalogue_is_not_kept(server, tmp_path, content):
+@pytest.mark.parametrize("content, expected", [
+    (html_page(b"The database isn&#39;t up"), "says: Skyserver Error An error occured The database "
+        "isn't up$"), (b"", "says: $"),
+    (b'{"Error Message": "Incorrect syntax"}', "says: Incorrect syntax$"),
+    (b"#Table1\nspecObjID,plate\n../../x,1\n", "says: #Table1 specObjID,plate ../../x,1$")])
+def test_an_answer_that_is_no_catalogue_is_not_kept(server, tmp_path, content, expected):
     server.answer = lambda handler: handler.send(200, content)
     here = ArchiveParameters(**dict.fromkeys(asdict(ArchiveURLs.local(1)), server.url))
-    with pytest.raises(ArchiveError):
+    with pytest.raises(ArchiveError, match=expected):
         fetch(here, tmp_path/"raw")
     assert [p.name for p in (tmp_path/"raw").iterdir()] == ["source.json"]
 
