@@ -263,12 +263,25 @@ def _identifier(text:str) -> int:
     # the signed number of any plate is below -2**50
     return -1 if -2**50 < number < 0 else number % 2**64
 
+def _float_identifiers(texts:pd.Series) -> np.ndarray:
+    "SDSS's identifiers that were written as floats, (N,) of int; -1 for other texts."
+    is_float = texts.str.fullmatch(r"[0-9]{1,20}\.0*|[0-9]\.[0-9]+[eE]\+?[0-9]{1,2}")
+    n_digits = texts.str.replace(r"\.|[eE].*", "", regex=True).str.rstrip("0").str.len()
+    numbers = texts.where(is_float, "0").astype(float)
+    # a column with few digits was rounded; numbers that end in zeros may decode by chance
+    exact = (numbers < 2**63) & (n_digits.max() >= 15)
+    identifiers = numbers.where(exact, 0).astype(np.uint64)
+    return np.where(spectrum_of_specobjid(identifiers).plate > 0, identifiers.astype(object), -1)
+
 @patch
 def identifiers(self:_Source, name:str) -> np.ndarray:
     "A column as uint64, 0 where there is nothing."
     if name not in self.rows: return np.zeros(len(self.rows), np.uint64)
-    values = np.array([_identifier(text) for text in self.texts(name)], object)
-    if not self.strict:  # the name of the spectrum gives the identifier anew
+    texts = self.texts(name)
+    values = np.array([_identifier(text) for text in texts], object)
+    if not self.strict:
+        values[values == -1] = _float_identifiers(texts[values == -1])
+        # the name of the spectrum gives the identifier anew
         named = np.all([self.numbers(column) > 0 for column in _SPECTRUM], axis=0)
         values[named & (values == -1)] = 0
     kept = self.kept(name, values != 0, values > 0, "an identifier of up to 20 digits. Floats keep "
@@ -488,14 +501,25 @@ def _open_table(path:Path, table_name:str | int | None) -> _Source:
         return _read_astropy(content, kind, table_name, file)
 
 # %% ../nbs/09_catalogue.ipynb #c9d13a92
-def _warn_unknown(source:_Source, catalogue:pd.DataFrame, held:SpectrumNames):
-    "Warns of identifiers that are neither SDSS's nor our own."
-    unknown = (catalogue.specobjid > 0) & (held.plate == 0)
-    unknown &= catalogue.specobjid != specobjid_of_position(catalogue.ra, catalogue.dec)
-    if unknown.any():
-        warnings.warn(f"{source.file}: {unknown.sum()} rows have a specobjid of no spectrum in "
-            f"SDSS's data releases 8 to 17, e.g. {catalogue.specobjid[unknown].iloc[0]}. It is "
-            "kept as a name, and asks for no spectrum.", stacklevel=2)
+def _apart(catalogue:pd.DataFrame, by) -> pd.Series:
+    "Which rows lie more than 1 arcsec from the first row with the same values of `by`, (N,) bool."
+    first = catalogue.groupby(by, sort=False)[[*_ANGLES]].transform("first")
+    positions = catalogue.ra, catalogue.dec, first.ra, first.dec
+    return angular_separation(*map(np.radians, positions)) > np.radians(1/3600)
+
+def _known_identifiers(source:_Source, catalogue:pd.DataFrame, held:SpectrumNames) -> pd.Series:
+    "The identifiers of SDSS, our own, and those that name one row without a spectrum; else 0."
+    specobjid, named = catalogue.specobjid, catalogue.plate > 0
+    unknown = (specobjid > 0) & (held.plate == 0)
+    unknown &= specobjid != specobjid_of_position(catalogue.ra, catalogue.dec)
+    if (unknown & named).any(): source.n_absent["specobjid"] += int((unknown & named).sum())
+    if (unknown & ~named).any():
+        warnings.warn(f"{source.file}: {(unknown & ~named).sum()} rows have a specobjid of no "
+            "spectrum in SDSS's data releases 8 to 17, e.g. "
+            f"{specobjid[unknown & ~named].iloc[0]}. They get cutouts only, and keep it as a name "
+            "unless other positions have the same.", stacklevel=2)
+    shared = specobjid.isin(specobjid[_apart(catalogue, "specobjid")])
+    return specobjid.mask(unknown & (named | shared), 0)
 
 def _fill_spectra(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
     """The catalogue with names of spectra from identifiers. Raises `InvalidInputError` where they
@@ -504,7 +528,7 @@ def _fill_spectra(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
     catalogue = catalogue.assign(run2d=run2d)
     catalogue.loc[(catalogue.plate == 0) & (catalogue.fiberid == 0), "mjd"] = 0  # of the imaging
     held = spectrum_of_specobjid(catalogue.specobjid)
-    _warn_unknown(source, catalogue, held)
+    catalogue["specobjid"] = _known_identifiers(source, catalogue, held)
     for name, values in held._asdict().items():
         given = ~catalogue[name].isin([0, ""])
         differ = (catalogue[name] != values) & given & (held.plate > 0)
@@ -527,23 +551,22 @@ def _fill_run2d(source:_Source, catalogue:pd.DataFrame, release:str) -> pd.Serie
 
 # %% ../nbs/09_catalogue.ipynb #903a2531
 def _fill_specobjid(catalogue:pd.DataFrame) -> np.ndarray:
-    "The identifier of every row, made from its spectrum or its position where it has none."
+    "The identifier of every row, made from its position where it has neither one nor a spectrum."
     named = catalogue.plate > 0
     names = [catalogue[name] for name in _SPECTRUM]
     of_spectrum = specobjid_of_spectrum(*names, catalogue.run2d.where(named, "26"))
     of_position = specobjid_of_position(catalogue.ra, catalogue.dec)
     lacking = catalogue.specobjid == 0
-    return catalogue.specobjid.mask(lacking, np.where(named, of_spectrum, of_position))
+    return np.select([named, lacking], [of_spectrum, of_position], catalogue.specobjid)
 
 def _drop_repeats(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
-    "Each specobjid once. Raises `InvalidInputError` where one has two positions or spectra."
-    first = catalogue.groupby("specobjid")[[*_ANGLES, *_SPECTRUM]].transform("first")
-    positions = catalogue.ra, catalogue.dec, first.ra, first.dec
-    differ = angular_separation(*map(np.radians, positions)) > np.radians(1/3600)
-    differ |= (catalogue[first.columns] != first)[list(_SPECTRUM)].any(axis=1)
-    if differ.any():  # without identifiers of its own the table names a spectrum at two places
-        column = "specobjid" if "specobjid" in source.written else "plate"
-        source.refuse(column, differ, "one position and spectrum for each identifier")
+    """Each spectrum and other specobjid once. Raises `InvalidInputError` where a spectrum has two
+    positions or reductions."""
+    by = [catalogue.specobjid.where(catalogue.plate == 0, 0), *_SPECTRUM]
+    other_run2d = catalogue.run2d != catalogue.groupby(by, sort=False).run2d.transform("first")
+    column = "specobjid" if "specobjid" in source.written else "plate"
+    source.refuse(column, _apart(catalogue, by) | other_run2d, "one position and one run2d for "
+        "each plate, mjd and fiberid")
     repeats = catalogue.specobjid.duplicated()
     if repeats.any():
         row = catalogue.table_row[repeats].iloc[0] + 1
