@@ -44,6 +44,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'specpred.catalogue._unpacked': ('catalogue.html#_unpacked', 'specpred/catalogue.py'),
                                     'specpred.catalogue._warn_absent': ('catalogue.html#_warn_absent', 'specpred/catalogue.py'),
                                     'specpred.catalogue._without_bytes': ('catalogue.html#_without_bytes', 'specpred/catalogue.py'),
+                                    'specpred.catalogue._without_half_names': ( 'catalogue.html#_without_half_names',
+                                                                                'specpred/catalogue.py'),
                                     'specpred.catalogue._without_magnitude': ('catalogue.html#_without_magnitude', 'specpred/catalogue.py'),
                                     'specpred.catalogue.catalogue_query': ('catalogue.html#catalogue_query', 'specpred/catalogue.py'),
                                     'specpred.catalogue.page_message': ('catalogue.html#page_message', 'specpred/catalogue.py'),

@@ -28,8 +28,8 @@ from fastcore.basics import patch
 
 from .config import ArchiveError, ArchiveParameters, InvalidInputError, MissingInputError
 from .cutouts import PS1_SOUTH
-from .formats import (BOSS_RUN2D, FIRST_BOSS_PLATE, RUN2D_PATTERN, SpectrumNames,
-    damage_reported, open_fits, specobjid_of_position, specobjid_of_spectrum,
+from .formats import (BOSS_RUN2D, FIRST_BOSS_PLATE, LEGACY_RUN2D, RUN2D_PATTERN,
+    SpectrumNames, damage_reported, open_fits, specobjid_of_position, specobjid_of_spectrum,
     spectrum_of_specobjid)
 from .plotting import BLUE, GREEN, ORANGE, PURPLE
 
@@ -85,11 +85,12 @@ _POSITIONS = dict(ra="dec decl declination de", _raj2000="_dej2000", _raicrs="_d
     rightascension="declination", rightascensiondeg="declinationdeg", plugra="plugdec",
     fiberra="fiberdec", targetra="targetdec", racat="deccat", objra="objdec", photora="photodec",
     sra="sdec", meanra="meandec", ramean="decmean", rastack="decstack", alphaj2000="deltaj2000",
-    alphasky="deltasky", xworld="yworld", alpha="delta", ra1="dec1")  # by preference
+    alphasky="deltasky", xworld="yworld", alpha="delta")  # by preference
+_JOINED = r"_[1x]$"  # end of a column that both of two joined tables have, in the first
 _DECLINATIONS = list(dict.fromkeys(" ".join(_POSITIONS.values()).split()))
 _SPELLINGS = {name: name.replace("_", "") for name in _COLUMNS if name not in _ANGLES} | dict(
-    plate="plate plateid", fiberid="fiberid fiber", redshift_err="redshifterr zerr",
-    redshift="redshift z zspec specz rvzredshift")
+    specobjid="specobjid spobjid", plate="plate plateid", fiberid="fiberid fiber",
+    redshift_err="redshifterr zerr", redshift="redshift z zspec specz zsp rvzredshift")
 _KNOWN = {*_POSITIONS, *_DECLINATIONS, *" ".join(_SPELLINGS.values()).split()}
 
 # %% ../nbs/09_catalogue.ipynb #f3049310
@@ -101,11 +102,12 @@ def _spelling(column) -> str:
 def _columns_by_spelling(
     columns,  # the file's names of columns
     file:str,
+    ending:str="",  # regular expression of what is left out of the names
 ) -> dict:
     "The columns that are known. Raises `InvalidInputError` where two are spelled alike."
     spelled = {}
     for column in columns:
-        name = _spelling(column)
+        name = _spelling(re.sub(ending, "", str(column)))
         if name in spelled:
             raise InvalidInputError(f"{file}: the columns {spelled[name]!r} and {column!r} both "
                 f"mean {name}. Remove or rename one.")
@@ -144,7 +146,8 @@ _LIKE_POSITION = r"(?i)^r?ra$|(^|_)(ra|dec?|lon|lat)(_|\d|$)|right|^decl|alpha|d
 def _no_position(file:str, columns) -> InvalidInputError:
     "The error for a table without positions."
     near = [column for column in map(str, columns) if re.search(_LIKE_POSITION, column)
-        and not re.search(r"(?i)err|sig|ivar|pm|off|^e_|1950", column)]
+        and not re.search(r"(?i)err|sig|ivar|pm|off|^e_|1950|(^|_)(h|hours?|rad|gal|ecl)(_|$)",
+            column)]
     hint = f" (is it {', '.join(map(repr, near))}? Then rename)" if near else ""
     return InvalidInputError(f"{file} has no columns ra and dec{hint}; it has "
         f"{', '.join(map(repr, columns))}. Positions are ra and dec in degrees, J2000; CSV files "
@@ -153,29 +156,40 @@ def _no_position(file:str, columns) -> InvalidInputError:
 # %% ../nbs/09_catalogue.ipynb #a5ea1a17
 def _without_magnitude(spelled:dict, table:pd.DataFrame, file:str) -> dict:
     "The known columns without a z that is a magnitude."
-    lower = {str(column).strip().lower() for column in table.columns}
+    lower = {re.sub(_JOINED, "", str(column).strip().lower()) for column in table.columns}
     if "z" not in spelled or len({"g", "r", "i"} & lower) < 2: return spelled
     if not set(_SPELLINGS["redshift"].split()) & set(spelled) - {"z"}:
         warnings.warn(f"{file}: {spelled['z']!r} is taken for a magnitude, since it stands beside "
             "others. If it is the redshift, call it redshift.", stacklevel=2)
     return {name: column for name, column in spelled.items() if name != "z"}
 
+def _without_half_names(names:dict, file:str) -> dict:
+    "The file's names by ours, without plate, mjd and fiberid where they name no spectrum."
+    given = [name for name in _SPECTRUM if name in names]
+    if "specobjid" in names or len(given) == len(_SPECTRUM): return names
+    if given not in ([], ["mjd"]):  # the imaging has an MJD, too
+        warnings.warn(f"{file}: not read, since plate, mjd and fiberid name a spectrum together: "
+            f"{', '.join(repr(names[name]) for name in given)}.", stacklevel=2)
+    return {name: column for name, column in names.items() if name not in given}
+
 def _name_columns(table:pd.DataFrame, file:str) -> dict:
     "The file's names by ours. Raises `InvalidInputError` where positions are lacking."
-    spelled = _without_magnitude(_columns_by_spelling(table.columns, file), table, file)
+    spelled = _columns_by_spelling(table.columns, file)
+    if not _position_pairs(spelled, table):
+        spelled = _columns_by_spelling(table.columns, file, _JOINED)
+    spelled = _without_magnitude(spelled, table, file)
     pairs = _position_pairs(spelled, table)
     if not pairs: raise _no_position(file, table.columns)
     choices = dict(ra=[ra for ra, _ in pairs], dec=[dec for _, dec in pairs]) | {
         name: [spelled[s] for s in spellings.split() if s in spelled]
         for name, spellings in _SPELLINGS.items()}
     names = {name: columns[0] for name, columns in choices.items() if columns}
-    if not {"plate", "fiberid"} & set(names): names.pop("mjd", None)  # of the imaging
     others = [column for columns in choices.values() for column in columns[1:]]
     others = [repr(column) for column in others if column not in names.values()]
     if others:
         warnings.warn(f"{file}: positions are {names['ra']!r} and {names['dec']!r}; not "
             f"read, since other columns mean the same: {', '.join(others)}.", stacklevel=2)
-    return names
+    return _without_half_names(names, file)
 
 # %% ../nbs/09_catalogue.ipynb #4e0b8fb9
 @dataclass(frozen=True)
@@ -266,12 +280,11 @@ def _identifier(text:str) -> int:
 def _float_identifiers(texts:pd.Series) -> np.ndarray:
     "SDSS's identifiers that were written as floats, (N,) of int; -1 for other texts."
     is_float = texts.str.fullmatch(r"[0-9]{1,20}\.0*|[0-9]\.[0-9]+[eE]\+?[0-9]{1,2}")
-    n_digits = texts.str.replace(r"\.|[eE].*", "", regex=True).str.rstrip("0").str.len()
     numbers = texts.where(is_float, "0").astype(float)
-    # a column with few digits was rounded; numbers that end in zeros may decode by chance
-    exact = (numbers < 2**63) & (n_digits.max() >= 15)
-    identifiers = numbers.where(exact, 0).astype(np.uint64)
-    return np.where(spectrum_of_specobjid(identifiers).plate > 0, identifiers.astype(object), -1)
+    identifiers = numbers.where(numbers < 2**63, 0).astype(np.uint64)
+    public = [*map(str, LEGACY_RUN2D), *BOSS_RUN2D.values()]
+    exact = np.isin(spectrum_of_specobjid(identifiers).run2d, public)
+    return np.where(exact, identifiers.astype(object), -1)
 
 @patch
 def identifiers(self:_Source, name:str) -> np.ndarray:
@@ -341,7 +354,8 @@ def catalogue(self:_Source) -> pd.DataFrame:
 # %% ../nbs/09_catalogue.ipynb #fa43101b
 def _names_position(line:str) -> bool:
     "Whether a line of CSV has a column of positions among several names."
-    return "," in line and any(_spelling(name) in _POSITIONS for name in line.split(","))
+    return "," in line and any(
+        _spelling(re.sub(_JOINED, "", name.strip())) in _POSITIONS for name in line.split(","))
 
 def _read_csv(text:str, file:str) -> pd.DataFrame:
     """A table of texts, without the lines at its beginning that start with #, unless the last of
@@ -508,26 +522,26 @@ def _apart(catalogue:pd.DataFrame, by) -> pd.Series:
     return angular_separation(*map(np.radians, positions)) > np.radians(1/3600)
 
 def _known_identifiers(source:_Source, catalogue:pd.DataFrame, held:SpectrumNames) -> pd.Series:
-    "The identifiers of SDSS, our own, and those that name one row without a spectrum; else 0."
-    specobjid, named = catalogue.specobjid, catalogue.plate > 0
+    "The identifiers without those that are neither SDSS's nor our own and stand at several places."
+    specobjid = catalogue.specobjid
     unknown = (specobjid > 0) & (held.plate == 0)
     unknown &= specobjid != specobjid_of_position(catalogue.ra, catalogue.dec)
-    if (unknown & named).any(): source.n_absent["specobjid"] += int((unknown & named).sum())
-    if (unknown & ~named).any():
-        warnings.warn(f"{source.file}: {(unknown & ~named).sum()} rows have a specobjid of no "
-            "spectrum in SDSS's data releases 8 to 17, e.g. "
-            f"{specobjid[unknown & ~named].iloc[0]}. They get cutouts only, and keep it as a name "
-            "unless other positions have the same.", stacklevel=2)
-    shared = specobjid.isin(specobjid[_apart(catalogue, "specobjid")])
-    return specobjid.mask(unknown & (named | shared), 0)
+    if unknown.any():
+        warnings.warn(f"{source.file}: {unknown.sum()} rows have a specobjid of no spectrum in "
+            f"SDSS's data releases 8 to 17, e.g. {specobjid[unknown].iloc[0]}. Plate, mjd and "
+            "fiberid replace it where they are given. Other rows get cutouts only, and keep it as "
+            "a name unless other positions have the same.", stacklevel=2)
+    return specobjid.mask(unknown & specobjid.isin(specobjid[_apart(catalogue, "specobjid")]), 0)
 
 def _fill_spectra(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
     """The catalogue with names of spectra from identifiers. Raises `InvalidInputError` where they
     contradict each other, or a name is incomplete."""
     run2d = catalogue.run2d.str.replace(r"\.0+$|^0$|^-1$", "", regex=True)  # 26.0 is 26
     catalogue = catalogue.assign(run2d=run2d)
-    catalogue.loc[(catalogue.plate == 0) & (catalogue.fiberid == 0), "mjd"] = 0  # of the imaging
     held = spectrum_of_specobjid(catalogue.specobjid)
+    incomplete = not set(_SPECTRUM) <= set(source.written)  # columns of another survey
+    catalogue.loc[incomplete & (held.plate == 0), list(_SPECTRUM)] = 0
+    catalogue.loc[(catalogue.plate == 0) & (catalogue.fiberid == 0), "mjd"] = 0  # of the imaging
     catalogue["specobjid"] = _known_identifiers(source, catalogue, held)
     for name, values in held._asdict().items():
         given = ~catalogue[name].isin([0, ""])
@@ -535,9 +549,8 @@ def _fill_spectra(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
         row = int(np.argmax(differ))
         source.refuse(name, differ, f"{values[row]} as in specobjid {catalogue.specobjid[row]}")
         catalogue[name] = catalogue[name].where(given, values)
-    given = (catalogue[list(_SPECTRUM)] > 0).to_numpy()
-    column = next((name for name in _SPECTRUM if name in source.written), "ra")
-    source.refuse(column, given.any(1) & ~given.all(1), "plate, mjd and fiberid, or none of them")
+    n_given = (catalogue[list(_SPECTRUM)] > 0).sum(axis=1)
+    source.refuse("plate", n_given.isin([1, 2]), "plate, mjd and fiberid, or none of them")
     return catalogue
 
 # %% ../nbs/09_catalogue.ipynb #cc2d5d86

@@ -225,7 +225,8 @@ def test_any_positions_in_any_format_become_a_catalogue(
         ("ra,dec\n09 66 48,-01 00 00\n", "'ra', row 1"),
         ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"),
         ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"),
-        ("ra,dec,fiber\n1,2,9\n", "'fiber', row 1"),
+        ("ra,dec,plate,mjd,fiberid\n1,2,266,51602,1\n3,4,,51602,9\n", "'plate', row 2: ''"),
+        ("id,ra_hours,ra_rad,gal_lon,ecl_lon,ra_gal\n1,2,3,4,5,6\n", "dec; it has"),
         ("rra,dec\n1,2\n", "is it 'rra'"),
         ("XMM_RA,XMM_DEC,e_XMM_RA\n1,2,3\n", "is it 'XMM_RA', 'XMM_DEC'.*it has .*'e_XMM_RA'"),
         ("RA_1,DEC_2,RAJ2000\n1,2,3\n", "no columns ra and dec"),
@@ -297,7 +298,12 @@ def test_z_beside_magnitudes_is_a_magnitude(tmp_path):
     with pytest.warns(UserWarning, match="'Z' is taken for a magnitude"):
         table = read_table(write(tmp_path, "ra,dec,g,r,i,Z\n1,2,13,12,11.5,11.2\n"))
     assert table.redshift.isna().all()
-    for text in ("ra,dec,g,r,i,z,zspec\n1,2,13,12,11.5,11.2,0.1\n", "ra,dec,r,z\n1,2,12,0.1\n"):
+    for text in (
+        "ra,dec,g,r,i,z,zspec\n1,2,13,12,11.5,11.2,0.1\n",
+        "ra,dec,g,r,i,z,zsp\n1,2,13,12,11.5,11.2,0.1\n",
+        "ra,dec,r,z\n1,2,12,0.1\n",
+        "ra_1,dec_1,z_1,ra_2,dec_2,z_2\n1,2,0.1,1,2,3\n",
+    ):
         assert read_table(write(tmp_path, text)).redshift.tolist() == [0.1]
 
 
@@ -370,6 +376,25 @@ NO_SPECTRUM, FIRST_SPECTRUM = [0, 0, 0, ""], [266, 51602, 1, "26"]
             "taken for a magnitude",
         ),
         ("ra,dec,MJD\n1,2,57023.4\n", [NO_SPECTRUM], ""),
+        ("ra,dec,TARGETID,FIBER\n1,2,39627,4999\n", [NO_SPECTRUM], "not read, .*: 'FIBER'"),
+        ("ra,dec,plate\n1,2,XE123\n", [NO_SPECTRUM], "not read, .*: 'plate'"),
+        ("ra,dec,lmjd,mjd,fiberid\n1,2,1,55874,3\n", [NO_SPECTRUM], "read, .*: 'mjd', 'fiberid'"),
+        (
+            "ra,dec,specobjid,FIELD,MJD,FIBERID\n1,2,100160005999900060103,101,59701,3\n",
+            [NO_SPECTRUM],
+            "specobjid 1",
+        ),
+        (
+            "specobjid_1,ra_1,dec_1,z_1,ra_2,dec_2,z_2\n299489676975171584,1,2,0.1,9,9,9\n",
+            [FIRST_SPECTRUM],
+            "",
+        ),
+        (
+            "plate_x,mjd_x,fiberid_x,ra_x,dec_x,ra_y,dec_y\n266,51602,1,1,2,9,9\n",
+            [FIRST_SPECTRUM],
+            "",
+        ),
+        ("SpObjID,RA_ICRS,DE_ICRS,zsp\n299489676975171584,1,2,0.1\n", [FIRST_SPECTRUM], ""),
         (
             "ra,dec,plate,mjd,fiberid,run2d\n1,2,266,51602,1,26.0\n3,4,,,,\n",
             [FIRST_SPECTRUM, NO_SPECTRUM],
@@ -395,7 +420,7 @@ NO_SPECTRUM, FIRST_SPECTRUM = [0, 0, 0, ""], [266, 51602, 1, "26"]
             "specObjID,ra,dec,plate,mjd,fiberid\n299489000000000000,1,2,266,51602,1\n"
             "299489000000000000,3,4,3306,54922,491\n",
             [FIRST_SPECTRUM, [3306, 54922, 491, "26"]],
-            "own.csv: rows without a value, of 2: specObjID 2",
+            "2 rows have a specobjid of no spectrum .* e.g. 299489000000000000",
         ),
         (
             "specobjid,ra,dec\n999,1,2\n999,3,4\n299489676975171584,5,6\n",
@@ -594,7 +619,9 @@ def test_names_of_positions(tmp_path, ra, dec):
     [
         ("_RAJ2000,_DEJ2000,RAJ2000,DEJ2000\n1,2,09 46 48.0,-01 00 00\n", "'_RAJ2000' and"),
         ("RA,DEC,RA_d,DEC_d\n09 46 48.0,-01 00 00,1,2\n", "'RA_d' and 'DEC_d'"),
-        ("RA_1,DEC_1,ra,dec\n3,4,1,2\n", "'ra' and 'dec'"),
+        ("RA_1,DEC_1,ra,dec\n3,4,1,2\n", None),
+        ("RA_2,DEC_2,RA_1,DEC_1\n3,4,1,2\n", None),
+        ("# ra_1, dec_1\n1,2\n", None),
         ("TARGET_RA,RA,TARGET_DEC\n1,3,2\n", None),
     ],
 )
