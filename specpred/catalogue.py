@@ -115,19 +115,21 @@ def _columns_by_spelling(
     return spelled
 
 # %% ../nbs/09_catalogue.ipynb #395b3a7f
-_SEXAGESIMAL = (r"[+-]?\d{1,3}(:|\s|\s*[hd°])\s*[0-5]?\d(:|\s|\s*[m'′])\s*"
-    r"[0-5]?\d(\.\d*)?\s*[s\"″]?")
+_SEXAGESIMAL = (r"[+-]?\d{1,3}(:|\s|\s*[hd°])\s*[0-5]?\d"
+    r"(\.\d*|(:|\s|\s*[m'′])\s*[0-5]?\d(\.\d*)?)?\s*[ms'′\"″]?")
+_PLAIN = str.maketrans("−\xa0", "- ")  # typographic minus, no-break space
 
-def _without_bytes(values:pd.Series) -> pd.Series:
-    "A column in which bytes are texts."
-    if values.dtype != object: return values
-    return values.map(lambda value: value.decode("latin-1") if isinstance(value, bytes) else value)
+def _plain_texts(values:pd.Series) -> pd.Series:
+    "A column in which bytes are texts, and texts have plain signs and no spaces at their ends."
+    def plain(value):
+        if isinstance(value, bytes): value = value.decode("latin-1")
+        return value.translate(_PLAIN).strip() if isinstance(value, str) else value
+    return values if pd.api.types.is_numeric_dtype(values) else values.map(plain)
 
 def _is_sexagesimal(values:pd.Series) -> bool:
-    "Whether all values are texts such as 09 46 48.0 or 9h46m48s."
-    if pd.api.types.is_numeric_dtype(values): return False
-    texts = _without_bytes(values).astype(str).str.strip()
-    return texts.str.fullmatch(_SEXAGESIMAL, na=False).all()
+    "Whether most of the first values are texts such as 09 46 48.0, 9h46m48s or 09:46.8."
+    texts = _plain_texts(values.head(1000)).astype(str)
+    return texts[texts != ""].str.fullmatch(_SEXAGESIMAL, na=False).mean() > 0.5
 
 def _position_pairs(
     spelled:dict,  # columns by spelling
@@ -225,19 +227,20 @@ def _source_of(
 ) -> _Source:
     "The table under our names. Raises `InvalidInputError` where positions are lacking."
     names = _name_columns(table, file)
-    columns = {name: _without_bytes(table[column]) for name, column in names.items()}
+    columns = {name: _plain_texts(table[column]) for name, column in names.items()}
     rows = pd.DataFrame(columns).reset_index(drop=True)
     return _Source(file, rows, names, {name: units_of.get(names[name]) for name in names}, strict)
 
 # %% ../nbs/09_catalogue.ipynb #58b9299d
 _ABSENT = r"(?i)|nan|none|null|n/?a|<na>|masked|\\n|[-~.?]+|-9+(\.0*)?|1(\.0*)?e\+?20"
 _NO_INTEGER = (-1, -2**15, -2**31, -2**63)  # smallest numbers of 16, 32 and 64 bits in TOPCAT
+_NO_NAME = (0, 999_999, *_NO_INTEGER, 2**15 - 1, 2**16 - 1, 2**31 - 1, 2**32 - 1)
 
 @patch
 def texts(self:_Source, name:str) -> pd.Series:
     "A column as texts, empty where there is nothing."
     if name not in self.rows: return pd.Series("", self.rows.index, dtype=str)
-    text = self.rows[name].astype(str).str.strip()
+    text = self.rows[name].astype(str)
     return text.mask(text.str.fullmatch(_ABSENT, na=True), "")
 
 @patch
@@ -262,7 +265,7 @@ def numbers(self:_Source, name:str) -> np.ndarray:
     if name not in self.rows: return np.full(len(self.rows), none, dtype)
     text = self.texts(name)
     values = pd.to_numeric(self.rows[name], errors="coerce").astype(float)
-    given = (text != "") & ~(values.isin([0, 999_999, *_NO_INTEGER]) & (low > 0))
+    given = (text != "") & ~(values.isin(_NO_NAME) & (low > 0))
     good = values.between(low, high) & np.isfinite(values) & ((dtype is float) | (values % 1 == 0))
     kept = self.kept(name, given, good, f"{kind} from {low} to {high}")
     return np.where(kept, values, none).astype(dtype)
@@ -309,7 +312,10 @@ def degrees(self:_Source, name:str) -> np.ndarray:
     self.refuse(name, ~np.isfinite(values), "a number of degrees, or both ra and dec in the form "
         "09:46:48.0 and -01:00:00")
     unit = self.units.get(name)
-    if not unit or re.match("(?i)deg", str(unit)): return values
+    if name == "ra" and not unit and len(values) >= 20 and 0 <= values.min() <= values.max() < 24:
+        warnings.warn(f"{self.file}, {self.written[name]!r}: all values are below 24 and read as "
+            "degrees. Hours have to be multiplied by 15.", stacklevel=2)
+    if not unit or re.search(r"(?i)\bdeg", str(unit)): return values
     try: return unit.to(units.deg, values)
     except (units.UnitConversionError, ValueError, TypeError) as error:
         raise InvalidInputError(f"{self.file}, column {self.written[name]!r}: its unit is {unit}; "
@@ -317,9 +323,12 @@ def degrees(self:_Source, name:str) -> np.ndarray:
 
 @patch
 def sexagesimal(self:_Source, name:str) -> np.ndarray:
-    "A column of texts as degrees; ra is in hours, unless it says d."
-    unit = units.hourangle if name == "ra" else units.deg
-    return Angle(self.rows[name].str.strip().tolist(), unit).deg
+    "A column of texts as degrees; ra is in hours, unless it says d. Raises `InvalidInputError`."
+    texts = self.rows[name].astype(str)
+    good = texts.str.fullmatch(_SEXAGESIMAL)
+    if name == "ra": good &= texts.str.match(r"[+-]?([01]?\d|2[0-3])\D|.*[d°]")
+    self.refuse(name, ~good, "hours below 24 as in 09:46:48.0, or degrees as in -01:00:00")
+    return Angle(texts.tolist(), units.hourangle if name == "ra" else units.deg).deg
 
 # %% ../nbs/09_catalogue.ipynb #ca2f7259
 @patch

@@ -223,6 +223,9 @@ def test_any_positions_in_any_format_become_a_catalogue(
         ("ra,dec\n-13,2\n200,3\n", "'ra', row 1.*expected 0 to 360"),
         ("ra,dec\n09 46 48,2\n", "'ra', row 1.*or both ra and dec"),
         ("ra,dec\n09 66 48,-01 00 00\n", "'ra', row 1"),
+        ("ra,dec\n146:42:00,-01 00 00\n", "'ra', row 1: '146:42:00'"),
+        ("ra,dec\n146h42m,-01 00 00\n", "'ra', row 1: '146h42m'"),
+        ("ra,dec\n09 46 48,-01 00 00\n,\n09 46 48,-01 00 00\n", "'ra', row 2: ''"),
         ("RAJ2000,dec,plate,mjd,fiber\n1,2,266,51602,9999\n", "'fiber', row 1"),
         ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"),
         ("ra,dec,plate,mjd,fiberid\n1,2,266,51602,1\n3,4,,51602,9\n", "'plate', row 2: ''"),
@@ -461,7 +464,8 @@ def test_a_redshift_that_is_none_stops_nothing(tmp_path, none):
 
 
 @pytest.mark.parametrize(
-    "none", ["-9", "0.0", "-1.0", "-9999", "N/A", " ", "999999", "-32768", "~", "-32768"]
+    "none",
+    "-9 0.0 -1.0 -9999 N/A 999999 -32768 ~ 32767 65535 2147483647 4294967295 ".split(" "),
 )
 def test_a_plate_that_is_none_is_no_plate(tmp_path, none):
     row = ",".join([none] * 3)
@@ -639,6 +643,32 @@ def test_hours_and_degrees_below_zero_are_read_with_a_warning(tmp_path):
     table = read_quietly(write(tmp_path, "RA,DEC\n-13.3,2\n179,4\n"))
     np.testing.assert_allclose(table.ra, [346.7, 179])
     assert "360 degrees are added in 1 rows" in table.attrs["warnings"]
+
+
+@pytest.mark.parametrize(
+    "ra, dec",
+    [
+        ("09 46.8", "\N{MINUS SIGN}01 00"),
+        ("146d42m", "-1:00.0"),
+        ("09h46.8m ", "-01°00′00″"),
+        ("09\xa046\xa048", "-1 0"),
+    ],
+)
+def test_hours_and_degrees_may_lack_seconds(tmp_path, ra, dec):
+    table = read_quietly(write(tmp_path, f"RA,DEC\n{ra},{dec}\n10 46 48,-01 00 00\n"))
+    np.testing.assert_allclose(table[["ra", "dec"]], [[146.7, -1], [161.7, -1]])
+
+
+def test_right_ascensions_that_may_be_hours_are_warned_of(tmp_path):
+    for n_rows, message in ((20, "'RA': all values are below 24 and read as degrees"), (19, "")):
+        text = "RA,DEC\n" + "".join(f"{k},{k}\n" for k in range(n_rows))
+        warned = read_quietly(write(tmp_path, text)).attrs["warnings"]
+        assert message in warned and bool(message) == bool(warned)
+
+
+@pytest.mark.parametrize("ra", ["\N{MINUS SIGN}13.3", "-13.3\xa0", " -13.3 "])
+def test_signs_and_spaces_of_word_processors_are_read(tmp_path, ra):
+    np.testing.assert_allclose(read_quietly(write(tmp_path, f"ra,dec\n{ra},2\n")).ra, 346.7)
 
 
 def two_tables() -> list:
