@@ -117,7 +117,8 @@ def spectrum_of_specobjid(
     mjd, number = _bits(specobjid, 24, 14) + 50_000, _bits(specobjid, 10, 14)
     n_fibers = np.where(plate < FIRST_BOSS_PLATE, 640, 1000)
     named = (plate > 0) & (plate < FIRST_SDSS_V_PLATE) & (fiberid > 0) & (fiberid <= n_fibers)
-    named &= np.isin(number, LEGACY_RUN2D) | (number >= 400)  # BOSS's first release was v5_4_45
+    # BOSS's first release was v5_4_45, and v6_59_99 is the last that `RUN2D_PATTERN` has room for
+    named &= np.isin(number, LEGACY_RUN2D) | ((number >= 400) & (number < 16_000))
     named &= _bits(specobjid, 0, 10) == 0
     run2d = np.vectorize(_run2d_text, otypes=[object])(number)
     return SpectrumNames(plate*named, mjd*named, fiberid*named, np.where(named, run2d, ""))
