@@ -22,7 +22,7 @@ import pandas as pd
 from astropy import units
 from astropy.coordinates import Angle, angular_separation
 from astropy.io import fits, votable
-from astropy.table import Table
+from astropy.table import Column, Table
 from astropy_healpix import HEALPix
 from fastcore.basics import patch
 
@@ -120,10 +120,10 @@ _SEXAGESIMAL = (r"[+-]?\d{1,3}(:|\s|\s*[hd°])\s*[0-5]?\d"
 _PLAIN = str.maketrans("−\xa0", "- ")  # typographic minus, no-break space
 
 def _plain_texts(values:pd.Series) -> pd.Series:
-    "A column in which bytes are texts, and texts have plain signs and no spaces at their ends."
+    "A column of numbers as it is, another as texts with plain signs and no spaces at their ends."
     def plain(value):
-        if isinstance(value, bytes): value = value.decode("latin-1")
-        return value.translate(_PLAIN).strip() if isinstance(value, str) else value
+        text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+        return text.translate(_PLAIN).strip()
     return values if pd.api.types.is_numeric_dtype(values) else values.map(plain)
 
 def _is_sexagesimal(values:pd.Series) -> bool:
@@ -144,16 +144,16 @@ def _position_pairs(
 
 # %% ../nbs/09_catalogue.ipynb #fa02ee85
 _LIKE_POSITION = r"(?i)^r?ra$|(^|_)(ra|dec?|lon|lat)(_|\d|$)|right|^decl|alpha|delta"
+_UNLIKE_POSITION = r"(?i)err|sig|ivar|pm|off|^e_|1950|(^|_)(h|hours?|rad|gal|ecl)(_|$)"
 
 def _no_position(file:str, columns) -> InvalidInputError:
     "The error for a table without positions."
     near = [column for column in map(str, columns) if re.search(_LIKE_POSITION, column)
-        and not re.search(r"(?i)err|sig|ivar|pm|off|^e_|1950|(^|_)(h|hours?|rad|gal|ecl)(_|$)",
-            column)]
+        and _spelling(column) not in _KNOWN and not re.search(_UNLIKE_POSITION, column)]
     hint = f" (is it {', '.join(map(repr, near))}? Then rename)" if near else ""
     return InvalidInputError(f"{file} has no columns ra and dec{hint}; it has "
-        f"{', '.join(map(repr, columns))}. Positions are ra and dec in degrees, J2000; CSV files "
-        "separate columns by commas.")
+        f"{', '.join(map(repr, columns))}. Positions are ra and dec in degrees, J2000, with one "
+        "number a row; CSV files separate columns by commas.")
 
 # %% ../nbs/09_catalogue.ipynb #a5ea1a17
 def _without_magnitude(spelled:dict, table:pd.DataFrame, file:str) -> dict:
@@ -164,15 +164,6 @@ def _without_magnitude(spelled:dict, table:pd.DataFrame, file:str) -> dict:
         warnings.warn(f"{file}: {spelled['z']!r} is taken for a magnitude, since it stands beside "
             "others. If it is the redshift, call it redshift.", stacklevel=2)
     return {name: column for name, column in spelled.items() if name != "z"}
-
-def _without_half_names(names:dict, file:str) -> dict:
-    "The file's names by ours, without plate, mjd and fiberid where they name no spectrum."
-    given = [name for name in _SPECTRUM if name in names]
-    if "specobjid" in names or len(given) == len(_SPECTRUM): return names
-    if given not in ([], ["mjd"]):  # the imaging has an MJD, too
-        warnings.warn(f"{file}: not read, since plate, mjd and fiberid name a spectrum together: "
-            f"{', '.join(repr(names[name]) for name in given)}.", stacklevel=2)
-    return {name: column for name, column in names.items() if name not in given}
 
 def _name_columns(table:pd.DataFrame, file:str) -> dict:
     "The file's names by ours. Raises `InvalidInputError` where positions are lacking."
@@ -185,13 +176,17 @@ def _name_columns(table:pd.DataFrame, file:str) -> dict:
     choices = dict(ra=[ra for ra, _ in pairs], dec=[dec for _, dec in pairs]) | {
         name: [spelled[s] for s in spellings.split() if s in spelled]
         for name, spellings in _SPELLINGS.items()}
+    if not choices["plate"] + choices["fiberid"]: choices["mjd"] = []  # of the imaging
     names = {name: columns[0] for name, columns in choices.items() if columns}
-    others = [column for columns in choices.values() for column in columns[1:]]
-    others = [repr(column) for column in others if column not in names.values()]
+    if "specobjid" not in names and not set(_SPECTRUM) <= set(names):  # of another survey
+        names = {name: column for name, column in names.items() if name not in _SPECTRUM}
+    others = [repr(column) for columns in choices.values() for column in columns
+        if column not in names.values()]
     if others:
-        warnings.warn(f"{file}: positions are {names['ra']!r} and {names['dec']!r}; not "
-            f"read, since other columns mean the same: {', '.join(others)}.", stacklevel=2)
-    return _without_half_names(names, file)
+        warnings.warn(f"{file}: positions are {names['ra']!r} and {names['dec']!r}; not read, "
+            "since other columns mean the same, or plate, mjd and fiberid are not all there: "
+            f"{', '.join(others)}.", stacklevel=2)
+    return names
 
 # %% ../nbs/09_catalogue.ipynb #4e0b8fb9
 @dataclass(frozen=True)
@@ -234,7 +229,8 @@ def _source_of(
 # %% ../nbs/09_catalogue.ipynb #58b9299d
 _ABSENT = r"(?i)|nan|none|null|n/?a|<na>|masked|\\n|[-~.?]+|-9+(\.0*)?|1(\.0*)?e\+?20"
 _NO_INTEGER = (-1, -2**15, -2**31, -2**63)  # smallest numbers of 16, 32 and 64 bits in TOPCAT
-_NO_NAME = (0, 999_999, *_NO_INTEGER, 2**15 - 1, 2**16 - 1, 2**31 - 1, 2**32 - 1)
+# of a plate, an MJD or a fibre, with the largest numbers of 16 and 32 bits
+_NO_NAME = (0, *_NO_INTEGER, 999_999, 32_767, 65_535, 2_147_483_647, 4_294_967_295)
 
 @patch
 def texts(self:_Source, name:str) -> pd.Series:
@@ -289,6 +285,7 @@ def _float_identifiers(texts:pd.Series) -> np.ndarray:
     exact = np.isin(spectrum_of_specobjid(identifiers).run2d, public)
     return np.where(exact, identifiers.astype(object), -1)
 
+# %% ../nbs/09_catalogue.ipynb #5d2b8e14
 @patch
 def identifiers(self:_Source, name:str) -> np.ndarray:
     "A column as uint64, 0 where there is nothing."
@@ -324,7 +321,7 @@ def degrees(self:_Source, name:str) -> np.ndarray:
 @patch
 def sexagesimal(self:_Source, name:str) -> np.ndarray:
     "A column of texts as degrees; ra is in hours, unless it says d. Raises `InvalidInputError`."
-    texts = self.rows[name].astype(str)
+    texts = self.rows[name]
     good = texts.str.fullmatch(_SEXAGESIMAL)
     if name == "ra": good &= texts.str.match(r"[+-]?([01]?\d|2[0-3])\D|.*[d°]")
     self.refuse(name, ~good, "hours below 24 as in 09:46:48.0, or degrees as in -01:00:00")
@@ -363,25 +360,25 @@ def catalogue(self:_Source) -> pd.DataFrame:
 # %% ../nbs/09_catalogue.ipynb #fa43101b
 def _names_position(line:str) -> bool:
     "Whether a line of CSV has a column of positions among several names."
-    return "," in line and any(
-        _spelling(re.sub(_JOINED, "", name.strip())) in _POSITIONS for name in line.split(","))
+    return "," in line and any(_spelling(name) in _POSITIONS for name in line.split(","))
 
 def _read_csv(text:str, file:str) -> pd.DataFrame:
-    """A table of texts, without the lines at its beginning that start with #, unless the last of
-    them is the header. Raises `InvalidInputError` where a row has more or fewer fields than the
-    header."""
+    """A table of texts, without lines that start with #, unless the last before the rows is the
+    header. Raises `InvalidInputError` where a row has more or fewer fields than the header."""
     comments = re.match(r"(?:\s*#[^\n]*(?:\n|\Z))*", text)[0]
-    text, last = text[len(comments):], comments.rstrip().rpartition("\n")[2].lstrip("# ")
+    last = comments.rstrip().rpartition("\n")[2].lstrip("# ")
+    text = re.sub(r"(?m)^\s*#.*", "", text).lstrip()
     if _names_position(last) and not _names_position(text.partition("\n")[0]):
         text = f"{last}\n{text}"
+    if not text or "\0" in text: raise InvalidInputError(f"{file}: not CSV: empty or binary")
     lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    try: names, *rows = (fields for fields in lines if fields)
-    except (ValueError, csv.Error) as error:
+    try: names, *rows = (fields for fields in lines if fields not in ([], [""]))
+    except csv.Error as error:
         raise InvalidInputError(f"{file}: not CSV: {error}") from error
     for i, fields in enumerate(rows, 1):
         if len(fields) != len(names):
             raise InvalidInputError(f"{file}: row {i} has {len(fields)} fields, the header "
-                f"{len(names)}")
+                f"{len(names)}. Commas separate columns, points decimals.")
     return pd.DataFrame(rows, columns=names, dtype=str)
 
 # %% ../nbs/09_catalogue.ipynb #7ac071ee
@@ -448,18 +445,26 @@ def _choose(
         if wanted in ("", name.lower(), str(number))]
     if len(chosen) == 1: return chosen[0]
     if not tables: raise InvalidInputError(f"{file} has no table.")
-    named = f", {len(chosen)} of them called {table_name!r}" if wanted else ""
     listed = ", ".join(f"{number} {name!r} ({len(table)} rows, {len(table.columns)} columns)"
         for number, (name, table) in enumerate(tables, 1))
-    raise InvalidInputError(f"{file} has {len(tables)} tables{named}: {listed}. Choose one by its "
+    raise InvalidInputError(f"{file} has {len(tables)} tables: {listed}. Choose one by its "
         "name or number: --table-name, or archives.table_name of a profile.")
 
 # %% ../nbs/09_catalogue.ipynb #bf837fd1
-def _tables(content:bytes, kind:str) -> list[tuple[str, Table]]:
+def _check_frames(file:str, frames:list[str]):
+    "Raises `InvalidInputError` if a file states frames and all are other ones than ICRS or J2000."
+    if frames and all(re.search(r"(?i)fk4|19\d\d|galactic|ecl", frame) for frame in frames):
+        raise InvalidInputError(f"{file}: positions in the frame {frames[0].strip()}; expected "
+            "ICRS or J2000, e.g. from SkyCoord(...).icrs of astropy.")
+
+def _tables(content:bytes, kind:str, file:str) -> list[tuple[str, Table]]:
     "The tables of a VOTable, with the names of columns that TOPCAT shows, or of a FITS file."
     if kind == "votable":
+        document = votable.parse(io.BytesIO(content))
+        systems = document.iter_coosys()
+        _check_frames(file, [f"{system.system} {system.equinox or ''}" for system in systems])
         return [(table.name or table.ID or "", table.to_table(use_names_over_ids=True))
-            for table in votable.parse(io.BytesIO(content)).iter_tables()]
+            for table in document.iter_tables()]
     with open_fits(content) as hdus:
         return [(hdu.name, Table.read(hdu, format="fits")) for hdu in hdus
             if isinstance(hdu, (fits.BinTableHDU, fits.TableHDU))]
@@ -468,10 +473,12 @@ def _read_astropy(content:bytes, kind:str, table_name:str | int | None, file:str
     "A FITS table or VOTable without its columns of arrays. Raises `InvalidInputError`."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of units and versions that are not by the book
-        table = _choose(_tables(content, kind), table_name, file)
-    table = table[[name for name in table.colnames if table[name].ndim == 1]]
-    stated = {name: table[name].unit for name in table.colnames}
-    return _source_of(file, table.to_pandas(index=False), stated)
+        table = _choose(_tables(content, kind, file), table_name, file)
+    _check_frames(file, [f"{table.meta.get('RADESYS', '')} {table.meta.get('EQUINOX', '')}"])
+    columns = {name: column.reshape(len(table)) for name, column in table.items()
+        if isinstance(column, (Column, units.Quantity)) and column.size == len(table)}
+    stated = {name: column.unit for name, column in columns.items()}
+    return _source_of(file, Table(columns).to_pandas(index=False), stated)
 
 # %% ../nbs/09_catalogue.ipynb #1070b29e
 _ENDINGS = {".csv": "csv", ".fits": "fits", ".fit": "fits", ".vot": "votable",
@@ -480,8 +487,8 @@ _MAX_BYTES = 1 << 31  # of a table after unpacking
 
 def _unpacked(path:Path) -> bytes:
     "The contents of a file, without its compression by gzip. Raises `InvalidInputError`."
-    with open(path, "rb") as file: packed = file.read(2) == b"\x1f\x8b"
-    if not packed: return path.read_bytes()
+    content = path.read_bytes()
+    if content[:2] != b"\x1f\x8b": return content
     with gzip.open(path) as file: content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise InvalidInputError(f"{path.name} unpacks to more than {_MAX_BYTES >> 20} MB. If it is "
@@ -489,19 +496,26 @@ def _unpacked(path:Path) -> bytes:
     return content
 
 def _decode(content:bytes, file:str) -> str:
-    "A text in UTF-8, or else in Latin-1, with a warning."
-    try: return content.decode("utf-8-sig")
+    "A text in UTF-8 or 16, or else in Latin-1, with a warning."
+    utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try: return content.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError:
         warnings.warn(f"{file} is not in UTF-8; read as Latin-1.", stacklevel=2)
         return content.decode("latin-1")
 
 def _read_parquet(path:Path) -> pd.DataFrame:
-    "A file or a folder of files, with its index as columns. Raises `MissingInputError`."
-    if path.is_dir() and not any(path.rglob("*.parquet")):
-        raise MissingInputError(f"There is no .parquet file in {path}.")
-    table = pd.read_parquet(path)
-    named = any(name is not None for name in table.index.names)
-    return table.reset_index(allow_duplicates=True) if named else table
+    """All columns of a file or of the files in a folder, with a named index as one of them. Raises
+    `MissingInputError`."""
+    from pyarrow import concat_tables, dataset
+    files = [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()
+        and _ENDINGS.get(file.suffix.lower()) == "parquet"
+        and not re.match("(.*/)?[._].", file.relative_to(path).as_posix())]  # _delta_log/
+    if not files: raise MissingInputError(f"There is no .parquet file in {path}.")
+    partitioning = "hive" if path.is_dir() else None
+    tables = [dataset.dataset(file, partitioning=partitioning).to_table() for file in files]
+    table = concat_tables(tables, promote_options="permissive")
+    # floats have too few digits for identifiers in a column with gaps
+    return table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
 
 # %% ../nbs/09_catalogue.ipynb #107406dc
 def _open_table(path:Path, table_name:str | int | None) -> _Source:
@@ -542,6 +556,7 @@ def _known_identifiers(source:_Source, catalogue:pd.DataFrame, held:SpectrumName
             "a name unless other positions have the same.", stacklevel=2)
     return specobjid.mask(unknown & specobjid.isin(specobjid[_apart(catalogue, "specobjid")]), 0)
 
+# %% ../nbs/09_catalogue.ipynb #7e61d0b9
 def _fill_spectra(source:_Source, catalogue:pd.DataFrame) -> pd.DataFrame:
     """The catalogue with names of spectra from identifiers. Raises `InvalidInputError` where they
     contradict each other, or a name is incomplete."""

@@ -8,8 +8,9 @@ from decimal import Decimal
 import numpy as np
 import pandas as pd
 import pytest
+from astropy.coordinates import SkyCoord
 from astropy.io import fits, votable
-from astropy.table import MaskedColumn, Table
+from astropy.table import Column, MaskedColumn, Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -230,6 +231,7 @@ def test_any_positions_in_any_format_become_a_catalogue(
         ("ra,dec,plate,MJD,Fiber\n1,2,266,51602,1\n5,2,266,51602,1\n", "'plate', row 2"),
         ("ra,dec,plate,mjd,fiberid\n1,2,266,51602,1\n3,4,,51602,9\n", "'plate', row 2: ''"),
         ("id,ra_hours,ra_rad,gal_lon,ecl_lon,ra_gal\n1,2,3,4,5,6\n", "dec; it has"),
+        ("ra_hours,dec\n1,2\n", "dec; it has"),
         ("rra,dec\n1,2\n", "is it 'rra'"),
         ("XMM_RA,XMM_DEC,e_XMM_RA\n1,2,3\n", "is it 'XMM_RA', 'XMM_DEC'.*it has .*'e_XMM_RA'"),
         ("RA_1,DEC_2,RAJ2000\n1,2,3\n", "no columns ra and dec"),
@@ -237,7 +239,10 @@ def test_any_positions_in_any_format_become_a_catalogue(
         ("ra,dec\n1\n", "own.csv: row 1 has 1 fields"),
         ("ra,dec\n1,2,3\n", "own.csv: row 1 has 3 fields"),
         ("ra,dec\n", "no rows"),
-        ("", "own.csv: not CSV"),
+        ("", "own.csv: not CSV: empty or binary"),
+        ("# nothing\n", "own.csv: not CSV: empty or binary"),
+        ("\0\1ra,dec\n\0,\1\n", "own.csv: not CSV: empty or binary"),
+        ("ra;dec\n1,5;2,5\n", "row 1 has 3 fields.*Commas separate columns"),
         ("ra,dec,ra\n1,2,1\n", "'ra' and 'ra' both mean ra"),
         ("ra;dec\n1;2\n", "separate columns by commas"),
         ("ra,dec,plate,mjd,fiberid\n1,2,99999,51602,1\n", "'plate', row 1"),
@@ -449,8 +454,9 @@ def test_tables_as_people_have_them(tmp_path, text, expected, warning):
 
 @pytest.mark.parametrize("text", [
     "#ra,dec,z\n146.7,-1.0,0.02\n", "# made by hand, 2020\n# ra, dec, z\n146.7,-1.0,0.02\n",
-    "# ra, dec in degrees, J2000\nra,dec,z\n146.7,-1.0,0.02\n"])
-def test_a_header_may_be_a_comment(tmp_path, text):
+    "# ra, dec in degrees, J2000\nra,dec,z\n146.7,-1.0,0.02\n",
+    "ra,dec,z\n# of 2020, by hand, 5\" fibre\n146.7,-1.0,0.02\n  # the end\n   \n"])
+def test_comments_stand_anywhere_and_a_header_may_be_one(tmp_path, text):
     (row,) = read_quietly(write(tmp_path, text)).itertuples()
     assert (row.ra, row.dec, row.redshift) == (146.7, -1.0, 0.02)
 
@@ -547,14 +553,15 @@ def test_identifiers_of_other_surveys_name_no_spectrum(tmp_path):
     of_dr7 = 266 << 48 | 51602 << 32 | 1 << 22
     sdss_v = "100160005999900060103"  # more than 64 bits
     dr18 = 16000 << 50 | 1 << 38 | 9999 << 24 | 10_003 << 10  # a field in the bits of the plate
-    cells = [of_dr7, sdss_v, dr18, 1237648720693755918, 2**64]
+    other_run2d = FIRST + ((16_001 - 26) << 10)  # v6_60_1
+    cells = [of_dr7, sdss_v, dr18, 1237648720693755918, 2**64, other_run2d]
     rows = "".join(f"{cell},{k},2\n" for k, cell in enumerate(cells))
     table = read_quietly(write(tmp_path, f"specobjid,ra,dec\n{rows}"))
-    assert table[SPECTRUM].to_numpy().tolist() == [NO_SPECTRUM] * 5
+    assert table[SPECTRUM].to_numpy().tolist() == [NO_SPECTRUM] * 6
     assert table.specobjid[[0, 2, 3]].tolist() == [of_dr7, dr18, 1237648720693755918]
     assert (table.specobjid[[1, 4]] == specobjid_of_position([1, 4], [2, 2])).all()
-    assert "3 rows have a specobjid of no spectrum" in table.attrs["warnings"]
-    assert "of 5: specobjid 2" in table.attrs["warnings"]
+    assert "4 rows have a specobjid of no spectrum" in table.attrs["warnings"]
+    assert "of 6: specobjid 2" in table.attrs["warnings"]
 
 
 def test_a_catalogue_of_our_own_is_read_again_without_a_word(tmp_path):
@@ -625,7 +632,6 @@ def test_names_of_positions(tmp_path, ra, dec):
         ("RA,DEC,RA_d,DEC_d\n09 46 48.0,-01 00 00,1,2\n", "'RA_d' and 'DEC_d'"),
         ("RA_1,DEC_1,ra,dec\n3,4,1,2\n", None),
         ("RA_2,DEC_2,RA_1,DEC_1\n3,4,1,2\n", None),
-        ("# ra_1, dec_1\n1,2\n", None),
         ("TARGET_RA,RA,TARGET_DEC\n1,3,2\n", None),
     ],
 )
@@ -674,6 +680,54 @@ def test_signs_and_spaces_of_word_processors_are_read(tmp_path, ra):
 def two_tables() -> list:
     "Two tables with other positions."
     return [Table(dict(ra=[1.0], dec=[2.0])), Table(dict(ra=[3.0], dec=[2.0]))]
+
+
+@pytest.mark.parametrize(
+    "frame, stated",
+    [
+        (dict(EQUINOX=1950.0), "1950.0"),
+        (dict(RADESYS="FK4"), "FK4"),
+        (dict(RADESYS="GALACTIC"), "GALACTIC"),
+        (dict(RADESYS="FK5", EQUINOX=2000.0), None),
+        (dict(B="eq_FK4 B1950"), "eq_FK4 B1950"),
+        (dict(B="eq_FK4 B1950", J="eq_FK5 J2000"), None),
+        (dict(J="ICRS"), None),
+    ],
+)
+def test_positions_in_another_stated_frame_are_refused(tmp_path, frame, stated):
+    own = Table(dict(ra=[1.0], dec=[2.0]))
+    path = tmp_path / ("own.fits" if set(frame) <= {"EQUINOX", "RADESYS"} else "own.vot")
+    if path.suffix == ".fits":
+        own.meta |= frame
+        own.write(path)
+    else:
+        file = votable.from_table(own)
+        for name, system in frame.items():
+            system, _, equinox = system.partition(" ")
+            coosys = votable.tree.CooSys(ID=name, system=system, equinox=equinox or None)
+            file.resources[0].coordinate_systems.append(coosys)
+        file.to_xml(str(path))
+    if stated is None:
+        assert read_quietly(path).ra.tolist() == [1]
+    else:
+        with pytest.raises(InvalidInputError, match=f"in the frame {stated}; .*icrs"):
+            read_quietly(path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        dict(ra=[[1.0], [3.0]], dec=[[2.0], [4.0]], mag=np.ones((2, 5))),
+        dict(RA_1=[1.0, 3.0], DEC_1=[2.0, 4.0]),
+        dict(ra=[1.0, 3.0], dec=[2.0, 4.0], coord=SkyCoord([1.0, 3.0], [2.0, 4.0], unit="deg")),
+        dict(ra=Column([1.0, 3.0], unit="deg J2000"), dec=Column([2.0, 4.0], unit="deg J2000")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::astropy.units.UnitsWarning")
+def test_columns_of_other_forms(tmp_path, columns):
+    Table(columns).write(tmp_path / "own.fits")
+    read = read_quietly(tmp_path / "own.fits")[["ra", "dec"]]
+    np.testing.assert_allclose(read, [[1, 2], [3, 4]])
 
 
 @pytest.mark.parametrize("ending", ["fits", "vot"])
@@ -749,11 +803,31 @@ def test_folders_of_parquet_files_are_one_table(tmp_path):
         read_quietly(tmp_path / "empty")
 
 
-def test_text_in_latin_1_is_read_with_a_warning(tmp_path):
+def test_files_of_a_folder_may_have_other_columns_and_types(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    write(folder, "about", "README.md")
+    (folder / "_delta_log").mkdir()
+    pd.DataFrame(dict(ra=["x"])).to_parquet(folder / "_delta_log" / "0.parquet")
+    first = pd.DataFrame(dict(ra=[1], dec=[2.0], SPECOBJID=[int(NEGATIVE) - 2**64]))
+    first.set_index("SPECOBJID", drop=False).to_parquet(folder / "a.pq")
+    second = pd.DataFrame(dict(ra=[3.5], dec=np.float32([4.0]), z=[0.1]))
+    second.to_parquet(folder / "b.parquet")
+    table = read_quietly(folder)
+    assert table.ra.tolist() == [1, 3.5] and table.redshift.tolist()[1] == 0.1
+    assert table.specobjid[0] == NEGATIVE
+    second.assign(dec="north").to_parquet(folder / "c.parquet")
+    with pytest.raises(DamagedFileError, match="Unable to merge: Field dec"):
+        read_quietly(folder)
+
+
+def test_text_in_other_encodings_is_read(tmp_path):
     path = tmp_path / "own.csv"
     path.write_bytes("ra,dec,name\n1,2,Seyfert \xe9toile\x85\n".encode("latin-1"))
     table = read_quietly(path)
     assert table.ra.tolist() == [1] and "read as Latin-1" in table.attrs["warnings"]
+    path.write_text("ra,dec,name\n1,2,étoile\n", encoding="utf-16")
+    assert read_quietly(path).ra.tolist() == [1]
 
 
 @pytest.mark.parametrize(
