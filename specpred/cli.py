@@ -73,7 +73,7 @@ def predict(
         ] = False,
     pixel_scale: Annotated[float | None, typer.Option("--pixel-scale", min=0.001,
         help="Arcsec, where the headers do not say it.")] = None,
-    zero_point: Annotated[float | None, typer.Option("--zero-point",
+    zero_point: Annotated[float | None, typer.Option("--zero-point", min=-10, max=60,
         help="AB magnitude of a pixel value of 1, where the headers do not say it.")] = None,
     unit: Annotated[str | None, typer.Option("--unit",
         help="Of the pixels, e.g. nanomaggy or uJy, where the headers do not say it.")] = None,

@@ -14,19 +14,20 @@ import re
 
 import numpy as np
 from astropy import units
+from astropy.coordinates import angular_separation
 from astropy.io import fits
 from astropy.wcs import WCS
 from fastcore.basics import patch
 
 from .config import DamagedFileError, InvalidInputError
-from .formats import check_checksums, open_fits
+from .formats import check_checksums, damage_reported, open_fits
 from .surveys import AB_ZERO, PS1, ImagingSurvey, njy_of, survey_named
 
 # %% auto #0
-__all__ = ['PS1_SOUTH', 'NOTHING_STATED', 'skycell_path', 'skycell_wcs', 'Pixel', 'sky_to_pixel', 'asinh_scale', 'linear_counts',
-           'Skycell', 'read_skycell', 'skycell_bytes', 'ImageFacts', 'band_of', 'unit_of', 'image_facts', 'differences',
-           'Stated', 'complete_facts', 'Cutout', 'read_cutouts', 'read_cutout', 'why_uncalibrated', 'offset',
-           'check_cutout']
+__all__ = ['PS1_SOUTH', 'NOTHING_STATED', 'skycell_path', 'skycell_wcs', 'Pixel', 'sky_to_pixel', 'Position', 'pixel_to_sky',
+           'asinh_scale', 'linear_counts', 'Skycell', 'read_skycell', 'skycell_bytes', 'ImageFacts', 'band_of',
+           'unit_of', 'celestial_wcs', 'image_facts', 'differences', 'Stated', 'complete_facts', 'Cutout',
+           'read_cutouts', 'read_cutout', 'why_uncalibrated', 'image_centre', 'offset', 'check_cutout']
 
 # %% ../nbs/05_cutouts.ipynb #674e8aea
 PS1_SOUTH = -30.0  # declination of the southern edge of the 3pi survey, degrees
@@ -54,9 +55,9 @@ def skycell_wcs(
 
 _AXES = ("RA---TAN", "DEC--TAN")
 
-def _degrees(unit:str) -> float:
-    "Degrees of a unit as CUNIT1 has it."
-    text = unit.strip().lower()
+def _degrees(unit) -> float:
+    "Degrees of a unit as CUNIT1 has it, which may be undefined."
+    text = unit.strip().lower() if isinstance(unit, str) else ""
     return 1.0 if text in ("", "deg", "degree", "degrees") else units.Unit(text).to(units.deg)
 
 def _plane_matrix(header) -> np.ndarray:
@@ -82,7 +83,7 @@ def _pixel_matrix(header) -> np.ndarray:
     `DamagedFileError` for a header without one."""
     types = [str(header.get(f"CTYPE{i}", "")).strip().upper() for i in (1, 2)]
     if sorted(types) != sorted(_AXES): raise DamagedFileError(f"no gnomonic projection: {types}")
-    units_of = np.array([_degrees(str(header.get(f"CUNIT{i}", ""))) for i in (1, 2)])
+    units_of = np.array([_degrees(header.get(f"CUNIT{i}")) for i in (1, 2)])
     matrix = _plane_matrix(header)*units_of[:, None]
     return matrix if types[0] == _AXES[0] else matrix[::-1]
 
@@ -105,6 +106,25 @@ def sky_to_pixel(
     xi, eta = cos_d*sin_a/c, (cos_d0*sin_d - sin_d0*cos_d*cos_a)/c
     x, y = np.linalg.solve(_pixel_matrix(header), np.degrees([xi, eta])).tolist()
     return Pixel(x + header["CRPIX1"] - 1, y + header["CRPIX2"] - 1)
+
+class Position(NamedTuple):
+    "A position on the sky, degrees."
+    ra: float
+    dec: float
+
+def pixel_to_sky(
+    header,  # FITS header with a TAN projection
+    x:float,  # counted from 0 at the centre of the first pixel
+    y:float,
+) -> Position:
+    "The inverse of `sky_to_pixel`."
+    from_tangent = [x + 1 - header["CRPIX1"], y + 1 - header["CRPIX2"]]
+    xi, eta = np.radians(_pixel_matrix(header) @ from_tangent)
+    dec_0 = math.radians(header["CRVAL2"])
+    toward_pole = math.cos(dec_0) - eta*math.sin(dec_0)
+    ra = math.degrees(math.atan2(xi, toward_pole)) + header["CRVAL1"]
+    dec = math.atan2(math.sin(dec_0) + eta*math.cos(dec_0), math.hypot(xi, toward_pole))
+    return Position(ra % 360, math.degrees(dec))
 
 # %% ../nbs/05_cutouts.ipynb #4500ed93
 _POGSON = 2.5*math.log10(math.e)
@@ -196,32 +216,36 @@ def _text(header, *names) -> str:
     return next((text for text in texts if text.lower() not in _UNKNOWN), "")
 
 _UNKNOWN = ("", "none", "unknown", "n/a", "indef", "undefined")
-_BAND = re.compile(r"""(?:(?i:ps1|panstarrs|sdss|sloan|des|decam|lsst|ztf|omegacam|megacam|hsc)
-    [\s_.:-]*(?P<a>[ugrizyUGRIZY])  |(?P<b>[ugrizy]|Y))  (?:'|p1|p|s|2)?  (?:[\s_.:-].*)?""",
-    re.VERBOSE)
+_BAND = re.compile(r"""(?:(?i:ps1|panstarrs|sdss|sloan|gunn|des|decam|lsst|ztf|o(?:mega)?cam|cfht
+    |megacam|mzls|bok|hsc) [\s_.:-]*(?P<a>[ugrizyUGRIZY])  |z(?=[gri]$)(?P<c>[gri])
+    |(?P<b>[ugrizy]|Y))  (?:'|p1|p|s|2|sdss|SDSS)?  (?:[\s_.:-].*)?""", re.VERBOSE)
 
 def band_of(
     text:str,  # a filter, as a header writes it
 ) -> str:
     "Its letter, or the text itself if it is none of ugrizy."
     match = _BAND.fullmatch(text)
-    return (match["a"] or match["b"]).lower() if match else text
+    return (match["a"] or match["b"] or match["c"]).lower() if match else text
 
 # %% ../nbs/05_cutouts.ipynb #6e0bd50c
 _COUNT = r"(adu|dn|counts?|cts?|electrons?|e-?|photons?)"
 _SPELLINGS = {"count": _COUNT, "count/s": _COUNT + r"\s*(/|per)?\s*s(ec(ond)?)?(\^|\*\*)?(-1)?",
-    "nanomaggy": r"n(ano)?m(a)?g(g?y|gies)"}
+    "nanomaggy": r"n(ano)?m(a)?g(g?y|gies)", "maggy": r"m(a)?g(g?y|gies)", "nJy": r"n(ano)?jy",
+    "uJy": r"(u|micro)jy"}
 _ZERO_POINTS = "MAGZERO", "MAGZPT", "MAGZP", "ZEROPNT", "ZEROPOINT", "PHOTZP", "ZP"
 
 def unit_of(
     text:str,  # as BUNIT has it
 ) -> tuple[str, float]:
     "The unit, by one name where it has several, and the AB magnitude of 1; NaN if that is open."
-    for unit, pattern in _SPELLINGS.items():
-        if re.fullmatch(pattern, text.lower()):
-            return unit, 22.5 if unit == "nanomaggy" else math.nan
-    try: njy = units.Unit(text).to(units.nJy)
-    except (ValueError, TypeError, units.UnitConversionError): return text, math.nan
+    words = re.sub(r"\s*(/|per|\*)?\s*pix(el)?(-1)?$", "", text.lower())
+    known = [unit for unit, pattern in _SPELLINGS.items() if re.fullmatch(pattern, words)]
+    text = known[0] if known else text
+    if text in ("nanomaggy", "maggy"): return text, 22.5*(text == "nanomaggy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of units that are not by the book
+        try: njy = units.Unit(text).to(units.nJy)
+        except (ValueError, TypeError, units.UnitConversionError): return text, math.nan
     if text.upper() in ("AB", "ST") or njy <= 0: return text, math.nan
     return "nJy" if njy == 1 else text, 2.5*math.log10(AB_ZERO/njy)
 
@@ -229,25 +253,41 @@ def _calibration(header, exptime:float) -> tuple[str, float]:
     """Unit and zero point. Raises `DamagedFileError` for a zero point that is not the unit's."""
     unit, of_unit = unit_of(_text(header, "BUNIT"))
     stated = _number(header, *_ZERO_POINTS)
+    if not -10 < stated < 60: stated = math.nan
     if math.isfinite(of_unit):
         if abs(stated - of_unit) > 0.02: raise DamagedFileError(f"a zero point of {stated} mag, "
             f"and the unit {unit}, whose zero point is {of_unit:.2f}")
         return unit, of_unit
     if unit not in ("", "count", "count/s"): return unit, math.nan
     per_second, flux_of_zero = _number(header, "FPA.ZP"), _number(header, "FLUXMAG0")
-    if math.isfinite(per_second):
+    if -10 < per_second < 60:
         return unit or "count", per_second + (unit != "count/s")*2.5*math.log10(exptime)
     return unit, 2.5*math.log10(flux_of_zero) if flux_of_zero > 0 else stated
 
 # %% ../nbs/05_cutouts.ipynb #f2de8e4d
-def _local_matrix(header) -> np.ndarray:
-    "Like `_pixel_matrix`, in the middle of an image of any projection, with astropy."
-    with warnings.catch_warnings():
+_SYSTEMS = ("ICRS", "FK5", "FK4", "FK4-NO-E")
+
+def celestial_wcs(
+    header,  # of a FITS image
+) -> WCS | None:
+    """astropy's coordinate system of an image; None where it has none on the sky. Raises
+    `DamagedFileError`."""
+    header = header.copy()
+    for name in ("RADESYS", "RADECSYS"):
+        if name in header:
+            system = str(header[name]).strip().upper()
+            header[name] = system if system in _SYSTEMS else "ICRS"
+    with warnings.catch_warnings(), damage_reported("the coordinate system"):
         warnings.simplefilter("ignore")  # of old spellings
         wcs = WCS(header)
-    if not wcs.has_celestial: raise DamagedFileError("no sky coordinates")
+    return wcs.celestial if wcs.has_celestial else None
+
+def _local_matrix(header) -> np.ndarray:
+    "Like `_pixel_matrix`, in the middle of an image of any projection, with astropy."
+    wcs = celestial_wcs(header)
+    if wcs is None: raise DamagedFileError("no sky coordinates")
     x, y = ((header.get(f"NAXIS{i}", 1) - 1)/2 for i in (1, 2))
-    middle, right, up = wcs.celestial.pixel_to_world([x, x + 1, x], [y, y, y + 1]).icrs
+    middle, right, up = wcs.pixel_to_world([x, x + 1, x], [y, y, y + 1]).icrs
     steps = [middle.spherical_offsets_to(pixel) for pixel in (right, up)]
     return np.array([[east.deg, north.deg] for east, north in steps]).T
 
@@ -301,14 +341,15 @@ def differences(
 ) -> list[str]:
     "In what an image is none of the survey, by what its header says."
     scale, zero_point = facts.pixel_scale, survey.zero_point
-    if survey.unit == "count": zero_point += 2.5*math.log10(facts.exptime)
+    unit = survey.unit
+    if (facts.unit, unit) == ("count/s", "count"): unit = "count/s"  # has the survey's zero point
+    elif unit == "count": zero_point += 2.5*math.log10(facts.exptime)
     listed = []
     if facts.telescope and survey.names and not survey.is_named_in(facts.telescope):
         listed.append(f"taken by {facts.telescope!r}, not {survey.name}")
     if max(abs(s/survey.pixel_scale - 1) for s in scale) > 0.02:
         listed.append(f"pixels of {scale[0]:.3g} x {scale[1]:.3g} arcsec, not {survey.pixel_scale}")
-    if facts.unit not in ("", "nJy", survey.unit):
-        listed.append(f"unit {facts.unit}, not {survey.unit}")
+    if facts.unit not in ("", "nJy", unit): listed.append(f"unit {facts.unit}, not {unit}")
     elif facts.unit != "nJy" and abs(facts.zero_point - zero_point) > 0.02:
         listed.append(f"zero point {facts.zero_point:.2f} mag, not {zero_point:.2f}")
     if facts.mirrored: listed.append("east to the right of north, not to the left")
@@ -336,6 +377,8 @@ NOTHING_STATED = Stated()
 # %% ../nbs/05_cutouts.ipynb #b92aca3f
 def _stated_facts(stated:Stated) -> dict:
     "The facts that the user states. Raises `InvalidInputError` for a zero point not of the unit."
+    numbers = [x for x in (stated.pixel_scale, stated.zero_point) if x is not None]
+    if not np.isfinite(numbers).all(): raise InvalidInputError(f"you say {numbers}, no number")
     given = {}
     if stated.pixel_scale is not None: given["pixel_scale"] = (stated.pixel_scale,)*2
     if stated.zero_point is not None: given["zero_point"] = stated.zero_point
@@ -359,7 +402,8 @@ def complete_facts(
             facts = replace(facts, **{name: value})
         elif not (said == value if name == "unit" else np.allclose(said, value, 0.002)):
             said, value = (x if name == "unit" else f"{np.ravel(x)[0]:.4g}" for x in (said, value))
-            raise InvalidInputError(f"its header says {name} {said}, you say {value}")
+            raise InvalidInputError(f"its header says {name.replace('_', ' ')} {said}, you say "
+                f"{value}")
     return facts
 
 # %% ../nbs/05_cutouts.ipynb #4444e3cd
@@ -371,7 +415,14 @@ class Cutout:
     header: fits.Header
     facts: ImageFacts
 
-_NO_IMAGE = re.compile("(?i)err|we?i?ght|wht|var|mask|dq|bpm|flag|unc|rms|exp|psf|model")
+_NO_IMAGE = set("""err error errors wht weight weights wt var variance ivar invvar mask maskbits
+    dq bpm flag flags unc uncert uncertainty rms exp expmap nexp psf model ctx sigma noise std sky
+    bkg background cov coverage seg segm segmentation chi residual residuals depth""".split())
+
+def _is_image(hdu) -> bool:
+    "Whether an HDU has images, and not their errors or the like."
+    words = set(re.split("[^a-z]+", hdu.name.lower()))
+    return hdu.is_image and hdu.header["NAXIS"] >= 2 and not words & _NO_IMAGE
 
 def _planes(hdu, band:str) -> dict[str, np.ndarray]:
     "The two-dimensional images in an HDU by band; `band` is what the header says of a single one."
@@ -379,8 +430,8 @@ def _planes(hdu, band:str) -> dict[str, np.ndarray]:
     while data.ndim > 2 and len(data) == 1: data = data[0]
     if data.ndim == 2:
         # astropy writes names of extensions in capitals
-        extension = band_of(_text(hdu.header, "EXTNAME").lower())
-        return {band or (extension if extension in tuple("ugrizy") else ""): data}
+        name = re.sub("^(sci|image|img|data|flux)[_. -]*", "", hdu.name.lower())
+        return {band or (band_of(name) if band_of(name) in tuple("ugrizy") else ""): data}
     words = re.findall(r"[^\s,]+", _text(hdu.header, "BANDS"))
     bands = [band_of(word.lower()) for word in (words if len(words) > 1 else "".join(words))]
     if len(bands) != len(data):
@@ -393,14 +444,17 @@ def _cutout_of(pixels, header, facts:ImageFacts) -> Cutout:
     return Cutout(np.where(mask, np.float32(0), pixels), mask, header, facts)
 
 # %% ../nbs/05_cutouts.ipynb #244890e2
-_INHERITED = (*_TELESCOPES, "ORIGIN", *_FILTERS, "FILTER1", "FILTER2", "EXPTIME", "EXPOSURE",
-    "BUNIT", "FPA.ZP", "FLUXMAG0", *_ZERO_POINTS)
+_INHERITED = (_TELESCOPES, ("ORIGIN",), (*_FILTERS, "FILTER1", "FILTER2"),
+    ("EXPTIME", "EXPOSURE"), ("BUNIT",), ("FPA.ZP", "FLUXMAG0", *_ZERO_POINTS),
+    ("PIXSCALE", "PIXSCAL1", "SECPIX"), tuple(f"{name}{i}" for name in ("CTYPE", "CRVAL", "CRPIX",
+        "CDELT", "CUNIT", "CROTA", "CD1_", "CD2_", "PC1_", "PC2_") for i in (1, 2)))
 
 def _inherit(header, primary) -> fits.Header:
-    "The header of an extension with what the primary header says for all of them."
+    "The header of an extension with the groups of cards that only the primary header has."
     header = header.copy()
-    for name in _INHERITED:
-        if name in primary and name not in header:
+    for group in _INHERITED:
+        if any(name in header for name in group): continue
+        for name in filter(primary.__contains__, group):
             header[name if len(name) <= 8 else f"HIERARCH {name}"] = primary[name]
     return header
 
@@ -414,13 +468,15 @@ def read_cutouts(
     cutouts = {}
     with open_fits(path) as hdus:
         for k, hdu in enumerate(hdus):
-            if not hdu.is_image or hdu.header["NAXIS"] < 2 or _NO_IMAGE.search(hdu.name): continue
+            if not _is_image(hdu): continue
             header = _inherit(hdu.header, hdus[0].header) if k else hdu.header
             facts = complete_facts(header, stated)
             for band, pixels in _planes(hdu, facts.band).items():
-                if band in cutouts: raise DamagedFileError(f"two images of the band {band!r}")
+                if band in cutouts: raise DamagedFileError("two images of "
+                    + (f"the band {band}" if band else "bands that they do not say"))
                 cutouts[band] = _cutout_of(pixels, header, facts)
-        if not cutouts: raise DamagedFileError("no two-dimensional image")
+        names = ", ".join(hdu.name for hdu in hdus)
+        if not cutouts: raise DamagedFileError(f"no two-dimensional image among {names}")
     return cutouts
 
 def read_cutout(
@@ -461,17 +517,27 @@ def to_njy(self:Cutout,
     raise DamagedFileError(why_uncalibrated(facts))
 
 # %% ../nbs/05_cutouts.ipynb #7eb6fc63
+def image_centre(
+    cutout:Cutout,
+) -> Position:
+    "The position of the middle of an image. Raises `DamagedFileError` without coordinates."
+    height, width = cutout.pixels.shape
+    x, y = (width - 1)/2, (height - 1)/2
+    if str(cutout.header.get("CTYPE1", "")).strip().upper() in _AXES:
+        return pixel_to_sky(cutout.header, x, y)
+    wcs = celestial_wcs(cutout.header)
+    if wcs is None: raise DamagedFileError("no sky coordinates")
+    middle = wcs.pixel_to_world(x, y).icrs
+    return Position(middle.ra.deg, middle.dec.deg)
+
 def offset(
     cutout:Cutout,
-    other:Cutout,  # of the same shape
+    other:Cutout,
 ) -> float:
-    "Distance of two images of a galaxy from each other, arcsec; 0 where coordinates are lacking."
-    try:
-        first, second = (image.header for image in (cutout, other))
-        tangent = first["CRVAL1"], first["CRVAL2"]
-        places = [sky_to_pixel(header, *tangent) for header in (first, second)]
-    except (KeyError, DamagedFileError): return 0.0
-    return math.dist(*places)*cutout.facts.pixel_scale[0]
+    "Distance of the middles of two images, arcsec; NaN where one has no coordinates."
+    try: places = np.radians([image_centre(image) for image in (cutout, other)])
+    except (KeyError, TypeError, ValueError, DamagedFileError): return math.nan
+    return math.degrees(angular_separation(*places[0], *places[1]))*3600
 
 # %% ../nbs/05_cutouts.ipynb #ba7b7e83
 def check_cutout(

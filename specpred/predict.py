@@ -24,8 +24,10 @@ from .config import (
     ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError,
     random_generator)
 from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
-from .images import (
-    Galaxy, combine_bands, composite, masked_fraction, signal_to_noise, sky_statistics)
+from .formats import damage_reported
+from specpred.images import (
+    Galaxy, aperture_magnitudes, combine_bands, composite, masked_fraction, signal_to_noise,
+    sky_statistics)
 from .plotting import RED, mark_lines
 from .resample import resample_galaxy
 from .spectra import list_few
@@ -218,10 +220,11 @@ def read_image(
         cutouts |= images
     if resample: galaxy, notes = resample_galaxy(cutouts, size, survey)
     else: galaxy, notes = combine_bands(cutouts, size, survey), _unstated(cutouts, survey)
+    notes += _repeated_values(cutouts, survey)
     fraction = masked_fraction(galaxy.mask, survey.pixel_scale).max()
     _check_image(galaxy, fraction, model)
     if fraction: notes = [*notes, "some pixels have no data, see mask_fraction"]
-    return ReadImage(galaxy.flux, float(fraction), notes + _odd_pixels(galaxy, survey))
+    return ReadImage(galaxy.flux, float(fraction), notes + _implausible(galaxy, survey))
 
 # %% ../nbs/24_predict.ipynb #1cdb5f80
 def _unstated(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
@@ -230,19 +233,29 @@ def _unstated(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
     if not unstated: return []
     return [f"the headers say nothing of {', '.join(unstated)}: taken for {survey.name}'s"]
 
-def _odd_pixels(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
-    "Notes on bands with many pixels of one value, or a sky that is not subtracted."
-    notes, (level, noise) = [], sky_statistics(*galaxy[:2])
-    for k, band in enumerate(survey.bands):
-        values, counts = np.unique(galaxy.flux[k][~galaxy.mask[k]], return_counts=True)
-        second, most = np.sort([0, *counts])[-2:]
+def _repeated_values(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
+    "Notes on images in which many pixels have one value, as those outside a survey."
+    notes = []
+    for band in survey.bands:
+        pixels, mask = cutouts[band].pixels, cutouts[band].mask
+        values, counts = np.unique(pixels[~mask], return_counts=True)
+        second, most = np.sort([0, 0, *counts])[-2:]
         # in an image of integers many pixels have one value, and many the next one
-        if most > 0.05*galaxy.mask[k].size and second < most/4:
-            notes.append(f"{most/galaxy.mask[k].size:.0%} of the image in {band} has the value "
+        if most > 0.05*mask.size and second < most/4:
+            notes.append(f"{most/mask.size:.0%} of the image in {band} has the value "
                 f"{values[counts.argmax()]:g}: are these data?")
-        if level[k] > 5*noise[k]:
-            notes.append(f"the border of the image in {band} is {level[k]/noise[k]:.0f} times its "
-                "noise: is the sky subtracted?")
+    return notes
+
+def _implausible(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
+    "Notes on a sky that is not subtracted, and on magnitudes that galaxies do not have."
+    notes, (level, noise) = [], sky_statistics(*galaxy[:2])
+    magnitudes = aperture_magnitudes(galaxy.flux - level[:, None, None], survey.pixel_scale)
+    for k, band in enumerate(survey.bands):
+        if abs(level[k]) > 5*noise[k]:
+            notes.append(f"the border of the image in {band} is at {level[k]/noise[k]:.0f} times "
+                "its noise: is the sky subtracted?")
+        if not 8 < magnitudes[k] < 26 or abs(magnitudes[k] - np.median(magnitudes)) > 5:
+            notes.append(f"the magnitude in {band} is {magnitudes[k]:.1f}: is it calibrated?")
     return notes
 
 def _check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
@@ -348,7 +361,9 @@ def predict_files(
         for start in range(0, len(names), batch_size):
             images, batch = {}, names[start:start + batch_size]
             for name in batch:
-                try: images[name] = read_image(galaxies[name], predictor.model, resample, stated)
+                try:
+                    with damage_reported(galaxies[name][0]):
+                        images[name] = read_image(galaxies[name], predictor.model, resample, stated)
                 except SpecpredError as error: errors[name] = error
                 summary.append(_summary(name, images.get(name), errors.get(name)))
             if images: written += write_predictions(predictor, images, out)
@@ -357,7 +372,7 @@ def predict_files(
                 pd.concat([others, pd.DataFrame(summary)]).to_csv(part, index=False)
             bar.update(len(batch))
     _warn_of_notes(summary)
-    _raise_errors(errors, len(names))
+    _raise_errors(errors, len(names), out)
     return [*written, out/"summary.csv"]
 
 # %% ../nbs/24_predict.ipynb #e72c3224
@@ -404,13 +419,14 @@ def _warn_of_notes(summary:list[dict]):
         others = f" and {n - 1} more" if n > 1 else ""
         warnings.warn(f"{first}{others}: {reason}", stacklevel=3)
 
-def _raise_errors(errors:dict, n:int):
+def _raise_errors(errors:dict, n:int, out:Path):
     "Raises the error of the only galaxy that failed, or one that lists all of them."
+    others = f" ({n - len(errors)} others are in {out}.)" if n > len(errors) else ""
     if len(errors) == 1:
         (name, error), = errors.items()
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}{others}") from error
     if errors:
         listed = [f"  {name}: {error}" for name, error in errors.items()]
         raise InvalidInputError(
-            "\n".join([f"{len(errors)} of {n} galaxies could not be predicted:", *listed])
+            "\n".join([f"{len(errors)} of {n} galaxies could not be predicted:{others}", *listed])
         )

@@ -6,17 +6,17 @@
 from __future__ import annotations
 import dataclasses
 import math
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel
-from scipy.ndimage import binary_dilation, distance_transform_edt, map_coordinates
+from scipy.ndimage import (binary_dilation, binary_opening, distance_transform_edt,
+    map_coordinates)
 
-from .config import InvalidInputError
-from .cutouts import Cutout, skycell_wcs, why_uncalibrated
+from .config import DamagedFileError, InvalidInputError
+from .cutouts import Cutout, celestial_wcs, skycell_wcs, why_uncalibrated
 from .formats import damage_reported
 from .images import Galaxy, aperture_magnitudes, check_bands
 from .surveys import ImagingSurvey, colour_terms, njy_of
@@ -28,22 +28,23 @@ __all__ = ['Image', 'resample_image', 'Resampled', 'resample_galaxy']
 def _sky_coordinates(cutout:Cutout) -> WCS:
     """The coordinate system of an image; of one that has none, its pixel scale with north up.
     Raises `InvalidInputError` where that is not known either."""
-    with warnings.catch_warnings(), damage_reported("the coordinate system"):
-        warnings.simplefilter("ignore")  # of old spellings
-        wcs = WCS(cutout.header)
     scale = cutout.facts.pixel_scale[0]
     if not scale > 0: raise InvalidInputError("its pixel scale is unknown; give --pixel-scale")
-    if wcs.has_celestial: return wcs.celestial
+    wcs = celestial_wcs(cutout.header)
+    if wcs is not None: return wcs
     height, width = cutout.pixels.shape
     wcs = skycell_wcs(0, 0, 1, scale)
     wcs.wcs.crpix = (width + 1)/2, (height + 1)/2
     return wcs
 
 def _centre(cutout:Cutout) -> SkyCoord:
-    "The position of the middle of an image."
+    "The position of the middle of an image. Raises `DamagedFileError`."
     height, width = cutout.pixels.shape
     with damage_reported("the coordinate system"):
-        return _sky_coordinates(cutout).pixel_to_world((width - 1)/2, (height - 1)/2).icrs
+        centre = _sky_coordinates(cutout).pixel_to_world((width - 1)/2, (height - 1)/2).icrs
+    if not np.isfinite([centre.ra.deg, centre.dec.deg]).all():
+        raise DamagedFileError("the coordinate system has no place for the middle of the image")
+    return centre
 
 # %% ../nbs/23_resample.ipynb #a49078df
 class Image(NamedTuple):
@@ -56,20 +57,23 @@ def _sum_blocks(pixels:np.ndarray, n:int) -> np.ndarray:
     size = len(pixels)//n
     return pixels.reshape(size, n, size, n).sum((1, 3))
 
-def _bin(cutout:Cutout, source:WCS, n:int) -> tuple[Cutout, WCS]:
-    "The image with n x n pixels summed to one."
-    if n < 2: return cutout, source
+def _bin(cutout:Cutout, n:int) -> Cutout:
+    "The image with n x n pixels summed to one; its header is left as it is."
     rows, columns = (side//n*n for side in cutout.pixels.shape)
-    blocks = [x[:rows, :columns].reshape(rows//n, n, columns//n, n)
-        for x in (cutout.pixels, cutout.mask)]
-    binned = dataclasses.replace(cutout, pixels=blocks[0].sum((1, 3)), mask=blocks[1].any((1, 3)))
-    return binned, source.slice((np.s_[::n], np.s_[::n]))
+    pixels, mask = (x[:rows, :columns].reshape(rows//n, n, columns//n, n)
+        for x in (cutout.pixels, cutout.mask))
+    return dataclasses.replace(cutout, pixels=pixels.sum((1, 3)), mask=mask.any((1, 3)))
 
 def _fill(cutout:Cutout) -> np.ndarray:
     "The pixels, the masked ones as their nearest neighbours, so that the spline has no edges."
     if cutout.mask.all() or not cutout.mask.any(): return cutout.pixels
     nearest = distance_transform_edt(cutout.mask, return_distances=False, return_indices=True)
     return cutout.pixels[tuple(nearest)]
+
+def _grow(mask:np.ndarray) -> np.ndarray:
+    "The mask as 0 and 1, with two more pixels around holes of 3 x 3 and more, where splines ring."
+    large = binary_opening(mask, np.ones((3, 3)))
+    return (mask | binary_dilation(large, np.ones((5, 5)))).astype(np.float32)
 
 # %% ../nbs/23_resample.ipynb #16eb4f6d
 def resample_image(
@@ -85,21 +89,20 @@ def resample_image(
     if min(cutout.pixels.shape)*scale < size*pixel_scale/2:
         raise InvalidInputError(f"it covers {min(cutout.pixels.shape)*scale:.1f} arcsec of "
             f"{size*pixel_scale:.1f}")
-    n_binned = max(1, int(pixel_scale/scale/2))
-    cutout, source = _bin(cutout, _sky_coordinates(cutout), n_binned)
-    ratio = pixel_scale/scale/n_binned
+    source, n_binned = _sky_coordinates(cutout), max(1, int(pixel_scale/scale/2))
+    binned, ratio = _bin(cutout, n_binned), pixel_scale/scale/n_binned
     n = math.ceil(2*ratio) if ratio > 1.01 else 1
     target = skycell_wcs(centre.ra.deg, centre.dec.deg, size*n, pixel_scale/n)
     y, x = np.indices((size*n, size*n))
     with damage_reported("the coordinate system"):
         places = pixel_to_pixel(target, source, x, y)[::-1]
+    places = [(place - (n_binned - 1)/2)/n_binned for place in places]
     (y_by_y, y_by_x), (x_by_y, x_by_x) = map(np.gradient, places)
     area = np.abs(y_by_y*x_by_x - y_by_x*x_by_y)  # of a new pixel in old ones
-    flux = map_coordinates(_fill(cutout).astype(float), places, order=3, mode="nearest")*area
-    near_mask = binary_dilation(cutout.mask, np.ones((5, 5))).astype(np.float32)
-    outside = map_coordinates(near_mask, places, order=1, mode="grid-constant", cval=1.0)
+    flux = map_coordinates(_fill(binned).astype(float), places, order=3, mode="nearest")*area
+    outside = map_coordinates(_grow(binned.mask), places, order=1, mode="grid-constant", cval=1.0)
     flux = _sum_blocks(flux, n)
-    lost = ~((_sum_blocks(outside, n) < 0.01) & np.isfinite(flux))
+    lost = ~((_sum_blocks(outside, n) < 0.5*n*n) & np.isfinite(flux))
     return Image(np.where(lost, 0, flux).astype(np.float32), lost)
 
 # %% ../nbs/23_resample.ipynb #99cc683c

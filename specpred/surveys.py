@@ -92,7 +92,8 @@ SDSS = ImagingSurvey("SDSS", tuple("ugriz"), pixel_scale=0.396, zero_point=22.5,
 LEGACY = ImagingSurvey("Legacy Surveys", tuple("griz"), pixel_scale=0.262, zero_point=22.5,
     unit="nanomaggy", depth=(24.7, 23.9, 23.5, 23.0), seeing=(1.29, 1.18, 1.02, 1.11),
     filters="decamDR1",
-    names=("decam", "legacysurvey", "legacy surveys", "decals", "mzls", "bass"))
+    names=("decam", "legacysurvey", "legacy surveys", "legacy imaging surveys", "decals", "mzls",
+        "bass"))
 RUBIN = ImagingSurvey("Rubin", tuple("ugrizy"), pixel_scale=0.2, zero_point=2.5*np.log10(AB_ZERO),
     unit="nJy", depth=(26.1, 27.4, 27.5, 26.8, 26.1, 24.9),
     seeing=(0.92, 0.87, 0.83, 0.80, 0.78, 0.76), filters="lsst2023",
@@ -115,7 +116,8 @@ def is_named_in(self:ImagingSurvey,
     text:str,  # a telescope, camera or survey, as a header writes it
 ) -> bool:
     "Whether the text names this survey."
-    return any(re.search(rf"\b{re.escape(name)}\b", text.lower()) for name in self.names)
+    return any(re.search(f"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", text.lower())
+        for name in self.names)
 
 def survey_named(
     text:str,  # like that of `is_named_in`

@@ -9,8 +9,9 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_scales
 
 from specpred.config import DamagedFileError, InvalidInputError
-from specpred.cutouts import (ImageFacts, Stated, band_of, complete_facts, differences, image_facts,
-    read_cutout, read_cutouts, skycell_bytes, skycell_wcs, unit_of)
+from specpred.cutouts import (Cutout, ImageFacts, Stated, band_of, complete_facts, differences,
+    image_facts, offset, read_cutout, read_cutouts, sky_to_pixel, skycell_bytes, skycell_wcs,
+    unit_of)
 from specpred.surveys import LEGACY, PS1, RUBIN, SURVEYS
 
 DECAM = dict(TELESCOP="CTIO 4.0-m telescope", INSTRUME="DECam",
@@ -45,6 +46,7 @@ def test_headers_of_surveys(cards, band, survey, unit, zero_point, scale):
     ("g.00000", "g"), ("r", "r"), ("SDSS i", "i"), ("zp1", "z"), ("y", "y"), ("HSC-R", "r"),
     ("DES_g", "g"), ("u'", "u"), ("ip", "i"), ("PS1 y", "y"), ("R", "R"), ("I", "I"), ("VR", "VR"),
     ("ZTF_g", "g"), ("HSC-R2", "r"), ("PS1:g", "g"), ("Sloan g", "g"), ("OMEGACAM g_SDSS", "g"),
+    ("OCAM_g_SDSS", "g"), ("zr", "r"), ("bokr", "r"), ("MzLS z", "z"), ("gSDSS", "g"),
     ("Ks", "Ks"), ("rr", "rr"), ("F814W", "F814W")])
 def test_spellings_of_bands(text, band): assert band_of(text) == band
 
@@ -52,6 +54,7 @@ def test_spellings_of_bands(text, band): assert band_of(text) == band
 @pytest.mark.parametrize("text, unit, zero_point", [
     ("nanomaggies", "nanomaggy", 22.5), ("nmgy", "nanomaggy", 22.5), ("Jy", "Jy", 8.9),
     ("10^-6 Jy", "10^-6 Jy", 23.9), ("DN", "count", math.nan), ("counts/sec", "count/s", math.nan),
+    ("njy", "nJy", 31.4), ("microJy", "uJy", 23.9), ("nJy/pixel", "nJy", 31.4), ("mgy", "maggy", 0),
     ("e/s", "count/s", math.nan), ("electrons", "count", math.nan), ("MJy/sr", "MJy/sr", math.nan),
     ("erg/s/cm2/Hz", "erg/s/cm2/Hz", -48.6), ("furlong", "furlong", math.nan)])
 def test_spellings_of_units(text, unit, zero_point):
@@ -95,6 +98,8 @@ def test_a_header_without_sky_coordinates_says_no_scale():
     (dict(pixel_scale=(0.25, 0.5)), "pixels of 0.25 x 0.5 arcsec, not 0.25"),
     (dict(unit="nanomaggy", zero_point=22.5), "unit nanomaggy, not count"),
     (dict(zero_point=30.0), "zero point 30.00 mag, not 32.34"),
+    (dict(unit="count/s", zero_point=25.0), ""),
+    (dict(unit="count/s", zero_point=26.0), "zero point 26.00 mag, not 25.00"),
     (dict(mirrored=True), "east to the right of north, not to the left"),
     (dict(rotation=90.0), "north 90 degrees from up, not 0")])
 def test_what_is_not_of_the_survey_is_said_with_both_values(changes, said):
@@ -108,11 +113,11 @@ def test_user_and_header_have_to_agree():
     assert complete_facts(header, Stated(pixel_scale=0.396)).pixel_scale == (0.396, 0.396)
     assert complete_facts(header, Stated(unit="nmgy")).zero_point == 22.5
     for stated, text in ((Stated(unit="count"), "unit nanomaggy, you say count"),
-            (Stated(zero_point=25.0), "zero_point 22.5, you say 25"),
+            (Stated(zero_point=25.0), "zero point 22.5, you say 25"),
             (Stated(zero_point=25.0, unit="nJy"), "but that of nJy is 31.40")):
         with pytest.raises(InvalidInputError, match=text): complete_facts(header, stated)
     for cards in (dict(MAGZPT=30.0), {"HIERARCH FPA.ZP": 30.0, "EXPTIME": 1.0}):
-        with pytest.raises(InvalidInputError, match="zero_point 30, you say 25"):
+        with pytest.raises(InvalidInputError, match="zero point 30, you say 25"):
             complete_facts(fits.Header(cards), Stated(zero_point=25.0))
     blank = fits.Header(dict(BUNIT="", MAGZERO="", SECPIX="", EXPTIME=True))
     facts = complete_facts(blank, Stated(0.3, 25.0, "count"))
@@ -164,7 +169,8 @@ def test_pc_counts_more_than_crota2():
 
 
 def written(path, *hdus):
-    fits.HDUList([fits.PrimaryHDU(), *hdus] if len(hdus) > 1 else list(hdus)).writeto(path)
+    first = [] if isinstance(hdus[0], fits.PrimaryHDU) else [fits.PrimaryHDU()]
+    fits.HDUList([*first, *hdus]).writeto(path)
     return path
 
 
@@ -187,12 +193,20 @@ def test_one_file_may_hold_all_bands(tmp_path):
 def test_weights_and_errors_are_no_bands(tmp_path):
     r = fits.Header(dict(FILTER="r"))
     image = fits.ImageHDU(np.ones((8, 8), np.float32), r, name="SCI")
-    for name in ("WHT", "r_err", "VARIANCE", "MASK"):
+    for name in ("WHT", "r_err", "VARIANCE", "MASK", "SEGM", "SKY"):
         weights = fits.ImageHDU(np.zeros((8, 8), np.float32), r, name=name)
         path = written(tmp_path/f"{name}.fits", weights, image)
         assert read_cutout(path, "r").pixels.all()
     twice = written(tmp_path/"twice.fits", image, fits.ImageHDU(np.zeros((8, 8)), r, name="B"))
-    with pytest.raises(DamagedFileError, match="two images of the band 'r'"): read_cutouts(twice)
+    with pytest.raises(DamagedFileError, match="two images of the band r"): read_cutouts(twice)
+
+
+def test_names_of_extensions_with_more_than_a_band(tmp_path):
+    images = [fits.ImageHDU(np.ones((8, 8)), name=f"{word}_{band}") for word, band in zip(
+        ("SCI", "image", "flux", "data", "img"), "grizy", strict=True)]
+    assert set(read_cutouts(written(tmp_path/"named.fits", *images))) == set("grizy")
+    exposed = fits.ImageHDU(np.ones((8, 8)), fits.Header(dict(FILTER="g")), name="exposure_g")
+    assert set(read_cutouts(written(tmp_path/"exposed.fits", exposed))) == {"g"}
 
 
 def test_an_extension_inherits_what_the_first_header_says(tmp_path):
@@ -204,6 +218,28 @@ def test_an_extension_inherits_what_the_first_header_says(tmp_path):
     facts = read_cutout(tmp_path/"mef.fits", "r").facts
     assert (facts.band, facts.telescope, facts.exptime) == ("r", "DECam", 30)
     assert facts.zero_point == pytest.approx(25 + 2.5*math.log10(30))
+    with fits.open(tmp_path/"mef.fits", mode="update") as hdus:
+        hdus[1].header["MAGZPT"] = 27.0
+        hdus[0].header.update(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CDELT1=-1e-4, CDELT2=1e-4)
+    facts = read_cutout(tmp_path/"mef.fits", "r").facts
+    assert facts.zero_point == 27 and facts.pixel_scale == pytest.approx((0.36, 0.36))
+
+
+def test_middles_of_images_are_compared():
+    def image(**cards):
+        header = skycell_wcs(150, 2, 33).to_header()
+        header.update(dict(NAXIS=2, NAXIS1=33, NAXIS2=33) | cards)
+        return Cutout(np.ones((33, 33)), np.zeros((33, 33), bool), header, image_facts(header))
+    assert offset(image(), image(CRVAL2=2 + 3/3600)) == pytest.approx(3, abs=1e-6)
+    # another tangent point, the same middle
+    other = skycell_wcs(151, 3, 33).to_header()
+    x, y = sky_to_pixel(other, 150, 2)
+    moved = image(CRVAL1=151.0, CRVAL2=3.0, CRPIX1=17 - x + 16, CRPIX2=17 - y + 16)
+    assert offset(image(), moved) == pytest.approx(0, abs=1e-3)
+    carree = dict(CTYPE1="RA---CAR", CTYPE2="DEC--CAR", CRVAL2=0.0, CRPIX2=17 - 2*14400.0)
+    assert offset(image(), image(**carree)) == pytest.approx(0, abs=0.01)
+    for cards in (dict(CRVAL1="10:00:00"), dict(CTYPE1="LINEAR")):
+        assert math.isnan(offset(image(), image(**cards)))
 
 
 def test_numbers_that_stand_for_none_are_masked(tmp_path):

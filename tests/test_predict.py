@@ -185,8 +185,29 @@ def test_odd_pixels_are_noted(paths, tmp_path):
     flux[0, :, :8] = 0
     flux[3] += 1000
     _, texts = quietly([write_bands(tmp_path/"ngc", flux)], paths, tmp_path/"out")
-    assert "12% of the image in g has the value 0: are these data?" in texts[0]
+    assert "20% of the image in g has the value 0: are these data?" in texts[0]
     assert "the border of the image in z is" in texts[0] and "sky subtracted" in texts[0]
+
+
+def test_odd_pixels_are_noted_in_images_of_other_surveys(paths, tmp_path):
+    flux = example_flux(size=60)
+    flux[0, :, :20] = 0
+    flux[1] *= 1e5
+    rubin = {"FPA.TELESCOPE": None, "TELESCOP": "Rubin", "BUNIT": "nJy", "FPA.ZP": None}
+    galaxy = write_bands(tmp_path/"ngc", flux - 9000*(np.arange(5) == 3)[:, None, None], **rubin)
+    _, texts = quietly([galaxy], paths, tmp_path/"out", resample=True)
+    for said in ("33% of the image in g has the value 0", "the border of the image in z is at -",
+            "the magnitude in r is"):
+        assert said in texts[0]
+
+
+def test_a_galaxy_that_cannot_be_read_does_not_stop_the_others(paths, tmp_path):
+    sound = write_bands(tmp_path/"sound", example_flux())
+    odd = write_bands(tmp_path/"odd", example_flux(), CRVAL1="10:00:00.0", CRPIX2="x")
+    bad = write_bands(tmp_path/"bad", example_flux(), CD1_1="x", CUNIT1="furlong")
+    with pytest.raises(SpecpredError, match="bad: .*2 others are in"):
+        predict_files([bad, odd, sound], paths, tmp_path/"out")
+    assert (tmp_path/"out/sound.ecsv").is_file() and (tmp_path/"out/odd.ecsv").is_file()
 
 
 def test_folders_that_hold_something_else(paths, tmp_path):
@@ -270,4 +291,4 @@ def test_the_command_says_what_it_does_not_know(paths, tmp_path):
     assert table == dict(sound="predicted", sdss="failed")
     assert run(sdss, "--resample").exit_code == 0
     contradicted = run(sound, "--pixel-scale", "0.4")
-    assert "says pixel_scale 0.25, you say 0.4" in str(contradicted.exception)
+    assert "says pixel scale 0.25, you say 0.4" in str(contradicted.exception)

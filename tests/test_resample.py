@@ -47,6 +47,31 @@ def test_flux_is_conserved_at_any_scale(scale, size):
     np.testing.assert_allclose(image.flux, expected, atol=0.01*expected.max())  # pixels integrate
 
 
+@pytest.mark.parametrize("scale", [0.03, 0.05, 0.06])
+def test_fine_pixels_are_summed_first_in_any_spelling(scale):
+    size = round(20/scale)
+    for spelling in ("CDELT", "CD"):
+        cutout = cutout_of(blob(size, 1.2/scale), scale)
+        if spelling == "CD":
+            for name in ("CDELT1", "CDELT2"): cutout.header.remove(name)
+            cutout.header.update(CD1_1=-scale/3600, CD1_2=0.0, CD2_1=0.0, CD2_2=scale/3600)
+        image = resample_image(cutout, MIDDLE, 0.25, 60)
+        expected = blob(60, 1.2/0.25)
+        np.testing.assert_allclose(image.flux, expected, atol=0.015*expected.max())
+        assert not image.mask.any()
+
+
+@pytest.mark.parametrize("scale", [0.168, 0.25, 0.396])
+def test_one_pixel_without_data_takes_about_its_own_area(scale):
+    size = round(20/scale)
+    mask = np.zeros((size, size), bool)
+    mask[size//2, size//2] = True
+    image = resample_image(cutout_of(blob(size, 1.2/scale), scale, mask), MIDDLE, 0.25, 60)
+    assert image.mask.sum() <= 2*max(1, (scale/0.25)**2)
+    whole = resample_image(cutout_of(blob(size, 1.2/scale), scale), MIDDLE, 0.25, 60)
+    assert abs(image.flux.sum()/whole.flux[~image.mask].sum() - 1) < 0.01
+
+
 def test_mirrored_and_turned_images_are_put_north_up():
     original = blob(64, 6, x=5, y=9)
     mirrored = cutout_of(original[:, ::-1], CDELT1=0.25/3600)
@@ -124,14 +149,14 @@ def test_holes_do_not_ring():
     whole = resample_image(cutout_of(star), MIDDLE, 0.2, 60)
     image = resample_image(cutout_of(star, mask=mask), MIDDLE, 0.2, 60)
     kept = ~image.mask
-    assert np.abs(image.flux - whole.flux)[kept].max() < 0.01*whole.flux.max()
+    assert np.abs(image.flux - whole.flux)[kept].max() < 0.02*whole.flux.max()
 
 
 def test_images_that_cannot_be_resampled():
     small = cutout_of(blob(20, 3), scale=0.05)
     with pytest.raises(InvalidInputError, match="it covers 1.0 arcsec of 15.0"):
         resample_image(small, MIDDLE, 0.25, 60)
-    broken = cutout_of(blob(64, 3), RADESYS="GAPPT", BUNIT="nJy")
+    broken = cutout_of(blob(64, 3), RADESYS="FK5", EQUINOX=1e300, BUNIT="nJy")
     with pytest.raises(SpecpredError): resample_galaxy(dict.fromkeys("ri", broken), 32, RI)
     mixed = dict(r=cutout_of(blob(64, 6), TELESCOP="SDSS", BUNIT="nanomaggy"),
         i=cutout_of(blob(64, 6), TELESCOP="PS1", BUNIT="nJy"))
