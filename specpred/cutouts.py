@@ -24,10 +24,10 @@ from .formats import check_checksums, damage_reported, open_fits
 from .surveys import AB_ZERO, PS1, ImagingSurvey, njy_of, survey_named
 
 # %% auto #0
-__all__ = ['PS1_SOUTH', 'NOTHING_STATED', 'skycell_path', 'skycell_wcs', 'Pixel', 'sky_to_pixel', 'Position', 'pixel_to_sky',
-           'asinh_scale', 'linear_counts', 'Skycell', 'read_skycell', 'skycell_bytes', 'ImageFacts', 'band_of',
-           'unit_of', 'celestial_wcs', 'image_facts', 'differences', 'Stated', 'complete_facts', 'Cutout',
-           'read_cutouts', 'read_cutout', 'why_uncalibrated', 'image_centre', 'offset', 'check_cutout']
+__all__ = ['PS1_SOUTH', 'NOTHING_STATED', 'skycell_path', 'skycell_wcs', 'Pixel', 'sky_to_pixel', 'Position', 'asinh_scale',
+           'linear_counts', 'Skycell', 'read_skycell', 'skycell_bytes', 'ImageFacts', 'band_of', 'unit_of',
+           'celestial_wcs', 'image_facts', 'differences', 'Stated', 'complete_facts', 'Cutout', 'read_cutouts',
+           'read_cutout', 'why_uncalibrated', 'check_cutout']
 
 # %% ../nbs/05_cutouts.ipynb #674e8aea
 PS1_SOUTH = -30.0  # declination of the southern edge of the 3pi survey, degrees
@@ -112,17 +112,13 @@ class Position(NamedTuple):
     ra: float
     dec: float
 
-def pixel_to_sky(
-    header,  # FITS header with a TAN projection
-    x:float,  # counted from 0 at the centre of the first pixel
-    y:float,
-) -> Position:
-    "The inverse of `sky_to_pixel`."
-    from_tangent = [x + 1 - header["CRPIX1"], y + 1 - header["CRPIX2"]]
-    xi, eta = np.radians(_pixel_matrix(header) @ from_tangent)
-    dec_0 = math.radians(header["CRVAL2"])
+def _deproject(header, matrix:np.ndarray, x:float, y:float) -> Position:
+    "The inverse of `sky_to_pixel`, with the header's `_pixel_matrix`."
+    from_tangent = [x + 1 - float(header["CRPIX1"]), y + 1 - float(header["CRPIX2"])]
+    xi, eta = np.radians(matrix @ from_tangent).tolist()
+    ra_0, dec_0 = float(header["CRVAL1"]), math.radians(float(header["CRVAL2"]))
     toward_pole = math.cos(dec_0) - eta*math.sin(dec_0)
-    ra = math.degrees(math.atan2(xi, toward_pole)) + header["CRVAL1"]
+    ra = math.degrees(math.atan2(xi, toward_pole)) + ra_0
     dec = math.atan2(math.sin(dec_0) + eta*math.cos(dec_0), math.hypot(xi, toward_pole))
     return Position(ra % 360, math.degrees(dec))
 
@@ -199,6 +195,7 @@ class ImageFacts:
     pixel_scale: tuple[float, float] = (math.nan, math.nan)  # along x and y, arcsec
     rotation: float = math.nan  # of north from the y axis, to the left, degrees
     mirrored: bool = False  # east is to the right where north is up
+    centre: Position = Position(math.nan, math.nan)  # of the image
 
 # %% ../nbs/05_cutouts.ipynb #87e024ea
 def _number(header, *names) -> float:
@@ -282,28 +279,40 @@ def celestial_wcs(
         wcs = WCS(header)
     return wcs.celestial if wcs.has_celestial else None
 
-def _local_matrix(header) -> np.ndarray:
-    "Like `_pixel_matrix`, in the middle of an image of any projection, with astropy."
+class _Middle(NamedTuple):
+    "The coordinate system in the middle of an image."
+    matrix: np.ndarray  # like `_pixel_matrix`
+    position: Position
+
+def _middle_of_gnomonic(header, x:float, y:float) -> _Middle:
+    matrix = _pixel_matrix(header)
+    try: return _Middle(matrix, _deproject(header, matrix, x, y))
+    except (KeyError, TypeError, ValueError): return _Middle(matrix, ImageFacts.centre)
+
+def _middle_of_any(header, x:float, y:float) -> _Middle:
+    "Of any projection, with astropy."
     wcs = celestial_wcs(header)
     if wcs is None: raise DamagedFileError("no sky coordinates")
-    x, y = ((header.get(f"NAXIS{i}", 1) - 1)/2 for i in (1, 2))
     middle, right, up = wcs.pixel_to_world([x, x + 1, x], [y, y, y + 1]).icrs
     steps = [middle.spherical_offsets_to(pixel) for pixel in (right, up)]
-    return np.array([[east.deg, north.deg] for east, north in steps]).T
+    matrix = np.array([[east.deg, north.deg] for east, north in steps]).T
+    return _Middle(matrix, Position(middle.ra.deg, middle.dec.deg))
 
 def _geometry(header) -> dict:
-    "Pixel scale, rotation and handedness, as far as the header has them."
+    "Pixel scale, rotation, handedness and centre, as far as the header has them."
     is_gnomonic = str(header.get("CTYPE1", "")).strip().upper() in _AXES
-    try: matrix = (_pixel_matrix if is_gnomonic else _local_matrix)(header)*3600
+    find_middle = _middle_of_gnomonic if is_gnomonic else _middle_of_any
+    try: matrix, centre = find_middle(header, *((header.get(f"NAXIS{i}", 1) - 1)/2 for i in (1, 2)))
     except DamagedFileError:
         scale = _number(header, "PIXSCALE", "PIXSCAL1", "SECPIX", "SECPIX1")
         return dict(pixel_scale=(scale, scale))
-    scales = np.linalg.norm(matrix, axis=0)
-    if not abs(np.linalg.det(matrix)) > 0:
+    (a, b), (c, d) = (matrix*3600).tolist()
+    determinant = a*d - b*c
+    if not abs(determinant) > 0:
         raise DamagedFileError(f"a singular world coordinate system: {matrix.tolist()}")
-    x, y = np.linalg.solve(matrix, [0, 1])
-    return dict(pixel_scale=tuple(scales.tolist()), rotation=math.degrees(math.atan2(-x, y)),
-        mirrored=bool(np.linalg.det(matrix) > 0))
+    # the matrix takes (-b, a)/determinant to north
+    return dict(pixel_scale=(math.hypot(a, c), math.hypot(b, d)), centre=centre,
+        rotation=math.degrees(math.atan2(b/determinant, a/determinant)), mirrored=determinant > 0)
 
 # %% ../nbs/05_cutouts.ipynb #6fdfefc1
 _TELESCOPES = ("FPA.TELESCOPE", "TELESCOP", "INSTRUME", "SURVEY")
@@ -516,28 +525,14 @@ def to_njy(self:Cutout,
     if math.isfinite(facts.zero_point): return self.pixels*np.float32(njy_of(facts.zero_point))
     raise DamagedFileError(why_uncalibrated(facts))
 
-# %% ../nbs/05_cutouts.ipynb #7eb6fc63
-def image_centre(
-    cutout:Cutout,
-) -> Position:
-    "The position of the middle of an image. Raises `DamagedFileError` without coordinates."
-    height, width = cutout.pixels.shape
-    x, y = (width - 1)/2, (height - 1)/2
-    if str(cutout.header.get("CTYPE1", "")).strip().upper() in _AXES:
-        return pixel_to_sky(cutout.header, x, y)
-    wcs = celestial_wcs(cutout.header)
-    if wcs is None: raise DamagedFileError("no sky coordinates")
-    middle = wcs.pixel_to_world(x, y).icrs
-    return Position(middle.ra.deg, middle.dec.deg)
-
-def offset(
-    cutout:Cutout,
-    other:Cutout,
+# %% ../nbs/05_cutouts.ipynb #0ff5e7a1
+@patch
+def separation(self:ImageFacts,
+    other:ImageFacts,
 ) -> float:
     "Distance of the middles of two images, arcsec; NaN where one has no coordinates."
-    try: places = np.radians([image_centre(image) for image in (cutout, other)])
-    except (KeyError, TypeError, ValueError, DamagedFileError): return math.nan
-    return math.degrees(angular_separation(*places[0], *places[1]))*3600
+    places = np.radians([*self.centre, *other.centre])
+    return math.degrees(angular_separation(*places))*3600
 
 # %% ../nbs/05_cutouts.ipynb #ba7b7e83
 def check_cutout(

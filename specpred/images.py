@@ -20,7 +20,7 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 from tqdm.auto import tqdm
 from .config import (DamagedFileError, ImageParameters, InvalidInputError,
     MissingInputError, Settings, SpecpredError, replace)
-from .cutouts import Cutout, differences, offset, read_cutout
+from .cutouts import Cutout, differences, read_cutout
 from .stages import atomic_path, only_one
 from .surveys import PS1, ImagingSurvey, survey_named
 
@@ -87,7 +87,7 @@ def combine_bands(
     shapes = {cutout.pixels.shape for cutout in chosen}
     if len(shapes) > 1: raise DamagedFileError(f"the bands have different shapes: {sorted(shapes)}")
     for band, cutout in zip(survey.bands, chosen, strict=True):
-        distance = offset(chosen[0], cutout)
+        distance = cutout.facts.separation(chosen[0].facts)
         if distance > 2: raise InvalidInputError(f"the image in {band} shows a place "
             f"{distance:.1f} arcsec from that in {survey.bands[0]}")
     flux = central_crop(np.stack([cutout.to_njy(survey) for cutout in chosen]), size)

@@ -124,10 +124,11 @@ def _correct_colours(flux, source:ImagingSurvey | None, survey:ImagingSurvey) ->
     if terms is None: return flux, [f"no colour terms from {source.name} to {survey.name}"]
     return flux*np.float32(10**(-0.4*terms))[:, None, None], []
 
-def _compare_centres(cutouts:dict[str, Cutout], centre:SkyCoord) -> list[str]:
+def _compare_centres(cutouts:dict[str, Cutout]) -> list[str]:
     "Notes on bands that are not centred where the galaxy is taken to be."
-    offsets = {band: centre.separation(_centre(c)).arcsec for band, c in cutouts.items()}
-    first = next(iter(cutouts))
+    first, *_ = cutouts
+    offsets = {band: cutout.facts.separation(cutouts[first].facts)
+        for band, cutout in cutouts.items()}
     return [f"the middle of the {band} image is {offset:.1f} arcsec from that of {first}"
         for band, offset in offsets.items() if offset > 2]
 
@@ -164,6 +165,6 @@ def resample_galaxy(
         survey.pixel_scale, size) for cutout in chosen.values()]
     flux, mask = map(np.stack, zip(*images, strict=True))
     flux, notes = _correct_colours(flux, source, survey)
-    notes += _compare_seeing(source, survey) + _compare_centres(chosen, centre)
+    notes += _compare_seeing(source, survey) + _compare_centres(chosen)
     exptime = np.array([cutout.facts.exptime for cutout in chosen.values()], np.float32)
     return Resampled(Galaxy(flux, mask, exptime), notes)

@@ -9,9 +9,8 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_scales
 
 from specpred.config import DamagedFileError, InvalidInputError
-from specpred.cutouts import (Cutout, ImageFacts, Stated, band_of, complete_facts, differences,
-    image_facts, offset, read_cutout, read_cutouts, sky_to_pixel, skycell_bytes, skycell_wcs,
-    unit_of)
+from specpred.cutouts import (ImageFacts, Stated, band_of, complete_facts, differences,
+    image_facts, read_cutout, read_cutouts, sky_to_pixel, skycell_bytes, skycell_wcs, unit_of)
 from specpred.surveys import LEGACY, PS1, RUBIN, SURVEYS
 
 DECAM = dict(TELESCOP="CTIO 4.0-m telescope", INSTRUME="DECam",
@@ -226,20 +225,21 @@ def test_an_extension_inherits_what_the_first_header_says(tmp_path):
 
 
 def test_middles_of_images_are_compared():
-    def image(**cards):
+    def facts(**cards):
         header = skycell_wcs(150, 2, 33).to_header()
         header.update(dict(NAXIS=2, NAXIS1=33, NAXIS2=33) | cards)
-        return Cutout(np.ones((33, 33)), np.zeros((33, 33), bool), header, image_facts(header))
-    assert offset(image(), image(CRVAL2=2 + 3/3600)) == pytest.approx(3, abs=1e-6)
+        return image_facts(header)
+    assert facts().separation(facts(CRVAL2=2 + 3/3600)) == pytest.approx(3, abs=1e-6)
     # another tangent point, the same middle
     other = skycell_wcs(151, 3, 33).to_header()
     x, y = sky_to_pixel(other, 150, 2)
-    moved = image(CRVAL1=151.0, CRVAL2=3.0, CRPIX1=17 - x + 16, CRPIX2=17 - y + 16)
-    assert offset(image(), moved) == pytest.approx(0, abs=1e-3)
+    moved = facts(CRVAL1=151.0, CRVAL2=3.0, CRPIX1=17 - x + 16, CRPIX2=17 - y + 16)
+    assert facts().separation(moved) == pytest.approx(0, abs=1e-3)
     carree = dict(CTYPE1="RA---CAR", CTYPE2="DEC--CAR", CRVAL2=0.0, CRPIX2=17 - 2*14400.0)
-    assert offset(image(), image(**carree)) == pytest.approx(0, abs=0.01)
+    assert facts().separation(facts(**carree)) == pytest.approx(0, abs=0.01)
     for cards in (dict(CRVAL1="10:00:00"), dict(CTYPE1="LINEAR")):
-        assert math.isnan(offset(image(), image(**cards)))
+        assert math.isnan(facts().separation(facts(**cards)))
+
 
 
 def test_numbers_that_stand_for_none_are_masked(tmp_path):
