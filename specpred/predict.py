@@ -213,8 +213,8 @@ def read_image(
     survey, cutouts, size = model.survey, {}, model.provenance["image_size"]
     for file in files:
         band = _ENDING.sub("", file.name)
-        images = read_cutouts(file, stated)
-        if _is_band(file, survey.bands): images = {band: read_cutout(file, band, stated)}
+        is_band = _is_band(file, survey.bands)
+        images = {band: read_cutout(file, band, stated)} if is_band else read_cutouts(file, stated)
         for band in images:
             if band in cutouts: raise InvalidInputError(f"two images of the band {band!r}: {file}")
         cutouts |= images
