@@ -52,17 +52,15 @@ class Image(NamedTuple):
     flux: np.ndarray  # (size, size) float32, unit of the input a pixel; 0 where masked
     mask: np.ndarray  # (size, size) bool, True where there are no data
 
-def _sum_blocks(pixels:np.ndarray, n:int) -> np.ndarray:
-    "(size, size) sums of blocks of n x n pixels."
-    size = len(pixels)//n
-    return pixels.reshape(size, n, size, n).sum((1, 3))
+def _blocks(pixels:np.ndarray, n:int) -> np.ndarray:
+    "(rows, n, columns, n): blocks of n x n pixels, without the rest at the edges."
+    rows, columns = (side//n for side in pixels.shape)
+    return pixels[:rows*n, :columns*n].reshape(rows, n, columns, n)
 
 def _bin(cutout:Cutout, n:int) -> Cutout:
     "The image with n x n pixels summed to one; its header is left as it is."
-    rows, columns = (side//n*n for side in cutout.pixels.shape)
-    pixels, mask = (x[:rows, :columns].reshape(rows//n, n, columns//n, n)
-        for x in (cutout.pixels, cutout.mask))
-    return dataclasses.replace(cutout, pixels=pixels.sum((1, 3)), mask=mask.any((1, 3)))
+    return dataclasses.replace(cutout, pixels=_blocks(cutout.pixels, n).sum((1, 3)),
+        mask=_blocks(cutout.mask, n).any((1, 3)))
 
 def _fill(cutout:Cutout) -> np.ndarray:
     "The pixels, the masked ones as their nearest neighbours, so that the spline has no edges."
@@ -101,8 +99,8 @@ def resample_image(
     area = np.abs(y_by_y*x_by_x - y_by_x*x_by_y)  # of a new pixel in old ones
     flux = map_coordinates(_fill(binned).astype(float), places, order=3, mode="nearest")*area
     outside = map_coordinates(_grow(binned.mask), places, order=1, mode="grid-constant", cval=1.0)
-    flux = _sum_blocks(flux, n)
-    lost = ~((_sum_blocks(outside, n) < 0.5*n*n) & np.isfinite(flux))
+    flux = _blocks(flux, n).sum((1, 3))
+    lost = ~((_blocks(outside, n).sum((1, 3)) < 0.5*n*n) & np.isfinite(flux))
     return Image(np.where(lost, 0, flux).astype(np.float32), lost)
 
 # %% ../nbs/23_resample.ipynb #99cc683c
