@@ -159,11 +159,15 @@ def _level_and_noise(image:np.ndarray, mask:np.ndarray) -> tuple[float, float]:
     return level, 1.4826*np.median(np.abs(pixels - level))
 
 # %% ../nbs/12_images.ipynb #c129e32a
+def _distance(shape:tuple) -> np.ndarray:
+    "(height, width) distances of the pixels of an image from its centre, pixels."
+    height, width = shape[-2:]
+    y, x = np.ogrid[:height, :width]
+    return np.hypot(y - (height - 1)/2, x - (width - 1)/2)
+
 def _in_aperture(shape:tuple, pixel_scale:float, radius:float) -> np.ndarray:
     "(height, width) bool: which pixels of an image lie within `radius` arcsec of its centre."
-    height, width = shape[-2:]
-    y, x = np.mgrid[:height, :width]
-    return np.hypot(y - (height - 1)/2, x - (width - 1)/2) <= radius/pixel_scale
+    return _distance(shape) <= radius/pixel_scale
 
 def aperture_magnitudes(
     flux:np.ndarray,  # (..., height, width) nJy
@@ -195,10 +199,7 @@ def masked_fraction(
     pixel_scale:float,  # arcsec
 ) -> np.ndarray:
     "Fraction (...) of an image, or of its core, that has no data."
-    height, width = mask.shape[-2:]
-    y, x = np.ogrid[:height, :width]
-    squared = (y - (height - 1)/2)**2 + (x - (width - 1)/2)**2
-    weight = np.exp(-squared/2*pixel_scale**2)  # sigma is 1 arcsec
+    weight = np.exp(-(_distance(mask.shape)*pixel_scale)**2/2)  # sigma is 1 arcsec
     core = (mask*weight).sum((-2, -1))/weight.sum()
     return np.maximum(core, mask.mean((-2, -1))).astype(np.float32)
 
