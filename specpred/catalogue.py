@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from astropy import units
-from astropy.coordinates import Angle, angular_separation
+from astropy.coordinates import Angle
 from astropy.io import fits, votable
 from astropy.table import Column, Table
 from astropy_healpix import HEALPix
@@ -29,8 +29,8 @@ from fastcore.basics import patch
 from .config import ArchiveError, ArchiveParameters, InvalidInputError, MissingInputError
 from .cutouts import PS1_SOUTH
 from .formats import (BOSS_RUN2D, FIRST_BOSS_PLATE, LEGACY_RUN2D, RUN2D_PATTERN,
-    SpectrumNames, damage_reported, open_fits, specobjid_of_position, specobjid_of_spectrum,
-    spectrum_of_specobjid)
+    SpectrumNames, arcsec_between, damage_reported, open_fits, specobjid_of_position,
+    specobjid_of_spectrum, spectrum_of_specobjid)
 from .plotting import BLUE, GREEN, ORANGE, PURPLE
 
 # %% auto #0
@@ -541,8 +541,7 @@ def _open_table(path:Path, table_name:str | int | None) -> _Source:
 def _apart(catalogue:pd.DataFrame, by) -> pd.Series:
     "Which rows lie more than 1 arcsec from the first row with the same values of `by`, (N,) bool."
     first = catalogue.groupby(by, sort=False)[[*_ANGLES]].transform("first")
-    positions = catalogue.ra, catalogue.dec, first.ra, first.dec
-    return angular_separation(*map(np.radians, positions)) > np.radians(1/3600)
+    return arcsec_between(catalogue.ra, catalogue.dec, first.ra, first.dec) > 1
 
 def _known_identifiers(source:_Source, catalogue:pd.DataFrame, held:SpectrumNames) -> pd.Series:
     "The identifiers without those that are neither SDSS's nor our own and stand at several places."

@@ -7,20 +7,19 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
-import re
 
 import numpy as np
 from astropy import units
-from astropy.coordinates import angular_separation
 from astropy.io import fits
 from astropy.wcs import WCS
 from fastcore.basics import patch
 
 from .config import DamagedFileError, InvalidInputError
-from .formats import check_checksums, damage_reported, open_fits
+from .formats import arcsec_between, check_checksums, damage_reported, open_fits
 from .surveys import AB_ZERO, PS1, ImagingSurvey, njy_of, survey_named
 
 # %% auto #0
@@ -531,8 +530,7 @@ def separation(self:ImageFacts,
     other:ImageFacts,
 ) -> float:
     "Distance of the middles of two images, arcsec; NaN where one has no coordinates."
-    places = np.radians([*self.centre, *other.centre])
-    return math.degrees(angular_separation(*places))*3600
+    return float(arcsec_between(*self.centre, *other.centre))
 
 # %% ../nbs/05_cutouts.ipynb #ba7b7e83
 def check_cutout(

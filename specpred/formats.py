@@ -29,8 +29,8 @@ from .config import (ArchiveParameters, DamagedFileError, InvalidInputError,
 __all__ = ['RUN2D_PATTERN', 'LEGACY_RUN2D', 'FIRST_BOSS_PLATE', 'FIRST_SDSS_V_PLATE', 'BOSS_RUN2D', 'PIXEL_MASK_BITS', 'DLOGLAM',
            'SPZLINES', 'check_run2d', 'spectrum_name', 'spectrum_path', 'specobjid_of_spectrum', 'SpectrumNames',
            'spectrum_of_specobjid', 'specobjid_of_position', 'damage_reported', 'check_checksums', 'open_fits',
-           'mask_bits', 'SDSSSpectrum', 'read_sdss', 'OtherPositionError', 'check_spectrum', 'sdss_spectrum_bytes',
-           'from_specutils', 'air_to_vacuum']
+           'mask_bits', 'SDSSSpectrum', 'arcsec_between', 'read_sdss', 'OtherPositionError', 'check_spectrum',
+           'sdss_spectrum_bytes', 'from_specutils', 'air_to_vacuum']
 
 # %% ../nbs/04_formats.ipynb #75790185
 RUN2D_PATTERN = r"\d{2,3}|v(5_\d{1,2}|6_[0-5]?\d)(_\d{1,2})?"  # of which identifiers have room
@@ -308,14 +308,23 @@ def fibre_diameter(self:SDSSSpectrum) -> float:
     if self.catalogid or self.plate >= FIRST_BOSS_PLATE: return 2.0
     return 3.0 if self.plate else math.nan
 
+def arcsec_between(
+    ra,  # degrees, one or many, like the others
+    dec,
+    other_ra,
+    other_dec,
+):
+    "Arcseconds between positions; NaN where one is."
+    angles = map(np.radians, (ra, dec, other_ra, other_dec))
+    return np.degrees(angular_separation(*angles))*3600
+
 @patch
 def separation(self:SDSSSpectrum,
     ra:float,  # degrees
     dec:float,  # degrees
 ) -> float:
     "Arcseconds between the fibre and a position; NaN where the file has no position."
-    angles = np.radians([self.ra, self.dec, ra, dec])
-    return float(np.degrees(angular_separation(*angles)))*3600
+    return float(arcsec_between(self.ra, self.dec, ra, dec))
 
 # %% ../nbs/04_formats.ipynb #e5b1e5b0
 class _Table(NamedTuple):
