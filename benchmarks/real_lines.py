@@ -5,8 +5,7 @@ populations, which are built from MILES's spectra of stars as those of this libr
 pPXF is not among the dependencies (its licence is for non-commercial use). Release 8.2.6 contains
 the E-MILES spectra: `pip install --no-deps ppxf==8.2.6`. With NumPy 2.4 and later the line
 `m = int(np.diff(ln_lim)/ln_scale)` of its log_rebin needs `np.diff(ln_lim).item()`."""
-import argparse
-import os
+import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from astropy.io import fits
-from real_spectra import row
+from real_spectra import row, spectra_paths
 
 from specpred.formats import DLOGLAM, air_to_vacuum, read_sdss
 from specpred.lines import measure_spectra
@@ -111,13 +110,8 @@ fits no negative lines. What MPA-JHU or Portsmouth measured in these galaxies wa
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=os.environ.get("SPECPRED_REAL_DATA"),
-        help="folder with spec-*.fits, at any depth")
-    chosen = parser.parse_args()
-    paths = sorted(Path(chosen.data).rglob("spec-*.fits")) if chosen.data else []
-    if not paths: parser.error("no spec-*.fits: give --data or SPECPRED_REAL_DATA")
-    if not find_spec("ppxf"): parser.error("there is no pPXF: pip install --no-deps ppxf==8.2.6")
+    paths = spectra_paths(__doc__)
+    if not find_spec("ppxf"): sys.exit("there is no pPXF: pip install --no-deps ppxf==8.2.6")
     warnings.simplefilter("ignore")  # of pPXF's older numpy calls
     rows = []
     for path in paths:

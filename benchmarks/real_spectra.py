@@ -134,13 +134,19 @@ def line_row(line):
         f"{line.native/line.area:.2f}", f"{line.native_on_level/line.area:.2f}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def spectra_paths(description):
+    "The spectra that the command line names, for a script with that description."
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=os.environ.get("SPECPRED_REAL_DATA"),
         help="folder with spec-*.fits, at any depth")
     chosen = parser.parse_args()
     paths = sorted(Path(chosen.data).rglob("spec-*.fits")) if chosen.data else []
     if not paths: parser.error("no spec-*.fits: give --data or SPECPRED_REAL_DATA")
+    return paths
+
+
+def main():
+    paths = spectra_paths(__doc__)
     spectra = {path: read_sdss(path) for path in paths}
     bins = [row(path.stem, f"{spectrum.redshift:.4f}", *compare_bins(spectrum))
         for path, spectrum in spectra.items()]
