@@ -19,10 +19,10 @@ from specpred.plotting import BLUE, GREEN, ORANGE, SKY
 from specpred.stages import STAGES, atomic_path
 
 TITLES = {
-    "08_mock_survey": "mock survey", "11_download": "download", "12_images": "images",
-    "14_eigenspectra": "spectra", "15_lines": "lines", "17_vae": "autoencoder",
-    "20_training": "training", "21_evaluation": "evaluation", "22_figures": "figures",
-    "24_predict": "prediction"}
+    "10_mock_survey": "mock survey", "13_download": "download", "14_images": "images",
+    "17_eigenspectra": "spectra", "18_lines": "lines", "20_vae": "autoencoder",
+    "23_training": "training", "24_evaluation": "evaluation", "25_figures": "figures",
+    "27_predict": "prediction"}
 
 
 def box(ax, x, y, width, height, text, color, **kwargs):
