@@ -19,7 +19,7 @@ __all__ = ['find_stage', 'choose_stages', 'NotebookFailed', 'execute_notebook', 
 
 # %% ../nbs/28_runner.ipynb #760bd181
 def find_stage(
-    name:str,  # "23_training", "20" or "training"
+    name:str,  # "23_training", "23" or "training"
 ) -> Stage:
     "The stage of that name or number. Raises `ProfileError` when there is none."
     for stage in STAGES.values():
