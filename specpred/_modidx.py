@@ -636,6 +636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'specpred.populations.StellarLibrary': ('populations.html#stellarlibrary', 'specpred/populations.py'),
                                       'specpred.populations.StellarLibrary.load': ( 'populations.html#stellarlibrary.load',
                                                                                     'specpred/populations.py'),
+                                      'specpred.populations._mix': ('populations.html#_mix', 'specpred/populations.py'),
                                       'specpred.populations.age_weights': ('populations.html#age_weights', 'specpred/populations.py'),
                                       'specpred.populations.broaden': ('populations.html#broaden', 'specpred/populations.py'),
                                       'specpred.populations.calzetti_curve': ('populations.html#calzetti_curve', 'specpred/populations.py'),

@@ -17,8 +17,8 @@ from speclite.filters import load_filter
 
 from .config import random_generator
 from .formats import DLOGLAM
-from .populations import (FINE_STEP, GAS_METALLICITY, LIGHT_SPEED, CompositePopulation,
-    FineBasis, StellarLibrary, broaden, calzetti_curve, coarse_basis, composite_population,
+from .populations import (FINE_STEP, LIGHT_SPEED, CompositePopulation, FineBasis,
+    StellarLibrary, broaden, calzetti_curve, coarse_basis, composite_population,
     milky_way_curve, star_formation_history)
 from .surveys import AB_ZERO, PS1, ImagingSurvey
 
@@ -90,7 +90,7 @@ def _draw_chemistry(kind, brightness, rng):
     face_on *= np.choose(kind, (0.05, 0.28, 0.22, 0.2, 0.65))
     disk_av = np.clip(face_on*axis_ratio**-0.6, 0, 2.5)
     return dict(bulge_log_z=bulge, disk_log_z=disk,
-        log_u=np.clip(-2.4 - 0.45*(disk + GAS_METALLICITY) + rng.normal(0, 0.1, n), -3.9, -2.0),
+        log_u=np.clip(-2.4 - 0.45*(disk + 0.15) + rng.normal(0, 0.1, n), -3.9, -2.0),
         disk_axis_ratio=axis_ratio, disk_av=disk_av,
         bulge_av=np.clip(0.05 + 0.35*disk_av*rng.random(n), 0, 1))
 
@@ -262,7 +262,7 @@ def component_light(
     *history, log_z, av, share = of_component(galaxies, component,
         "age", "tau", "recent_age", "recent_factor", "log_z", "av", "fraction")
     formed = star_formation_history(*history)
-    population = composite_population(library, formed, log_z, galaxies.log_u)
+    population = composite_population(library, formed, log_z, log_z + 0.15, galaxies.log_u)
     av = av[:, None]
     gas_dust = av/0.44*calzetti_curve(library.line_wavelength)
     lines = population.lines*10**(-0.4*gas_dust)

@@ -19,7 +19,7 @@ from scipy import interpolate
 from .config import DamagedFileError, MissingInputError, repo_root
 
 # %% auto #0
-__all__ = ['LOOKBACK', 'GAS_METALLICITY', 'OLDEST_IONIZING', 'R_V', 'LIGHT_SPEED', 'FINE_STEP', 'StellarLibrary',
+__all__ = ['LOOKBACK', 'OLDEST_IONIZING', 'SOLAR_OXYGEN', 'R_V', 'LIGHT_SPEED', 'FINE_STEP', 'StellarLibrary',
            'star_formation_history', 'interpolation_weights', 'age_weights', 'CoarseBasis', 'coarse_basis',
            'CompositePopulation', 'composite_population', 'calzetti_curve', 'milky_way_curve', 'library_sigma',
            'FineBasis', 'broaden']
@@ -84,7 +84,12 @@ def interpolation_weights(
     x,  # (X) where to interpolate
 ) -> np.ndarray:  # (X, A)
     "Weights of linear interpolation between `nodes`; outside, the nearest node's."
-    return np.stack([np.interp(x, nodes, unit) for unit in np.eye(len(nodes))], 1)
+    nodes, x = np.asarray(nodes), np.asarray(x)
+    right = np.clip(np.searchsorted(nodes, x), 1, len(nodes) - 1)
+    share = np.clip((x - nodes[right - 1])/(nodes[right] - nodes[right - 1]), 0, 1)
+    weights, row = np.zeros((len(x), len(nodes))), np.arange(len(x))
+    weights[row, right - 1], weights[row, right] = 1 - share, share
+    return weights
 
 def age_weights(
     formed,  # (N, T) of `star_formation_history`
@@ -114,8 +119,9 @@ def coarse_basis(
     return CoarseBasis(np.sqrt(edges[1:]*edges[:-1]), np.diff(edges), mean)
 
 # %% ../nbs/06_populations.ipynb #00b75855
-GAS_METALLICITY = 0.15  # dex by which the gas has more metals than the stars
 OLDEST_IONIZING = 10**7.45  # years
+SOLAR_OXYGEN = 8.71  # 12 + log O/H of the library's gas at one solar metallicity
+_NITROGEN = np.array([5201.7, 5756.2, 6549.9, 6585.3])  # lines of nitrogen, vacuum Angstrom
 
 class CompositePopulation(NamedTuple):
     "N mixtures of simple stellar populations with the gas that they ionize."
@@ -133,27 +139,36 @@ class CompositePopulation(NamedTuple):
         return self._replace(**{name: (getattr(self, name).T*mass).T for name in extensive})
 
 # %% ../nbs/06_populations.ipynb #a7aa3b9c
+def _mix(table, *weights):
+    "Sums (N, K) of a table (A, B, ..., K) with weights (N, A), (N, B), ...: one matrix product."
+    product = weights[0]
+    for more in weights[1:]:
+        product = (product[:, :, None]*more[:, None]).reshape(len(product), -1)
+    return product @ table.reshape(product.shape[1], -1)
+
 def composite_population(
     library:StellarLibrary,
     formed,  # (N, T) of `star_formation_history`
-    log_z,  # (N) log10 of the stars' metallicity, in solar ones
+    log_z,  # (N) log10 of the stars' metallicity, in solar ones (Z = 0.02)
+    gas_log_z,  # (N) log10 of the gas's, in solar ones: 12 + log O/H = `SOLAR_OXYGEN` + gas_log_z
     log_u,  # (N) log10 of the ionization parameter
+    nitrogen=0.0,  # (N) or a number: dex by which N/O exceeds the library's at this O/H
 ) -> CompositePopulation:
-    "Starlight, nebular continuum and emission lines of one solar mass formed."
-    def mix(subscripts, *operands): return np.einsum(subscripts, *operands, optimize=True)
+    """Starlight, nebular continuum and emission lines of one solar mass formed. `nitrogen` scales
+    the lines of nitrogen alone, as if the gas's temperature stayed the same."""
+    log_nodes = np.log10(library.metallicity)
     ages = age_weights(formed, library.age)
     young = age_weights(formed, library.nebular_age, oldest=OLDEST_IONIZING)
-    log_nodes = np.log10(library.metallicity)
-    stars_z = interpolation_weights(log_nodes, np.asarray(log_z))
-    gas_z = interpolation_weights(log_nodes, np.asarray(log_z) + GAS_METALLICITY)
-    u_weights = interpolation_weights(library.log_u, np.asarray(log_u))
-    continuum = mix("na,nz,azk->nk", ages, stars_z, library.coefficients)
-    continuum += mix("na,nz,azk->nk", young, gas_z, library.nebular_coefficients)
-    lines = mix("nu,nz,na,uzal->nl", u_weights, gas_z, young, library.line_luminosity)
-    return CompositePopulation(continuum, np.maximum(lines, 0),
-        living_mass=mix("na,nz,az->n", ages, stars_z, library.living_fraction),
-        sfr=formed[:, LOOKBACK <= 1e8].sum(1)/1e8,
-        mass_weighted_age=ages @ library.age/1e9)
+    stars_z, gas_z = (interpolation_weights(log_nodes, z) for z in (log_z, gas_log_z))
+    u_weights = interpolation_weights(library.log_u, log_u)
+    lines = np.maximum(_mix(library.line_luminosity, u_weights, gas_z, young), 0)
+    of_nitrogen = np.abs(library.line_wavelength[:, None] - _NITROGEN).min(1) < 1
+    lines *= np.where(of_nitrogen, 10**np.reshape(nitrogen, (-1, 1)), 1)
+    return CompositePopulation(
+        coefficients=_mix(library.coefficients, ages, stars_z)
+            + _mix(library.nebular_coefficients, young, gas_z),
+        lines=lines, living_mass=_mix(library.living_fraction, ages, stars_z)[:, 0],
+        sfr=formed[:, LOOKBACK <= 1e8].sum(1)/1e8, mass_weighted_age=ages @ library.age/1e9)
 
 # %% ../nbs/06_populations.ipynb #0c2ea6a6
 def calzetti_curve(
