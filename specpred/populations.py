@@ -19,10 +19,10 @@ from scipy import interpolate
 from .config import DamagedFileError, MissingInputError, repo_root
 
 # %% auto #0
-__all__ = ['LOOKBACK', 'OLDEST_IONIZING', 'SOLAR_OXYGEN', 'R_V', 'LIGHT_SPEED', 'FINE_STEP', 'StellarLibrary',
+__all__ = ['LOOKBACK', 'LIGHT_SPEED', 'OLDEST_IONIZING', 'SOLAR_OXYGEN', 'R_V', 'FINE_STEP', 'StellarLibrary',
            'star_formation_history', 'interpolation_weights', 'age_weights', 'CoarseBasis', 'coarse_basis',
-           'CompositePopulation', 'composite_population', 'calzetti_curve', 'milky_way_curve', 'library_sigma',
-           'FineBasis', 'broaden']
+           'CompositePopulation', 'composite_population', 'hydrogen_lines', 'active_nucleus_lines',
+           'power_law_continuum', 'calzetti_curve', 'milky_way_curve', 'library_sigma', 'FineBasis', 'broaden']
 
 # %% ../nbs/06_populations.ipynb #78d40dba
 @dataclass(frozen=True, eq=False)  # compared by identity, so that results can be cached
@@ -119,9 +119,10 @@ def coarse_basis(
     return CoarseBasis(np.sqrt(edges[1:]*edges[:-1]), np.diff(edges), mean)
 
 # %% ../nbs/06_populations.ipynb #00b75855
+LIGHT_SPEED = 2.99792458e5  # km/s
 OLDEST_IONIZING = 10**7.45  # years
-SOLAR_OXYGEN = 8.71  # 12 + log O/H of the library's gas at one solar metallicity
-_NITROGEN = np.array([5201.7, 5756.2, 6549.9, 6585.3])  # lines of nitrogen, vacuum Angstrom
+SOLAR_OXYGEN = 8.71  # 12 + log O/H of the library's gas at one solar metallicity, outside of dust
+_NITROGEN = (5202, 5756, 6550, 6585)  # its lines, whole vacuum Angstrom
 
 class CompositePopulation(NamedTuple):
     "N mixtures of simple stellar populations with the gas that they ionize."
@@ -138,6 +139,12 @@ class CompositePopulation(NamedTuple):
         extensive = ("coefficients", "lines", "living_mass", "sfr")
         return self._replace(**{name: (getattr(self, name).T*mass).T for name in extensive})
 
+# %% ../nbs/06_populations.ipynb #7814f92e
+def _nitrogen_excess(gas_log_z):
+    "dex by which the mean N/O of galaxies exceeds the library's (Andrews & Martini 2013, eq. 8)."
+    galaxies = np.maximum(-1.43, 1.73*(SOLAR_OXYGEN + np.asarray(gas_log_z)) - 16.15)
+    return galaxies - np.maximum(-1.50, -0.87 + np.asarray(gas_log_z))
+
 # %% ../nbs/06_populations.ipynb #a7aa3b9c
 def _mix(table, *weights):
     "Sums (N, K) of a table (A, B, ..., K) with weights (N, A), (N, B), ...: one matrix product."
@@ -152,23 +159,89 @@ def composite_population(
     log_z,  # (N) log10 of the stars' metallicity, in solar ones (Z = 0.02)
     gas_log_z,  # (N) log10 of the gas's, in solar ones: 12 + log O/H = `SOLAR_OXYGEN` + gas_log_z
     log_u,  # (N) log10 of the ionization parameter
-    nitrogen=0.0,  # (N) or a number: dex by which N/O exceeds the library's at this O/H
+    nitrogen=0.0,  # (N) or a number: dex by which N/O exceeds the mean of galaxies of this O/H
 ) -> CompositePopulation:
-    """Starlight, nebular continuum and emission lines of one solar mass formed. `nitrogen` scales
-    the lines of nitrogen alone, as if the gas's temperature stayed the same."""
+    """Starlight, nebular continuum and emission lines of one solar mass formed. N/O scales the
+    lines of nitrogen alone, as if the gas's temperature stayed the same."""
     log_nodes = np.log10(library.metallicity)
     ages = age_weights(formed, library.age)
     young = age_weights(formed, library.nebular_age, oldest=OLDEST_IONIZING)
     stars_z, gas_z = (interpolation_weights(log_nodes, z) for z in (log_z, gas_log_z))
     u_weights = interpolation_weights(library.log_u, log_u)
     lines = np.maximum(_mix(library.line_luminosity, u_weights, gas_z, young), 0)
-    of_nitrogen = np.abs(library.line_wavelength[:, None] - _NITROGEN).min(1) < 1
-    lines *= np.where(of_nitrogen, 10**np.reshape(nitrogen, (-1, 1)), 1)
+    of_nitrogen = np.isin(library.line_wavelength.round(), _NITROGEN)
+    n_o = np.reshape(nitrogen + _nitrogen_excess(gas_log_z), (-1, 1))
+    lines *= np.where(of_nitrogen, 10**n_o, 1)
     return CompositePopulation(
         coefficients=_mix(library.coefficients, ages, stars_z)
             + _mix(library.nebular_coefficients, young, gas_z),
         lines=lines, living_mass=_mix(library.living_fraction, ages, stars_z)[:, 0],
         sfr=formed[:, LOOKBACK <= 1e8].sum(1)/1e8, mass_weighted_age=ages @ library.age/1e9)
+
+# %% ../nbs/06_populations.ipynb #34ccb6b0
+# vacuum wavelength, and strength relative to H beta in Seyfert galaxies and in LINERs
+_NARROW_LINES = np.array("""
+    3343.1 0.08 0.02  3727.1 1.10 2.30  3729.9 1.40 2.90  3869.9 1.00 0.60  3968.6 0.30 0.18
+    4069.8 0.15 0.25  4077.5 0.05 0.08  4364.4 0.15 0.10  4472.8 0.04 0.04  4687.0 0.25 0.06
+    4960.3 2.17 0.60  5008.2 6.50 1.80  5201.7 0.12 0.30  5756.2 0.05 0.08  5877.3 0.12 0.12
+    6302.0 0.45 0.70  6365.5 0.15 0.23  6313.8 0.05 0.02  6549.9 0.92 1.30  6585.3 2.80 3.95
+    6680.0 0.03 0.03  6718.3 0.80 1.55  6732.7 0.80 1.35  7067.2 0.04 0.03  7137.8 0.20 0.10
+    7325.0 0.12 0.15  7334.0 0.10 0.12  9071.1 0.50 0.25  9533.2 1.25 0.60""".split(),
+    float).reshape(-1, 3)
+# Balmer and Paschen lines relative to H beta, without H alpha
+_HYDROGEN = np.array("""
+    3799.0 0.053  3836.5 0.073  3890.2 0.105  3971.2 0.159  4102.9 0.259  4341.7 0.468  4862.7 1
+    9017.4 0.018  9231.6 0.025  9548.6 0.037  10052.2 0.055  10941.1 0.090""".split(),
+    float).reshape(-1, 2)
+_HALPHA = 6564.61
+
+def _on_lines(library, wavelength, strength):
+    "Strengths (L) of the library's lines, from those of the lines nearest to `wavelength`."
+    on_lines = np.zeros(len(library.line_wavelength))
+    on_lines[np.abs(library.line_wavelength - wavelength[:, None]).argmin(1)] = strength
+    return on_lines
+
+# %% ../nbs/06_populations.ipynb #f50e15b8
+def hydrogen_lines(
+    library:StellarLibrary,
+    halpha,  # (N) luminosity of H alpha, solar luminosities
+    decrement:float=3.1,  # H alpha / H beta before dust; 2.86 around stars
+) -> np.ndarray:  # (N, L) solar luminosities
+    "Balmer and Paschen lines alone, such as the broad ones of type-1 nuclei."
+    lines = _on_lines(library, *_HYDROGEN.T)/decrement
+    lines += _on_lines(library, np.array([_HALPHA]), 1)
+    return np.reshape(halpha, (-1, 1))*lines
+
+def active_nucleus_lines(
+    library:StellarLibrary,
+    halpha,  # (N) luminosity of narrow H alpha, solar luminosities
+    seyfert,  # (N) or a number: share of H alpha with a Seyfert's spectrum; the rest is a LINER's
+    ionization=0.0,  # (N) or a number: dex by which [O III] and [Ne III] exceed the typical ones
+    nitrogen=0.0,  # (N) or a number: dex by which [N II] and [N I] exceed the typical ones
+    neutral=0.0,  # (N) or a number: the same of [O I] and [S II], from the partly ionized zone
+    decrement:float=3.1,  # H alpha / H beta before dust; 2.86 for gas around old stars
+) -> np.ndarray:  # (N, L) solar luminosities, before dust
+    """Narrow lines of active nuclei and, with `seyfert=0`, of gas around hot old stars. Seyfert
+    galaxies have `ionization` from -0.35 to 0.25, LINERs from -0.25 to 0.15, both `nitrogen` within
+    0.2 and `neutral` within 0.1 (Kewley et al. 2006)."""
+    halpha, seyfert, ionization, nitrogen, neutral = (np.reshape(x, (-1, 1))
+        for x in (halpha, seyfert, ionization, nitrogen, neutral))
+    wavelength, *kinds = _NARROW_LINES.T
+    of_seyfert, of_liner = (_on_lines(library, wavelength, kind) for kind in kinds)
+    def is_one_of(*lines): return np.isin(library.line_wavelength.round(), lines)
+    scale = (ionization*is_one_of(3343, 3870, 3969, 4364, 4960, 5008)
+        + nitrogen*is_one_of(*_NITROGEN)
+        + neutral*is_one_of(4070, 4078, 6302, 6366, 6718, 6733))
+    forbidden = (seyfert*of_seyfert + (1 - seyfert)*of_liner)*10**scale
+    return halpha/decrement*forbidden + hydrogen_lines(library, halpha, decrement)
+
+# %% ../nbs/06_populations.ipynb #4a873449
+def power_law_continuum(
+    wavelength,  # rest frame, Angstrom
+    slope:float=-1.56,  # of the flux per wavelength
+) -> np.ndarray:
+    "Continuum of an unobscured nucleus, 1 at 5100 Angstrom (Vanden Berk et al. 2001)."
+    return (np.asarray(wavelength)/5100.0)**slope
 
 # %% ../nbs/06_populations.ipynb #0c2ea6a6
 def calzetti_curve(
@@ -190,7 +263,6 @@ def milky_way_curve(
     return R_V*CCM89(R_V)(1e4/np.asarray(wavelength)/u.micron)
 
 # %% ../nbs/06_populations.ipynb #c1452c47
-LIGHT_SPEED = 2.99792458e5  # km/s
 FINE_STEP = 0.5e-4  # dex, half an SDSS pixel
 
 def library_sigma(
