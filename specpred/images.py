@@ -26,9 +26,9 @@ from .surveys import PS1, ImagingSurvey, survey_named
 
 # %% auto #0
 __all__ = ['central_crop', 'Galaxy', 'check_bands', 'combine_bands', 'read_galaxy', 'composite', 'GalaxyImage', 'sky_statistics',
-           'aperture_magnitudes', 'signal_to_noise', 'masked_fraction', 'storage_scale', 'pack_images', 'pack_arrays',
-           'find_rows', 'ImageStore', 'open_images', 'check_images', 'ImageTransform', 'fit_transform', 'turn', 'shift',
-           'rotate', 'Draws', 'Augmentation', 'augment']
+           'aperture_weights', 'asinh_magnitude', 'aperture_magnitudes', 'signal_to_noise', 'masked_fraction',
+           'storage_scale', 'pack_images', 'pack_arrays', 'find_rows', 'ImageStore', 'open_images', 'check_images',
+           'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Draws', 'Augmentation', 'augment']
 
 # %% ../nbs/14_images.ipynb #1f0339ea
 def central_crop(
@@ -165,19 +165,37 @@ def _distance(shape:tuple) -> np.ndarray:
     y, x = np.ogrid[:height, :width]
     return np.hypot(y - (height - 1)/2, x - (width - 1)/2)
 
-def _in_aperture(shape:tuple, pixel_scale:float, radius:float) -> np.ndarray:
-    "(height, width) bool: which pixels of an image lie within `radius` arcsec of its centre."
-    return _distance(shape) <= radius/pixel_scale
+def aperture_weights(
+    shape:tuple,  # (..., height, width) of an image
+    radius:float,  # of a circle around its centre, pixels
+) -> np.ndarray:
+    "(height, width) share of each pixel's area that lies inside the circle, to 0.1 %."
+    def share(across, along):
+        "By 20 lines through each pixel, whose lengths inside the circle are exact."
+        lines = across[..., None] + (np.arange(20) + .5)/20 - .5
+        end = np.sqrt(np.maximum(radius**2 - lines**2, 0))
+        along = along[..., None]
+        return np.maximum(np.minimum(along + .5, end) - np.maximum(along - .5, -end), 0).mean(-1)
+    y, x = (np.arange(n) - (n - 1)/2 for n in shape[-2:])
+    y, x = y[:, None], x[None]
+    return (share(y, x) + share(x, y))/2  # the same for an image that is turned
+
+def asinh_magnitude(
+    flux,  # nJy
+):
+    """AB magnitude, as an asinh magnitude (Lupton, Gunn & Szalay 1999) that turns linear at 100 nJy
+    (26.4 mag) and exists for negative fluxes."""
+    return 31.4 - 2.5/np.log(10)*(np.arcsinh(flux/200) + np.log(100))
 
 def aperture_magnitudes(
     flux:np.ndarray,  # (..., height, width) nJy
     pixel_scale:float,  # arcsec
     radius:float = 5.,  # of the aperture, arcsec
 ) -> np.ndarray:
-    """AB magnitudes (...) in a circular aperture at the centre, as asinh magnitudes
-    (Lupton, Gunn & Szalay 1999) that turn linear at 100 nJy (26.4 mag)."""
-    total = flux[..., _in_aperture(flux.shape, pixel_scale, radius)].sum(-1, dtype=np.float64)
-    return 31.4 - 2.5/np.log(10)*(np.arcsinh(total/200) + np.log(100))
+    "AB magnitudes (...) of `asinh_magnitude` in a circular aperture at the image's centre."
+    weights = aperture_weights(flux.shape, radius/pixel_scale)
+    inside = weights > 0
+    return asinh_magnitude((flux[..., inside]*weights[inside]).sum(-1, dtype=np.float64))
 
 def signal_to_noise(
     flux:np.ndarray,  # (..., height, width) nJy
@@ -188,9 +206,9 @@ def signal_to_noise(
     """Signal-to-noise ratio (...) of what lies at the centre, above the level of the border: 0 for
     a constant image, infinite for a source without noise around it."""
     level, noise = sky_statistics(flux, mask)
-    inside = _in_aperture(flux.shape, pixel_scale, radius) & ~np.asarray(mask)
-    signal = ((flux - level[..., None, None])*inside).sum((-2, -1))
-    noise = noise*np.sqrt(np.broadcast_to(inside, flux.shape).sum((-2, -1)))
+    weights = aperture_weights(flux.shape, radius/pixel_scale)*~np.asarray(mask)
+    signal = ((flux - level[..., None, None])*weights).sum((-2, -1))
+    noise = noise*np.sqrt(np.broadcast_to(weights**2, flux.shape).sum((-2, -1)))
     return np.divide(signal, noise, where=noise > 0, out=np.where(signal > 0, np.inf, 0.))
 
 # %% ../nbs/14_images.ipynb #ec6ba947
