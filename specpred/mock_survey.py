@@ -15,6 +15,7 @@ import h5py
 import joblib
 import numpy as np
 import pandas as pd
+from scipy import interpolate
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
@@ -29,10 +30,10 @@ from .stages import atomic_path
 from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
-__all__ = ['SKY_BRIGHTNESS', 'SKY_FLUX', 'TRUTH_LINES', 'DIAGNOSTICS', 'PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG',
-           'SUBCELLS', 'MAIN_GALAXY', 'BLOCK', 'sdss_variance', 'ObservedSpectrum', 'observe_spectrum', 'draw_subclass',
-           'Conditions', 'draw_conditions', 'layout_skycells', 'draw_survey', 'make_skycell', 'SpectraBlock',
-           'make_spectra', 'make_survey', 'true_spectra']
+__all__ = ['SKY_BRIGHTNESS', 'SKY_FLUX', 'SKY_RESIDUAL', 'TRUTH_LINES', 'DIAGNOSTICS', 'PS1_EXPOSURES', 'OTHER_EXPOSURES',
+           'PROJCELL_DEG', 'SUBCELLS', 'MAIN_GALAXY', 'BLOCK', 'sdss_variance', 'sky_residuals', 'calibration_error',
+           'ObservedSpectrum', 'observe_spectrum', 'draw_subclass', 'Conditions', 'draw_conditions', 'layout_skycells',
+           'draw_survey', 'make_skycell', 'SpectraBlock', 'make_spectra', 'make_survey', 'true_spectra']
 
 # %% ../nbs/10_mock_survey.ipynb #fe12eca1
 # wavelength in air and strength relative to the sky's continuum
@@ -75,6 +76,44 @@ def sdss_variance(
     usual = sky**2*SKY_BRIGHTNESS + photon*np.maximum(flux, 0)
     return depth**2*usual + (0.012*flux)**2
 
+# %% ../nbs/10_mock_survey.ipynb #1fef04c0
+SKY_RESIDUAL = 0.015  # rms of the residual over the flux of the sky's lines
+
+def sky_residuals(
+    rng:np.random.Generator,
+) -> np.ndarray:  # (P) 1e-17 erg/s/cm2/Angstrom
+    "What the subtraction of the sky leaves of its lines in one spectrum."
+    lines = SKY_FLUX*(1 - 1/SKY_BRIGHTNESS)
+    patterns = lines, 1.5*np.gradient(lines)  # of a wrong strength and a shift by so many pixels
+    oh = WAVELENGTH > 6800
+    factors = SKY_RESIDUAL*rng.normal(size=(2, 2))
+    return sum(np.where(oh, a, b)*p for p, (a, b) in zip(patterns, factors, strict=True))
+
+# %% ../nbs/10_mock_survey.ipynb #078fa34a
+# wavelength, and rms of the error of the calibration, half of its variance common to a plate
+_CALIBRATION = np.array("""
+    3800 0.030  4500 0.018  5400 0.012  6500 0.010  7800 0.012  9220 0.018""".split(),
+    float).reshape(-1, 2)
+
+def calibration_error(
+    rng:np.random.Generator,  # of a plate, or of a spectrum; the whole error is the product of both
+) -> np.ndarray:  # (P) factor of the flux
+    "A smooth error of the flux calibration."
+    wavelength, rms = _CALIBRATION.T
+    curve = interpolate.CubicSpline(np.log10(wavelength), rms*rng.normal(size=len(rms))/np.sqrt(2))
+    inside = np.clip(LOGLAM, *np.log10(wavelength[[0, -1]]))
+    return np.exp(curve(inside))
+
+# %% ../nbs/10_mock_survey.ipynb #bf188503
+def _excess_variance(n, rng):
+    "(n) true variance over the one that `ivar` tells; 1 in most spectra."
+    excess, factor = np.ones(n), rng.uniform(1.2, 2, 2)
+    everywhere, somewhere = rng.random(2) < (0.1, 0.2)
+    start, length = rng.integers(0, n), rng.integers(100, 600)
+    if everywhere: excess *= factor[0]
+    if somewhere: excess[start:start + length] *= factor[1]
+    return excess
+
 # %% ../nbs/10_mock_survey.ipynb #7e1d1559
 class ObservedSpectrum(NamedTuple):
     "A spectrum as SDSS would publish it, on `LOGLAM`."
@@ -95,10 +134,14 @@ def observe_spectrum(
     flux,  # (P) noiseless, on `LOGLAM`
     variance,  # (P) of `sdss_variance`
     rng:np.random.Generator,
+    calibration=1.0,  # (P) error of the calibration that all spectra of the plate share
 ) -> ObservedSpectrum:
-    "Adds noise and loses some pixels."
+    "Adds noise and the faults of the spectrograph, and loses some pixels."
     n = len(flux)
-    observed, ivar = flux + rng.normal(size=n)*np.sqrt(variance), 1/variance
+    noise = rng.normal(size=n)*np.sqrt(variance*_excess_variance(n, rng))
+    calibration = calibration*calibration_error(rng)
+    observed = calibration*(flux + noise + sky_residuals(rng))
+    ivar = 1/(variance*calibration**2)
     and_mask, or_mask = np.zeros((2, n), np.int32)
     and_mask[SKY_BRIGHTNESS > 2.5] = mask_bits(["BRIGHTSKY"])
     for hit in _cosmic_rays(n, 2, 5, rng):
@@ -125,8 +168,9 @@ def draw_subclass(
     galaxy,  # row of the galaxies' table
     rng:np.random.Generator,
 ) -> str:
-    """SDSS's subclass of a galaxy: STARFORMING when four lines are seen (3 sigma), STARBURST when
-    H alpha also has an observed equivalent width of more than 50 Angstrom."""
+    """SDSS's subclass of a galaxy when four lines are seen (3 sigma): AGN if log [O III]/H beta
+    exceeds 0.7 - 1.2 (log [N II]/H alpha + 0.4), else STARFORMING, or STARBURST when H alpha has
+    an observed equivalent width of more than 50 Angstrom."""
     in_table = [list(SPZLINES).index(name) for name in DIAGNOSTICS]
     observed = np.array(list(SPZLINES.values()))[in_table]*(1 + galaxy.redshift)
     pixel = np.round(pixel_of(observed)).astype(int)[:, None]
@@ -136,6 +180,8 @@ def draw_subclass(
     noise = error*rng.normal(size=len(SPZLINES))[in_table]
     area = [lines[name] for name in DIAGNOSTICS] + noise
     if not (area > 3*error).all(): return ""
+    hbeta, oiii, nii, halpha = np.log10(area)
+    if oiii - hbeta > 0.7 - 1.2*(nii - halpha + 0.4): return "AGN"
     continuum = np.median(flux[pixel[-1] + np.arange(-20, 21)])
     return "STARBURST" if area[-1] > 50*continuum else "STARFORMING"
 
@@ -307,7 +353,8 @@ def _observe_galaxy(folder, galaxy, flux, lines, seed):
     "Writes a spectrum unless it is there; returns what SDSS's pipeline measures of it."
     rng = random_generator(seed, "mock", galaxy.Index, "spectrum")
     variance = sdss_variance(flux, galaxy.depth)
-    observed = observe_spectrum(flux, variance, rng)
+    plate = random_generator(seed, "mock", "calibration", galaxy.plate)
+    observed = observe_spectrum(flux, variance, rng, calibration_error(plate))
     s_n = np.median(flux*np.sqrt(observed.ivar))
     z_err = 8e-5/(1 + s_n)
     measured = dict(subclass=draw_subclass(lines, flux, variance, galaxy, rng),

@@ -150,7 +150,8 @@ def _mix(table, *weights):
     "Sums (N, K) of a table (A, B, ..., K) with weights (N, A), (N, B), ...: one matrix product."
     product = weights[0]
     for more in weights[1:]:
-        product = (product[:, :, None]*more[:, None]).reshape(len(product), -1)
+        shape = len(product), product.shape[1]*more.shape[1]
+        product = (product[:, :, None]*more[:, None]).reshape(shape)
     return product @ table.reshape(product.shape[1], -1)
 
 def composite_population(

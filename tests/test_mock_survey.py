@@ -58,20 +58,74 @@ def test_catalogue_matches_files(survey):
         assert spectrum.redshift == pytest.approx(row.z, abs=1e-6)
 
 
+def residuals_of(folder, row):
+    "Observed minus noiseless flux, `ivar` and whether a pixel is in a sky line, with data only."
+    spectrum = observed(folder, row)
+    loglam, (flux,) = mock.true_spectra(folder, [row.specobjid])
+    first = np.searchsorted(loglam, spectrum.loglam0 - 5e-5)
+    covered, good = slice(first, first + len(spectrum.flux)), spectrum.ivar > 0
+    assert (spectrum.and_mask[~good] & mask_bits(["NODATA"])).all()
+    assert (spectrum.or_mask & spectrum.and_mask == spectrum.and_mask).all()
+    in_line = mock.SKY_BRIGHTNESS[covered] > 1.5
+    return (spectrum.flux - flux[covered])[good], spectrum.ivar[good], in_line[good]
+
+
 def test_noise_is_what_ivar_says(survey):
     folder, truth = survey
-    pulls = []
+    widths = []
     for row in truth.itertuples():
-        spectrum = observed(folder, row)
-        loglam, (flux,) = mock.true_spectra(folder, [row.specobjid])
-        first = np.searchsorted(loglam, spectrum.loglam0 - 5e-5)
-        model, good = flux[first:first + len(spectrum.flux)], spectrum.ivar > 0
-        assert (spectrum.and_mask[~good] & mask_bits(["NODATA"])).all()
-        assert (spectrum.or_mask & spectrum.and_mask == spectrum.and_mask).all()
-        pulls.append(((spectrum.flux - model)*np.sqrt(spectrum.ivar))[good])
-    pulls = np.concatenate(pulls)
-    assert abs(pulls.mean()) < 0.02
-    assert pulls.std() == pytest.approx(1, abs=0.02)
+        residual, ivar, in_line = residuals_of(folder, row)
+        variance = 1/ivar
+        # from pixel to pixel, where a smooth error of the calibration cancels
+        pulls = np.diff(residual)/np.sqrt(variance[1:] + variance[:-1])
+        widths.append(pulls[~(in_line[1:] | in_line[:-1])].std())
+    assert np.median(widths) == pytest.approx(1, abs=0.02)
+    assert min(widths) > 0.95
+    assert max(widths) < 1.45  # where `ivar` is wrong
+
+
+def observe_many(flux, variance, n=300, **options):
+    return [mock.observe_spectrum(flux, variance, np.random.default_rng(k), **options)
+        for k in range(n)]
+
+
+def test_calibration_bends_spectra():
+    flux = np.full(len(LOGLAM), 1e4)  # so bright that neither noise nor sky matter
+    variance = np.full(len(LOGLAM), 1e-4)
+    plate = mock.calibration_error(np.random.default_rng(1))
+    spectra = observe_many(flux, variance, calibration=plate)
+    ratio = np.array([s.flux for s in spectra])/flux
+    ratio = np.where([s.ivar > 0 for s in spectra], ratio, np.nan)
+    centre = np.nanmean(ratio, axis=0)
+    assert centre == pytest.approx(plate, abs=0.01)  # the plate's part is common
+    scatter = np.nanstd(ratio, axis=0)
+    assert scatter[:50] == pytest.approx(0.021, abs=0.006)
+    assert scatter[1000:] == pytest.approx(0.009, abs=0.005)
+    steps = np.abs(np.diff(ratio, axis=1))
+    assert np.nanmax(steps) < 1e-3  # smooth
+    good = spectra[0].ivar > 0
+    assert (spectra[0].ivar*variance*ratio[0]**2)[good] == pytest.approx(1, rel=1e-3)
+
+
+def test_residuals_of_the_sky_are_in_lines_and_common_to_them():
+    residuals = np.array([mock.sky_residuals(np.random.default_rng(k)) for k in range(300)])
+    lines = mock.SKY_FLUX*(1 - 1/mock.SKY_BRIGHTNESS)
+    strong = lines > 10
+    share = residuals[:, strong].std()/lines[strong].mean()
+    assert 0.01 < share < 0.03
+    assert np.abs(residuals[:, lines < 0.01]).max() < 0.03
+    peaks = [np.abs(LOGLAM - np.log10(w*1.000277)).argmin() for w in (8399.2, 8885.9, 5577.3)]
+    correlation = np.corrcoef(residuals[:, peaks].T)
+    assert correlation[0, 1] > 0.7  # both of OH
+    assert abs(correlation[0, 2]) < 0.2  # oxygen
+
+
+def test_some_ivar_are_too_large():
+    spectra = observe_many(np.zeros(len(LOGLAM)), np.full(len(LOGLAM), 1e4))
+    widths = np.array([(s.flux*np.sqrt(s.ivar))[s.ivar > 0].std() for s in spectra])
+    assert np.median(widths) == pytest.approx(1, abs=0.02)
+    assert 0.05 < (widths > 1.08).mean() < 0.2
+    assert widths.max() < 1.5
 
 
 def test_truth_holds_the_lines(survey):
