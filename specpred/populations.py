@@ -22,7 +22,8 @@ from .config import DamagedFileError, MissingInputError, repo_root
 __all__ = ['LOOKBACK', 'LIGHT_SPEED', 'OLDEST_IONIZING', 'SOLAR_OXYGEN', 'R_V', 'FINE_STEP', 'StellarLibrary',
            'star_formation_history', 'interpolation_weights', 'age_weights', 'CoarseBasis', 'coarse_basis',
            'CompositePopulation', 'composite_population', 'hydrogen_lines', 'active_nucleus_lines',
-           'power_law_continuum', 'calzetti_curve', 'milky_way_curve', 'library_sigma', 'FineBasis', 'broaden']
+           'power_law_continuum', 'calzetti_curve', 'milky_way_curve', 'sodium_width', 'sodium_absorption',
+           'library_sigma', 'FineBasis', 'broaden']
 
 # %% ../nbs/06_populations.ipynb #78d40dba
 @dataclass(frozen=True, eq=False)  # compared by identity, so that results can be cached
@@ -247,12 +248,13 @@ def power_law_continuum(
 # %% ../nbs/06_populations.ipynb #0c2ea6a6
 def calzetti_curve(
     wavelength,  # rest frame, Angstrom, 1200 to 22000
+    slope=0.0,  # exponent by which the law is steeper (negative) or flatter, broadcast
 ) -> np.ndarray:
-    "Attenuation in magnitudes for A_V = 1 (Calzetti et al. 2000, eq. 4)."
+    "Attenuation in magnitudes for A_V = 1 (Calzetti et al. 2000, eq. 4; Noll et al. 2009, eq. 9)."
     x = np.asarray(wavelength)/1e4
     blue = 2.659*(-2.156 + 1.509/x - 0.198/x**2 + 0.011/x**3) + 4.05
     red = 2.659*(-1.857 + 1.040/x) + 4.05
-    return np.where(x < 0.63, blue, red)/4.05
+    return np.where(x < 0.63, blue, red)/4.05*(x/0.55)**slope
 
 # %% ../nbs/06_populations.ipynb #9d9f5d7e
 R_V = 3.1  # of the Milky Way
@@ -262,6 +264,29 @@ def milky_way_curve(
 ) -> np.ndarray:
     "Extinction in magnitudes for E(B-V) = 1 (Cardelli et al. 1989)."
     return R_V*CCM89(R_V)(1e4/np.asarray(wavelength)/u.micron)
+
+# %% ../nbs/06_populations.ipynb #7c42025c
+_SODIUM = ((5891.58, 2.0), (5897.56, 1.0))  # vacuum Angstrom, and relative strength
+
+def sodium_width(
+    ebv,  # reddening E(B-V) of the gas in front of the stars, magnitudes
+) -> np.ndarray:
+    "Equivalent width of interstellar Na D, both lines, in Angstrom (Poznanski et al. 2012)."
+    return np.maximum(np.log10(np.maximum(ebv, 1e-9)) + 1.85, 0)/1.17
+
+def sodium_absorption(
+    wavelength,  # (W) rest frame, Angstrom
+    width,  # (N) or a number: equivalent width of both lines, Angstrom
+    sigma:float=100.0,  # velocity dispersion of the gas, km/s
+) -> np.ndarray:  # (N, W), or (W): the part of the light that passes
+    "Transmission of interstellar sodium."
+    profile = 0
+    for centre, strength in _SODIUM:
+        scale = centre*sigma/LIGHT_SPEED
+        gauss = np.exp(-0.5*((np.asarray(wavelength) - centre)/scale)**2)
+        profile = profile + strength/3*gauss/(np.sqrt(2*np.pi)*scale)
+    depth = np.asarray(width)[..., None]*profile
+    return np.maximum(1 - depth, 0)
 
 # %% ../nbs/06_populations.ipynb #c1452c47
 FINE_STEP = 0.5e-4  # dex, half an SDSS pixel
