@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from astropy.io import fits
-from real_spectra import row, spectra_paths
+from real_spectra import command_line, row, spectra_paths
 
 from specpred.formats import DLOGLAM, air_to_vacuum, read_sdss
 from specpred.lines import measure_spectra
@@ -110,7 +110,7 @@ fits no negative lines. What MPA-JHU or Portsmouth measured in these galaxies wa
 
 
 def main():
-    paths = spectra_paths(__doc__)
+    paths, _ = spectra_paths(command_line(__doc__))
     if not find_spec("ppxf"): sys.exit("there is no pPXF: pip install --no-deps ppxf==8.2.6")
     warnings.simplefilter("ignore")  # of pPXF's older numpy calls
     rows = []

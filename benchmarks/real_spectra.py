@@ -134,19 +134,24 @@ def line_row(line):
         f"{line.native/line.area:.2f}", f"{line.native_on_level/line.area:.2f}")
 
 
-def spectra_paths(description):
-    "The spectra that the command line names, for a script with that description."
+def command_line(description):
+    "The command line of a script on real spectra; `spectra_paths` reads it."
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=os.environ.get("SPECPRED_REAL_DATA"),
         help="folder with spec-*.fits, at any depth")
+    return parser
+
+
+def spectra_paths(parser):
+    "The spectra that the command line names, and all its arguments."
     chosen = parser.parse_args()
     paths = sorted(Path(chosen.data).rglob("spec-*.fits")) if chosen.data else []
     if not paths: parser.error("no spec-*.fits: give --data or SPECPRED_REAL_DATA")
-    return paths
+    return paths, chosen
 
 
 def main():
-    paths = spectra_paths(__doc__)
+    paths, _ = spectra_paths(command_line(__doc__))
     spectra = {path: read_sdss(path) for path in paths}
     bins = [row(path.stem, f"{spectrum.redshift:.4f}", *compare_bins(spectrum))
         for path, spectrum in spectra.items()]
