@@ -142,9 +142,10 @@ class CompositePopulation(NamedTuple):
 
 # %% ../nbs/06_populations.ipynb #7814f92e
 def _nitrogen_excess(gas_log_z):
-    "dex by which the mean N/O of galaxies exceeds the library's (Andrews & Martini 2013, eq. 8)."
-    galaxies = np.maximum(-1.43, 1.73*(SOLAR_OXYGEN + np.asarray(gas_log_z)) - 16.15)
-    return galaxies - np.maximum(-1.50, -0.87 + np.asarray(gas_log_z))
+    "dex by which the mean N/O of galaxies exceeds the library's (Nicholls et al. 2017, eq. 3)."
+    log_oh = SOLAR_OXYGEN - 12 + np.asarray(gas_log_z)
+    galaxies = np.log10(10**-1.732 + 10**(log_oh + 2.19))  # primary and secondary nitrogen
+    return galaxies - np.maximum(-1.50, log_oh + 2.42)
 
 # %% ../nbs/06_populations.ipynb #a7aa3b9c
 def _mix(table, *weights):

@@ -13,7 +13,8 @@ from specpred.cutouts import read_skycell, sky_to_pixel, skycell_path
 from specpred.formats import mask_bits, read_sdss
 from specpred.formats import specobjid_of_spectrum, spectrum_path
 from specpred.mock_galaxies import LOGLAM, R_LIMITS, REDSHIFTS, draw_galaxies, make_light
-from specpred.populations import StellarLibrary, broaden
+from specpred.populations import (OLDEST_IONIZING, StellarLibrary, active_nucleus_lines,
+    age_weights, broaden, composite_population, interpolation_weights, star_formation_history)
 from specpred.surveys import PS1, RUBIN, SURVEYS
 
 PARAMETERS = MockParameters(n_galaxies=12, n_spectra_only=6, galaxies_per_side=3, stamp_size=64)
@@ -240,6 +241,40 @@ def test_library_errors(tmp_path):
     (tmp_path/"half.h5").write_bytes(b"\x89HDF\r\n\x1a\nhalf")
     with pytest.raises(DamagedFileError, match="not a stellar library"):
         StellarLibrary.load(tmp_path/"half.h5")
+
+
+def test_a_composite_population_is_a_sum_over_the_library():
+    library, rng = StellarLibrary.load(), np.random.default_rng(3)
+    formed = star_formation_history(rng.uniform(5, 12, 4), rng.uniform(0.5, 5, 4),
+        rng.uniform(0.05, 1, 4), 10**rng.uniform(-1, 1, 4))
+    log_z, gas_log_z, log_u = rng.uniform((-1, -1, -3.8), (0.4, 0.4, -2), (4, 3)).T
+    made = composite_population(library, formed, log_z, gas_log_z, log_u)
+    nodes = np.log10(library.metallicity)
+    stars, gas = (interpolation_weights(nodes, z) for z in (log_z, gas_log_z))
+    ages = age_weights(formed, library.age)
+    young = age_weights(formed, library.nebular_age, OLDEST_IONIZING)
+    coefficients = (np.einsum("na,nz,azk->nk", ages, stars, library.coefficients)
+        + np.einsum("na,nz,azk->nk", young, gas, library.nebular_coefficients))
+    ionization = interpolation_weights(library.log_u, log_u)
+    lines = np.einsum("nu,nz,na,uzal->nl", ionization, gas, young, library.line_luminosity)
+    oxygen = library.line_wavelength.round() == 5008
+    assert made.coefficients == pytest.approx(coefficients, rel=1e-6)
+    assert made.lines[:, oxygen] == pytest.approx(lines[:, oxygen], rel=1e-6)
+    empty = composite_population(library, formed[:0], log_z[:0], gas_log_z[:0], log_u[:0])
+    assert empty.lines.shape == (0, len(library.line_wavelength))
+
+
+@pytest.mark.parametrize("name, wavelength", [("seyfert", 5008), ("ionization", 3870),
+    ("nitrogen", 6585), ("neutral", 6302)])
+def test_parameters_of_nuclei_raise_their_lines(name, wavelength):
+    library, usual = StellarLibrary.load(), dict(seyfert=0.5)
+    line = library.line_wavelength.round() == wavelength
+    before = active_nucleus_lines(library, [1.0, 2.0], **usual)
+    after = active_nucleus_lines(library, [1.0, 2.0], **usual | {name: usual.get(name, 0) + 0.2})
+    assert (after[:, line] > 1.1*before[:, line]).all()
+    assert before[1] == pytest.approx(2*before[0])
+    halpha = np.abs(library.line_wavelength - 6564.61).argmin()
+    assert after[:, halpha] == pytest.approx([1, 2])
 
 
 def test_population_is_bimodal_and_complete():
