@@ -151,7 +151,7 @@ def reading(ways, n, chosen):
 
 
 class Training:
-    "Steps of xresnet18 on batches that one thread reads ahead, as the loaders of 23_training do."
+    "Steps of xresnet18 on batches that one thread reads ahead, as the loaders of 24_training do."
     def __init__(self, transform, n_bands, batch):
         torch.manual_seed(0)
         self.transform, self.batch = transform, batch

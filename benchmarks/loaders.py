@@ -1,5 +1,5 @@
 """Images per second over an epoch with everything in the page cache: fastai over one .npy file a
-galaxy, as published, beside the loaders of 23_training; and the peak memory of reading batches from
+galaxy, as published, beside the loaders of 24_training; and the peak memory of reading batches from
 the store for 1,000 and 4,000 galaxies.
 
 python benchmarks/loaders.py (7 minutes), with --quick for a look"""

@@ -1,5 +1,5 @@
 """Real SDSS galaxies through an autoencoder that was trained on mock ones: what it cannot
-reconstruct, and where. `specpred reproduce` has to have made the profile up to 20_vae. Reads
+reconstruct, and where. `specpred reproduce` has to have made the profile up to 21_vae. Reads
 spec-*.fits below the folder that SPECPRED_REAL_DATA or --data names."""
 from pathlib import Path
 from typing import NamedTuple

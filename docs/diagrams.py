@@ -19,10 +19,10 @@ from specpred.plotting import BLUE, GREEN, ORANGE, SKY
 from specpred.stages import STAGES, atomic_path
 
 TITLES = {
-    "10_mock_survey": "mock survey", "13_download": "download", "14_images": "images",
-    "17_eigenspectra": "spectra", "18_lines": "lines", "20_vae": "autoencoder",
-    "23_training": "training", "24_evaluation": "evaluation", "25_figures": "figures",
-    "27_predict": "prediction"}
+    "11_mock_survey": "mock survey", "14_download": "download", "15_images": "images",
+    "18_eigenspectra": "spectra", "19_lines": "lines", "21_vae": "autoencoder",
+    "24_training": "training", "25_evaluation": "evaluation", "26_figures": "figures",
+    "28_predict": "prediction"}
 
 
 def box(ax, x, y, width, height, text, color, **kwargs):

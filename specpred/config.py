@@ -68,11 +68,19 @@ def replace(
 
 # %% ../nbs/00_config.ipynb #b143dad9
 class MockParameters(Settings):
-    "Size of the mock survey (10_mock_survey); without galaxies a real one is downloaded."
+    "Size of the mock survey (11_mock_survey); without galaxies a real one is downloaded."
     n_galaxies: int = Field(0, ge=0, le=500_000)  # galaxies with both images and a spectrum
     n_spectra_only: int = Field(0, ge=0, le=500_000)  # spectra south of PS1's sky, for the VAE
     galaxies_per_side: int = Field(4, ge=1, le=64)  # galaxies along each side of a skycell
     stamp_size: int = Field(80, ge=16, le=4096)  # pixels around each galaxy; larger than the cutout
+    couplings: str = "all"  # of looks to hidden properties: all, none or names (07_relations)
+
+    @model_validator(mode="after")
+    def _known_couplings(self):
+        if self.couplings != "all":
+            from specpred.relations import parse_couplings
+            parse_couplings(self.couplings)
+        return self
 
 # %% ../nbs/00_config.ipynb #0ec83226
 _URL = Annotated[str, Field(pattern=r"^https?://[^/\s]\S*$")]
@@ -86,7 +94,7 @@ class ArchiveParameters(Settings):
     ps1_url: _URL | None = None  # folder of ps1filenames.py and fitscut.cgi
     release: str = Field("dr17", pattern=r"^dr(9|1[0-7])$")  # SDSS data release of the spectra
     n_max: int = Field(64_000, ge=1, le=10**8)  # rows of the catalogue query at most
-    table: str | None = None  # one's own table instead of the query: full path, see 11_catalogue
+    table: str | None = None  # one's own table instead of the query: full path, see 12_catalogue
     table_name: str | int | None = None  # of a table in a file of several, or its number from 1
     concurrency: int = Field(8, ge=1, le=256)  # requests under way at once
     attempts: int = Field(6, ge=1, le=1000)  # at a file, if busy or damaged
@@ -108,7 +116,7 @@ class ArchiveParameters(Settings):
 
 # %% ../nbs/00_config.ipynb #0f914358
 class ImageParameters(Settings):
-    "The cutouts (14_images)."
+    "The cutouts (15_images)."
     survey: str = "ps1"  # imaging survey, a key of `surveys.SURVEYS`
     size: int = Field(224, ge=8, le=10_000)  # side of a cutout, pixels of the survey
     max_mask_fraction: float = Field(0.2, ge=0, le=1)  # of a galaxy, in any band
@@ -121,13 +129,13 @@ _Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
 def _min_error(values): return dict(propagated=0.125, published=0.25)[values["error"]]
 
 class SpectraParameters(Settings):
-    "The rest-frame grid and the gap filling (16_spectra, 17_eigenspectra)."
+    "The rest-frame grid and the gap filling (17_spectra, 18_eigenspectra)."
     n_bins: int = Field(1000, ge=10, le=100_000)  # bins of the rest-frame grid
     loglam0: float = Field(3.53, ge=3, le=4.5)  # log10 of the first bin's centre, vacuum Angstrom
     dloglam: float = Field(0.00039, ge=1e-6, le=0.1)  # bin width, dex
     n_components: int = Field(10, ge=1, le=1000)  # eigenspectra of the iterative PCA
     n_iter: int = Field(20, ge=1, le=10_000)  # its iterations
-    error: Literal["propagated", "published"] = "propagated"  # of a bin, see 16_spectra
+    error: Literal["propagated", "published"] = "propagated"  # of a bin, see 17_spectra
     bad_bits: _Words = ()  # SDSS mask bits that discard a pixel, e.g. ("BRIGHTSKY",)
     extinction: Literal["none", "F99", "CCM89"] = "none"  # law of the Milky Way's dust
     # smaller unnormalised errors get no weight, 1e-17 erg/s/cm2/Angstrom
@@ -138,7 +146,7 @@ class SpectraParameters(Settings):
 _LayerSize = Annotated[int, Field(ge=1, le=100_000)]
 
 class VAEParameters(Settings):
-    "The spectrum autoencoder (20_vae)."
+    "The spectrum autoencoder (21_vae)."
     n_latents: int = Field(10, ge=1, le=1000)  # latent dimensions of the InfoVAE
     hidden: tuple[_LayerSize, _LayerSize] = (549, 110)  # sizes of its two hidden layers
     n_targets: int = Field(6, ge=1, le=1000)  # principal components of the latents: the targets
@@ -160,14 +168,14 @@ class VAEParameters(Settings):
         return self
 
 # %% ../nbs/00_config.ipynb #1fb48f7c
-IMAGE_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet18_hybrid", "xresnet21_deconv",
+IMAGE_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet18_hybrid", "xresnet22_deconv",
     "xresnet34", "xresnet34_hybrid", "xresnet34_deconv",
-    "xresnet50", "xresnet50_hybrid", "xresnet50_deconv")  # see 22_models
+    "xresnet50", "xresnet50_hybrid", "xresnet50_deconv")  # see 23_models
 _Models = Annotated[tuple[Literal[IMAGE_MODELS], ...], Field(min_length=1),
     BeforeValidator(_split_words)]
 
 class TrainingParameters(Settings):
-    "The image models (23_training)."
+    "The image models (24_training)."
     models: _Models = ("xresnet18", "xresnet18_hybrid")
     seeds: int = Field(1, ge=1, le=1000)  # independent trainings of each model
     epochs: int = Field(10, ge=1, le=10**6)  # one-cycle epochs
@@ -181,7 +189,7 @@ class TrainingParameters(Settings):
     keep: bool | None = None  # images in memory; None: if they fill less than half of it
 
 class EvaluationParameters(Settings):
-    "The baselines that see magnitudes only (24_evaluation)."
+    "The baselines that see magnitudes only (25_evaluation)."
     n_neighbors: int = Field(20, ge=1, le=10**6)  # of the k-nearest-neighbour regression
     boosting_iterations: int = Field(200, ge=1, le=10**6)  # of the gradient boosting
 
@@ -227,7 +235,7 @@ _DEMO = Profile(
     training=TrainingParameters(epochs=10, batch_size=32))
 
 # %% ../nbs/00_config.ipynb #8e48d32a
-_ALL_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet21_deconv", "xresnet18_hybrid")
+_ALL_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet22_deconv", "xresnet18_hybrid")
 
 _MOCK = Profile(
     name="mock",
@@ -340,9 +348,9 @@ _FILES = dict(
     latents="latents.parquet",
     models="models",
     predictions="predictions.parquet",
-    results="results",  # tables of 24_evaluation
+    results="results",  # tables of 25_evaluation
     figures="figures",
-    predicted_spectra="predicted_spectra",  # what 27_predict makes of a few cutouts
+    predicted_spectra="predicted_spectra",  # what 28_predict makes of a few cutouts
     manifests="manifests",
     runs="runs")  # executed notebooks, one folder a run
 

@@ -14,9 +14,9 @@ import pandas as pd
 from .config import InvalidInputError, MissingInputError, repo_root
 
 # %% auto #0
-__all__ = ['COUPLINGS', 'GALLAZZI', 'load_relations', 'Relation', 'relation', 'parse_couplings', 'mass_function', 'main_sequence',
-           'passive_fraction', 'oxygen_abundance', 'oxygen_gradient', 'stellar_metallicity', 'ionization',
-           'halpha_attenuation', 'half_light_radius', 'velocity_dispersion']
+__all__ = ['COUPLINGS', 'GALLAZZI', 'MODEL_U', 'load_relations', 'Relation', 'relation', 'parse_couplings', 'mass_function',
+           'main_sequence', 'passive_fraction', 'oxygen_abundance', 'oxygen_gradient', 'photoionization_scale',
+           'stellar_metallicity', 'ionization', 'halpha_attenuation', 'half_light_radius', 'velocity_dispersion']
 
 # %% ../nbs/07_relations.ipynb #69e45993
 @functools.cache
@@ -99,6 +99,13 @@ def oxygen_gradient(
     "Dex per half-light radius (read from Belfiore et al. 2017): none at 1e9, -0.14 from 10**10.5."
     return relation("gas_gradient").slope*np.clip(np.asarray(log_mass) - 9, 0, 1.5)
 
+# %% ../nbs/07_relations.ipynb #be2fd209
+def photoionization_scale(
+    oxygen,  # 12 + log O/H on the scale of electron temperatures
+) -> np.ndarray:
+    "12 + log O/H on the scale of photoionization models, at most 9.11 (Tremonti et al. 2004)."
+    return np.minimum(8.65 + 1.5*(np.asarray(oxygen) - 8.5), 9.11)
+
 # %% ../nbs/07_relations.ipynb #0f21d20f
 # log mass, log Z (Gallazzi et al. 2005, table 2)
 GALLAZZI = np.array("""
@@ -112,7 +119,9 @@ def stellar_metallicity(
     "Median log10 of the stars' metallicity in solar ones (Gallazzi et al. 2005, table 2)."
     return np.interp(log_mass, *GALLAZZI.T)
 
-# %% ../nbs/07_relations.ipynb #b6c7235b
+# %% ../nbs/07_relations.ipynb #8e3848c0
+MODEL_U = 0.5  # dex by which U of the library exceeds that of Kashino & Inoue for the same lines
+
 def ionization(
     log_mass,
     log_sfr,
@@ -121,7 +130,7 @@ def ionization(
     "log10 of the ionization parameter (Kashino & Inoue 2019, eq. 12 and the density of table 2)."
     log_ssfr = np.asarray(log_sfr) - log_mass + 9
     log_density = 2.066 + 0.310*(np.asarray(log_mass) - 10) + 0.492*log_ssfr
-    return (-2.316 - 0.360*(np.asarray(oxygen) - 8) - 0.292*np.maximum(log_density, 1)
+    return (MODEL_U - 2.316 - 0.360*(np.asarray(oxygen) - 8) - 0.292*np.maximum(log_density, 1)
         + relation("ionization").slope*log_ssfr)
 
 def halpha_attenuation(

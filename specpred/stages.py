@@ -81,21 +81,21 @@ class Stage:
 _TRAINED = ("catalogue", "images", "spectra", "vae", "latents", "models", "mock")
 
 STAGES = {stage.name: stage for stage in (
-    Stage("10_mock_survey", ("mock", "images.survey"), (), ("mock",)),
-    Stage("13_download", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
-    Stage("14_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
-    Stage("17_eigenspectra", ("spectra", "archives.max_separation"), ("catalogue", "raw_spectra"),
+    Stage("11_mock_survey", ("mock", "images.survey"), (), ("mock",)),
+    Stage("14_download", ("archives", "images", "mock"), ("mock",), ("raw",), keeps=True),
+    Stage("15_images", ("images",), ("catalogue", "raw_cutouts"), ("images",)),
+    Stage("18_eigenspectra", ("spectra", "archives.max_separation"), ("catalogue", "raw_spectra"),
         ("spectra",)),
-    Stage("18_lines", ("spectra",), ("spectra",), ("lines",)),
-    Stage("20_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"),
+    Stage("19_lines", ("spectra",), ("spectra",), ("lines",)),
+    Stage("21_vae", ("vae", "spectra"), ("catalogue", "spectra", "mock"),
         ("vae", "vae_history", "latents")),
-    Stage("21_deconv", ("images.survey",), ("images",)),
-    Stage("22_models", ("training", "images")),
-    Stage("23_training", ("training",), ("images", "vae", "latents"), ("models",)),
-    Stage("24_evaluation", ("evaluation", "training", "spectra"), (*_TRAINED, "lines"),
+    Stage("22_deconv", ("images.survey",), ("images",)),
+    Stage("23_models", ("training", "images")),
+    Stage("24_training", ("training",), ("images", "vae", "latents"), ("models",)),
+    Stage("25_evaluation", ("evaluation", "training", "spectra"), (*_TRAINED, "lines"),
         ("predictions", "results")),
-    Stage("25_figures", ("training", "vae"), (*_TRAINED, "predictions", "results"), ("figures",)),
-    Stage("27_predict", (), (*_TRAINED, "raw_cutouts"), ("predicted_spectra",)))}
+    Stage("26_figures", ("training", "vae"), (*_TRAINED, "predictions", "results"), ("figures",)),
+    Stage("28_predict", (), (*_TRAINED, "raw_cutouts"), ("predicted_spectra",)))}
 
 # %% ../nbs/01_stages.ipynb #b10fd08b
 def _read_json(path:Path) -> dict:
@@ -140,7 +140,7 @@ def _statements(source:str) -> str:
 
 # %% ../nbs/01_stages.ipynb #55a5d194
 def _code_digest(name:str) -> str | None:
-    "sha256 of the statements of a notebook (14_images) or a module (images)."
+    "sha256 of the statements of a notebook (15_images) or a module (images)."
     root = repo_root()
     notebook, module = root/"nbs"/f"{name}.ipynb", root/"specpred"/f"{name}.py"
     if module.is_file(): return _sha256(_statements(module.read_text()))
@@ -176,7 +176,7 @@ def _changes(record:dict, request:dict) -> str | None:
 
 # %% ../nbs/01_stages.ipynb #ee7bd3a6
 def read_manifest(
-    stage:str,  # e.g. "14_images"
+    stage:str,  # e.g. "15_images"
     paths:Paths,
 ) -> dict:
     "What the stage wrote when it ended; empty where that is missing or damaged."
@@ -280,7 +280,7 @@ def finish(self:StageRun, **facts) -> dict:
 
 # %% ../nbs/01_stages.ipynb #efb9ad95
 def start_stage(
-    name:str,  # e.g. "14_images"
+    name:str,  # e.g. "15_images"
     profile:str = "smoke",  # name of a profile
     overrides=(),  # changes to it
     data_dir=None,  # folder that holds <profile>/

@@ -276,7 +276,7 @@ def test_a_damaged_store_is_noticed(sixteen):
             if damaged is None: file.unlink()
             else: file.write_bytes(damaged)
             if file.name == "store.json" and damaged is flipped: continue  # of settings only
-            with pytest.raises(DamagedFileError, match="17_eigenspectra makes it"):
+            with pytest.raises(DamagedFileError, match="18_eigenspectra makes it"):
                 load_store(folder/"store")
         file.write_bytes(content)
     assert len(load_store(folder/"store").norm) == 16

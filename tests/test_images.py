@@ -141,13 +141,13 @@ def flip_bit(path, position):
     lambda store: flip_bit(store/"galaxies.parquet", 300)])
 def test_what_is_not_whole_is_refused(store, spoil):
     spoil(store)
-    with pytest.raises(DamagedFileError, match="delete it and run 14_images again"):
+    with pytest.raises(DamagedFileError, match="delete it and run 15_images again"):
         open_images(store)
 
 
 def test_where_there_is_no_store(tmp_path):
-    with pytest.raises(MissingInputError, match="14_images makes it"): open_images(tmp_path/"none")
-    with pytest.raises(DamagedFileError, match="run 14_images again"): open_images(tmp_path)
+    with pytest.raises(MissingInputError, match="15_images makes it"): open_images(tmp_path/"none")
+    with pytest.raises(DamagedFileError, match="run 15_images again"): open_images(tmp_path)
 
 
 def test_changed_pixels_are_found(store):

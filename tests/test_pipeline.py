@@ -94,16 +94,16 @@ def test_predictions_belong_to_held_out_galaxies(smoke_run):
 def test_failing_cell_is_named_and_next_call_makes_only_what_is_missing(copied_run):
     away = copied_run.latents.rename(copied_run.root/"away")
     failed = specpred("reproduce", "--profile", "smoke", "--data-dir", copied_run.root.parent,
-        "--only", "27_predict")
-    assert_refused(failed, "27_predict failed", "start_stage(", ".unfinished.ipynb",
-        "MissingInputError: 27_predict reads latents", "specpred reproduce --profile smoke")
+        "--only", "28_predict")
+    assert_refused(failed, "28_predict failed", "start_stage(", ".unfinished.ipynb",
+        "MissingInputError: 28_predict reads latents", "specpred reproduce --profile smoke")
 
     away.rename(copied_run.latents)
-    (lost,) = copied_run.runs.glob("*/17_eigenspectra.ipynb")  # as when its saving was interrupted
+    (lost,) = copied_run.runs.glob("*/18_eigenspectra.ipynb")  # as when its saving was interrupted
     lost.rename(lost.with_suffix(".unfinished.ipynb"))
-    (page,) = copied_run.runs.glob("*/10_mock_survey.html")
+    (page,) = copied_run.runs.glob("*/11_mock_survey.html")
     page.unlink()
-    assert reproduce(copied_run) == ["17_eigenspectra", "27_predict"]
+    assert reproduce(copied_run) == ["18_eigenspectra", "28_predict"]
     assert page.exists()
     assert reproduce(copied_run) == []
 
@@ -120,7 +120,7 @@ def interrupted(process, file):
 
 def test_interrupted_training_goes_on_to_the_same_numbers(copied_run, smoke_run):
     before = time.time()
-    started = copied_run.manifests/"23_training.started.json"
+    started = copied_run.manifests/"24_training.started.json"
     started.unlink()
     # a shell starts background jobs with SIGINT ignored, and they hand that on to their children
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -131,16 +131,16 @@ def test_interrupted_training_goes_on_to_the_same_numbers(copied_run, smoke_run)
     _, stderr = interrupted(process, started)
     assert process.returncode == 130 and "the same command goes on" in stderr
     assert "Traceback" not in stderr
-    assert not read_manifest("23_training", copied_run)
-    assert len(list(copied_run.runs.glob("*/23_training.ipynb"))) == 1  # that of the copied run
+    assert not read_manifest("24_training", copied_run)
+    assert len(list(copied_run.runs.glob("*/24_training.ipynb"))) == 1  # that of the copied run
 
-    assert reproduce(copied_run, "--only", "23") == ["23_training"]
+    assert reproduce(copied_run, "--only", "24") == ["24_training"]
     for weights in smoke_run.models.glob("*.safetensors"):
         assert (copied_run.models/weights.name).stat().st_mtime > before
         ours, theirs = load_file(copied_run.models/weights.name), load_file(weights)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
-    assert reproduce(copied_run, "--only", "24", "--force") == ["24_evaluation"]
+    assert reproduce(copied_run, "--only", "25", "--force") == ["25_evaluation"]
     for table in smoke_run.results.glob("*.csv"):
         assert (copied_run.results/table.name).read_bytes() == table.read_bytes()
     ours, theirs = pd.read_parquet(copied_run.predictions), pd.read_parquet(smoke_run.predictions)
@@ -170,8 +170,8 @@ def test_what_a_stage_uses_is_declared():
     (["--profile", "dmeo"], "did you mean 'demo'"),
     (["--set", "training.epoch=3"], "did you mean 'training.epochs'"),
     (["--set", "training.models=xresnet19"], "Input should be 'conv3'"),
-    (["--from", "30_more"], "The choices are: 10_mock_survey"),
-    (["--from", "13", "--only", "22"], "not both")])
+    (["--from", "30_more"], "The choices are: 11_mock_survey"),
+    (["--from", "14", "--only", "23"], "not both")])
 def test_wrong_arguments_get_one_clear_line(arguments, message, tmp_path):
     assert_refused(specpred("reproduce", *arguments, "--data-dir", tmp_path), message)
     assert not list(tmp_path.iterdir())
@@ -200,7 +200,7 @@ def test_predict_from_cutouts(smoke_run, tmp_path):
 def test_info(smoke_run):
     done = specpred("info", "--data-dir", smoke_run.root.parent)
     assert done.returncode == 0
-    for name in ("torch", "smoke", "demo", "mock", "paper", "27_predict"):
+    for name in ("torch", "smoke", "demo", "mock", "paper", "28_predict"):
         assert name in done.stdout
 
 
