@@ -571,9 +571,12 @@ def _table_bytes(name:str, n_rows:int, values:dict) -> bytes:
     return header + rows.tobytes() + bytes(-rows.nbytes % 2880)
 
 # %% ../nbs/04_formats.ipynb #a75fd615
+@lru_cache(1)
+def _empty_header(): return fits.PrimaryHDU().header  # takes a millisecond to make
+
 def _primary_header(spectrum:SDSSSpectrum) -> bytes:
     "The first header of a file, by which other readers know it."
-    header = fits.PrimaryHDU().header
+    header = _empty_header().copy()
     known = dict(RA=spectrum.ra, DEC=spectrum.dec) if math.isfinite(spectrum.ra) else {}
     header.update(TELESCOP="SDSS 2.5-M", VERSION="MOCK", **known, PLATEID=spectrum.plate,
         MJD=spectrum.mjd, FIBERID=spectrum.fiberid)

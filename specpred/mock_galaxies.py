@@ -18,7 +18,7 @@ from .relations import (halpha_attenuation, half_light_radius, main_sequence, ma
 # %% auto #0
 __all__ = ['COSMOLOGY', 'REDSHIFTS', 'KINDS', 'NUCLEI', 'MassAndRedshift', 'draw_mass_and_redshift', 'draw_parameters']
 
-# %% ../nbs/08_mock_galaxies.ipynb #6b92156c
+# %% ../nbs/08_mock_galaxies.ipynb #d50b14c5
 COSMOLOGY = FlatLambdaCDM(H0=70, Om0=0.3)
 REDSHIFTS = (0.02, 0.3)
 
@@ -34,7 +34,7 @@ def draw_mass_and_redshift(
     log_mass, z = np.linspace(8, 12, 800), np.linspace(*REDSHIFTS, 400)
     volume = np.append(0, np.cumsum(np.diff(COSMOLOGY.comoving_volume(z).value)))
     # the smallest mass-to-light ratios; solar absolute magnitude 4.65
-    brightest = 4.65 - 2.5*(log_mass - 0.1*(log_mass - 10.3) + 0.15)
+    brightest = 4.65 - 2.5*(log_mass - 0.1*(log_mass - 10.3) + 0.22)
     modulus = COSMOLOGY.distmod(z).value + 0.6*z
     reach = np.interp(17.77 - brightest, modulus, volume)
     number = np.cumsum(mass_function(log_mass)*reach)
@@ -141,14 +141,16 @@ def _draw_nuclei(draw, kind, log_mass):
         broad_sigma=draw.lognormal(3000, 0.2)/2.355,
         old_stars_ew=np.minimum(draw.lognormal(0.8, 0.3), 3))
 
-# %% ../nbs/08_mock_galaxies.ipynb #2da3a3b5
+# %% ../nbs/08_mock_galaxies.ipynb #ce571481
 def _draw_sizes(draw, kind, log_mass, redshift, bulge_to_total, deviate):
     "Sizes in kpc and arcsec and shapes; `deviate` is log10 of R/R(M)."
     early = half_light_radius(log_mass, True)
     late = half_light_radius(log_mass, False)
     radius = np.where(kind == 0, early, late)*10**deviate
     kpc = 60/COSMOLOGY.kpc_proper_per_arcmin(redshift).value  # arcsec
-    on_sky = draw.seen("mass_size", np.log10(np.clip(radius*kpc, 0.5, 15)))
+    # the relation's radii are those of round profiles of the same area
+    major = radius*np.where(kind == 0, 1.1, 1.3)*kpc
+    on_sky = draw.seen("mass_size", np.log10(np.clip(major, 0.5, 15)))
     bulge = draw.seen("populations", bulge_to_total)
     bulge_radius, index = 10**(on_sky + 0.9*(bulge - 1)), 1.2 + 3.1*bulge
     return dict(radius=radius, half_light_radius=10**on_sky, bulge_seen=bulge,

@@ -26,12 +26,12 @@ from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
 __all__ = ['POPULATIONS', 'COMPONENTS', 'POPULATION_OF', 'SCREENS', 'FIBRE_RADIUS', 'FIBRE_SEEING', 'MOFFAT_BETA',
-           'SDSS_EXTINCTION', 'LSUN', 'R_LIMITS', 'MARGIN', 'CLUMP_SIZE', 'DiskPlane', 'in_disk_plane', 'on_the_sky',
-           'spiral_pattern', 'dust_cover', 'disk_maps', 'Points', 'GalaxyMaps', 'galaxy_maps', 'component_shares',
-           'moffat_transform', 'aperture', 'decline_time', 'constant_history', 'Components', 'make_components',
-           'dilution', 'extinction', 'component_flux', 'Nuclei', 'add_old_stars_lines', 'make_nuclei', 'GalaxyLight',
-           'light_within', 'map_flux', 'petrosian', 'make_light', 'draw_galaxies', 'Source', 'Grid', 'image_grid',
-           'galaxy_image', 'Spectrum', 'spectrum_at']
+           'SDSS_EXTINCTION', 'LSUN', 'STRUCTURE', 'PHYSICAL', 'R_LIMITS', 'MARGIN', 'CLUMP_SIZE', 'DiskPlane',
+           'in_disk_plane', 'on_the_sky', 'spiral_pattern', 'dust_cover', 'disk_maps', 'Points', 'GalaxyMaps',
+           'galaxy_maps', 'component_shares', 'moffat_transform', 'aperture', 'decline_time', 'constant_history',
+           'Components', 'make_components', 'dilution', 'extinction', 'component_flux', 'Nuclei', 'add_old_stars_lines',
+           'make_nuclei', 'GalaxyLight', 'light_within', 'map_flux', 'petrosian', 'make_light', 'draw_light',
+           'take_rows', 'Source', 'Grid', 'image_grid', 'galaxy_image', 'Spectrum', 'spectrum_at']
 
 # %% ../nbs/10_mock_light.ipynb #2798b940
 POPULATIONS = ("bulge", "disk", "arms", "H II regions")
@@ -530,7 +530,7 @@ def make_light(
     known = galaxies.drop(columns=truth.columns, errors="ignore")  # of a table that was here before
     return light._replace(galaxies=known.join(truth))
 
-# %% ../nbs/10_mock_light.ipynb #3b4006cc
+# %% ../nbs/10_mock_light.ipynb #12847c11
 def _truth(light, survey):
     "What follows from the light of galaxies, a row each."
     bands, r = list(light.bands), light.bands.index("sdss_r")
@@ -544,7 +544,8 @@ def _truth(light, survey):
     names = ["petro_fraction", "petro_r50", "petro_r90"]
     truth = magnitudes.join(pd.DataFrame(rows, light.galaxies.index, names, float))
     return truth.assign(petro_r=truth.sdss_r - 2.5*np.log10(truth.petro_fraction),
-        mean_age=light.components.mean_age, **_light_shares(light, parts, total))
+        mean_age=light.components.mean_age,
+        concentration=truth.petro_r90/truth.petro_r50, **_light_shares(light, parts, total))
 
 def _light_shares(light, parts, total):
     "Dimensionless structure: shares of light, and colours (g-i) of populations over the disk's."
@@ -559,7 +560,18 @@ def _light_shares(light, parts, total):
         young_colour=colour(young) - colour(of["disk"]),
         outer_colour=colour(parts[:, 2]) - colour(parts[:, 1]))
 
-# %% ../nbs/10_mock_light.ipynb #bf4410ac
+# %% ../nbs/10_mock_light.ipynb #6f2f7045
+STRUCTURE = ("axis_ratio", "bulge_sersic", "bulge_axis_ratio", "arm_amplitude", "arm_number",
+    "flocculence", "pitch", "bar_share", "bar_length", "ring", "clumpiness", "n_clumps",
+    "lopsidedness", "tidal_tail", "lane", "concentration", "bulge_light", "young_light",
+    "hii_light", "nucleus_light", "bulge_colour", "young_colour", "outer_colour")
+PHYSICAL = ("redshift", "log_mass", "log_sfr", "log_burst", "old_age", "bulge_age",
+    "bulge_to_total", "young_start", "young_stop", "young_fraction", "oxygen", "gas_gradient",
+    "stars_log_z", "stars_gradient", "log_u_deviate", "nitrogen", "av_stars", "av_lines",
+    "dust_slope", "nucleus_ew", "nucleus_hardness", "broad_share", "old_stars_ew", "sigma_stars",
+    "sigma_gas", "radius", "half_light_radius")
+
+# %% ../nbs/10_mock_light.ipynb #935adb79
 R_LIMITS = (13.5, 17.77)  # dereddened Petrosian r of the brightest and the faintest galaxy
 
 def _rough_r(library, galaxies):
@@ -569,22 +581,44 @@ def _rough_r(library, galaxies):
     zones = np.array([1, 0.5, 0.5, 0.4, 0.6, 0.4, 0.6])[:, None]
     return -2.5*np.log10((flux*zones*[0.67, 0.33]).sum((1, 2))/AB_ZERO)
 
-def draw_galaxies(
+def draw_light(
     library:StellarLibrary,
-    n:int,  # how many
+    n:int,  # how many, at least one
     seed:int,  # the profile's
     *purpose,  # what they are for, so that two samples of one seed differ
     couplings:str="all",  # as for `parse_couplings`
-) -> pd.DataFrame:
-    "Properties of `n` galaxies that the survey sees, one row each; see `draw_parameters`."
-    rng, kept, n_kept = random_generator(seed, "mock", "galaxies", *purpose), [], 0
+    survey:ImagingSurvey=PS1,
+) -> GalaxyLight:
+    """The light of `n` galaxies that the survey sees; for their properties see `draw_parameters`.
+    Raises `InvalidInputError` for less than one galaxy, or unknown couplings."""
+    if n < 1: raise InvalidInputError(f"n={n}: expected at least one galaxy.")
+    rng, parts, n_kept = random_generator(seed, "mock", "galaxies", *purpose), [], 0
     while n_kept < n:
-        candidates = draw_parameters(3*(n - n_kept) + 50, rng, couplings)
-        candidates = candidates[_rough_r(library, candidates) < R_LIMITS[1] + 0.4]
-        r = make_light(library, candidates).galaxies.eval(f"petro_r - {SDSS_EXTINCTION['r']}*ebv")
-        kept.append(candidates[r.between(*R_LIMITS)])
-        n_kept += len(kept[-1])
-    return pd.concat(kept, ignore_index=True).iloc[:n]
+        candidates = draw_parameters(int(3.4*(n - n_kept)) + 30, rng, couplings)
+        bright = _rough_r(library, candidates) < R_LIMITS[1] + 0.15
+        light = make_light(library, candidates[bright], survey)
+        r = light.galaxies.petro_r - SDSS_EXTINCTION["r"]*light.galaxies.ebv
+        seen = np.flatnonzero(r.between(*R_LIMITS))[:n - n_kept]
+        parts.append(take_rows(light, seen))
+        n_kept += len(seen)
+    return _joined(parts)
+
+# %% ../nbs/10_mock_light.ipynb #a85ddd7a
+def take_rows(
+    light:GalaxyLight,
+    rows,  # (M) row numbers
+) -> GalaxyLight:
+    "Some of the galaxies."
+    def some(arrays): return type(arrays)(*(a[rows] for a in arrays))
+    return GalaxyLight(light.galaxies.iloc[rows].reset_index(drop=True),
+        [light.maps[row] for row in rows], some(light.components), some(light.nuclei),
+        light.flux[rows], light.bands)
+
+def _joined(parts):
+    def joined(arrays): return type(arrays[0])(*map(np.concatenate, zip(*arrays, strict=True)))
+    return GalaxyLight(pd.concat([part.galaxies for part in parts], ignore_index=True),
+        [maps for part in parts for maps in part.maps], joined([p.components for p in parts]),
+        joined([p.nuclei for p in parts]), np.concatenate([p.flux for p in parts]), parts[0].bands)
 
 # %% ../nbs/10_mock_light.ipynb #b4df64d8
 MARGIN = 8  # pixels around an image

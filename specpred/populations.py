@@ -98,8 +98,12 @@ def age_weights(
     oldest:float=np.inf,  # older stars get no weight, years
 ) -> np.ndarray:  # (N, A) solar masses
     "Masses of the populations of ages `nodes` that stand for a history of star formation."
+    return formed @ _age_table(tuple(np.asarray(nodes).tolist()), oldest)
+
+@functools.cache
+def _age_table(nodes, oldest):
     weights = interpolation_weights(np.log(nodes), np.log(np.maximum(LOOKBACK, 1.0)))
-    return formed @ (weights*(LOOKBACK <= oldest)[:, None])
+    return weights*(LOOKBACK <= oldest)[:, None]
 
 # %% ../nbs/06_populations.ipynb #95541209
 class CoarseBasis(NamedTuple):

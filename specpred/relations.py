@@ -29,12 +29,13 @@ def load_relations() -> pd.DataFrame:
             "git checkout data/relations.csv")
     return pd.read_csv(path).set_index("name")
 
-# %% ../nbs/07_relations.ipynb #1a76574a
+# %% ../nbs/07_relations.ipynb #92f9f054
 class Relation(NamedTuple):
     "A row of `load_relations`."
     slope: float
     scatter: float
 
+@functools.cache
 def relation(
     name:str,  # row of `load_relations`
 ) -> Relation:

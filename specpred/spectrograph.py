@@ -116,20 +116,21 @@ def sky_residuals(
     factors = SKY_RESIDUAL*rng.normal(size=(2, 2))
     return sum(np.where(oh, a, b)*p for p, (a, b) in zip(patterns, factors, strict=True))
 
-# %% ../nbs/09_spectrograph.ipynb #35e2979e
+# %% ../nbs/09_spectrograph.ipynb #b465c324
 # wavelength, and rms of the error of the calibration, half of its variance common to a plate
 _CALIBRATION = np.array("""
     3800 0.030  4500 0.018  5400 0.012  6500 0.010  7800 0.012  9220 0.018""".split(),
     float).reshape(-1, 2)
 
+_KNOTS = np.log10(_CALIBRATION[:, 0])
+# (P, knots) the spline through 1 at one knot and 0 at the others
+_SPLINES = interpolate.CubicSpline(_KNOTS, np.eye(len(_KNOTS)))(np.clip(LOGLAM, *_KNOTS[[0, -1]]))
+
 def calibration_error(
     rng:np.random.Generator,  # of a plate, or of a spectrum; the whole error is the product of both
 ) -> np.ndarray:  # (P) factor of the flux
     "A smooth error of the flux calibration."
-    wavelength, rms = _CALIBRATION.T
-    curve = interpolate.CubicSpline(np.log10(wavelength), rms*rng.normal(size=len(rms))/np.sqrt(2))
-    inside = np.clip(LOGLAM, *np.log10(wavelength[[0, -1]]))
-    return np.exp(curve(inside))
+    return np.exp(_SPLINES @ (_CALIBRATION[:, 1]*rng.normal(size=len(_CALIBRATION))/np.sqrt(2)))
 
 # %% ../nbs/09_spectrograph.ipynb #f68bdfe3
 def _excess_variance(n, rng):
