@@ -189,9 +189,11 @@ class TrainingParameters(Settings):
     keep: bool | None = None  # images in memory; None: if they fill less than half of it
 
 class EvaluationParameters(Settings):
-    "The baselines that see magnitudes only (25_evaluation)."
+    "The baselines that see magnitudes only, and the information ladder (25_evaluation)."
     n_neighbors: int = Field(20, ge=1, le=10**6)  # of the k-nearest-neighbour regression
-    boosting_iterations: int = Field(200, ge=1, le=10**6)  # of the gradient boosting
+    boosting_iterations: int = Field(1000, ge=1, le=10**6)  # of the gradient boosting, at most
+    # mock galaxies of the ladder, a seventh of them to test; 0: no ladder
+    ladder_galaxies: int = Field(7000, ge=0, le=10**6)
 
 # %% ../nbs/00_config.ipynb #0b8cfef3
 class Profile(Settings):
@@ -224,7 +226,7 @@ _SMOKE = Profile(
     images=ImageParameters(size=48),
     vae=VAEParameters(epochs=60, n_trials=3, trial_epochs=4),
     training=TrainingParameters(epochs=2, batch_size=32),
-    evaluation=EvaluationParameters(boosting_iterations=30))
+    evaluation=EvaluationParameters(boosting_iterations=30, ladder_galaxies=280))
 
 _DEMO = Profile(
     name="demo",

@@ -8,22 +8,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import joblib
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
 
-from .config import Paths
-from .eigenspectra import load_store
+from .config import MockParameters, Paths, SpectraParameters, random_generator, replace
+from .eigenspectra import SpectraStore, SpectrumBasis, fill, load_store
+from .formats import SPZLINES, SDSSSpectrum
 from .images import find_rows
-from .lines import LINES
-from .mock_survey import true_spectra
-from .spectra import LogGrid, rebin
+from .lines import LINES, measure_spectra
+from .mock_light import PHYSICAL, SDSS_EXTINCTION, STRUCTURE, draw_light, spectrum_at
+from .mock_survey import BLOCK, draw_survey, observe_stamps, stellar_library, true_spectra
+from .photometry import measure_photometry, measure_structure
+from .populations import FineBasis
+from specpred.spectrograph import (
+    LOGLAM,
+    TRUTH_LINES,
+    calibration_error,
+    draw_subclass,
+    observe_spectrum,
+    sdss_variance,
+)
+from .spectra import LogGrid, galactic_ebv, prepare, rebin
+from .surveys import ImagingSurvey
 from .training import target_columns
 from .vae import SpectrumModel
 
 # %% auto #0
-__all__ = ['LINE_QUANTITIES', 'rmse_per_target', 'pooled_rmse', 'bootstrap_error', 'Difference', 'rmse_difference',
-           'fractional_error', 'reduced_chi2', 'magnitude_and_colours', 'predict_by_neighbors', 'predict_by_boosting',
-           'Reference', 'load_reference', 'score_spectra', 'predicted_targets', 'score', 'score_lines']
+__all__ = ['LINE_QUANTITIES', 'LADDER_QUANTITIES', 'RUNGS', 'rmse_per_target', 'pooled_rmse', 'bootstrap_error', 'Difference',
+           'rmse_difference', 'fractional_error', 'reduced_chi2', 'magnitude_and_colours', 'predict_by_neighbors',
+           'predict_by_boosting', 'Reference', 'load_reference', 'score_spectra', 'predicted_targets', 'score',
+           'score_lines', 'LadderSample', 'make_ladder_sample', 'ladder_quantities', 'ladder_rungs', 'climb',
+           'ladder_table']
 
 # %% ../nbs/25_evaluation.ipynb #c24f29c5
 def rmse_per_target(
@@ -115,9 +133,9 @@ def predict_by_neighbors(
 
 # %% ../nbs/25_evaluation.ipynb #fcc53da1
 def predict_by_boosting(
-    train_magnitudes:np.ndarray,  # (n, bands)
+    train_features:np.ndarray,  # (n, n_features), NaN where not measured
     train_targets:np.ndarray,  # (n, n_targets)
-    magnitudes:np.ndarray,  # (N, bands)
+    features:np.ndarray,  # (N, n_features)
     iterations:int,
     seed:int,
 ) -> np.ndarray:
@@ -134,8 +152,8 @@ def predict_by_boosting(
             random_state=seed,
         )
     )
-    model.fit(magnitude_and_colours(train_magnitudes), train_targets)
-    return model.predict(magnitude_and_colours(magnitudes))
+    model.fit(train_features, train_targets)
+    return model.predict(features)
 
 # %% ../nbs/25_evaluation.ipynb #19cffc18
 @dataclass
@@ -251,3 +269,245 @@ def score_lines(
             quantity=name, unit=unit, n=len(both), bias=bias,
             scatter=1.4826*(difference - bias).abs().median(), rank_correlation=correlation))
     return pd.DataFrame(rows)
+
+# %% ../nbs/25_evaluation.ipynb #d2896ba6
+class LadderSample(NamedTuple):
+    "N mock galaxies that nothing was trained on, observed like those of the survey."
+    galaxies: pd.DataFrame  # parameters and structure, true lines, SDSS's subclass
+    photometry: pd.DataFrame  # of `measure_photometry`, on noisy images
+    structure: pd.DataFrame  # of `measure_structure`, on the same images
+    flux: np.ndarray  # (N, n_bins) float32 observed rest-frame spectra
+    missing: np.ndarray  # (N, n_bins) bool
+    true: np.ndarray  # (N, n_bins) float32 noiseless, NaN where not covered
+
+# %% ../nbs/25_evaluation.ipynb #67b2407e
+def _observe_fibre(galaxy, spectrum, line_wavelength, seed):
+    "The observed spectrum of a galaxy; its true lines and what SDSS would call it."
+    rng = random_generator(seed, "ladder", galaxy.Index, "spectrum")
+    variance = sdss_variance(spectrum.flux, galaxy.depth)
+    plate = random_generator(seed, "ladder", "calibration", galaxy.plate)
+    observed = observe_spectrum(spectrum.flux, variance, rng, calibration_error(plate))
+    covered = slice(galaxy.first_pixel, galaxy.last_pixel)
+    pixels = (values[covered] for values in (observed.flux, observed.ivar, observed.and_mask))
+    lines = {
+        name: spectrum.lines[np.abs(line_wavelength - SPZLINES[name]).argmin()]
+        for name in TRUTH_LINES
+    }
+    subclass = draw_subclass(lines, spectrum.flux, variance, galaxy, rng)
+    return SDSSSpectrum(*pixels, LOGLAM[galaxy.first_pixel], galaxy.redshift), lines | dict(
+        subclass=subclass
+    )
+
+# %% ../nbs/25_evaluation.ipynb #34f60cd8
+def _rest_frame(observed, noiseless, galaxies, parameters):
+    "Observed spectra and masks as in 17_spectra, noiseless spectra on the same bins."
+    grid, dust = LogGrid.of(parameters), parameters.extinction != "none"
+    law = parameters.extinction if dust else "F99"
+    ebv = galactic_ebv(SDSS_EXTINCTION["r"]*galaxies.ebv.to_numpy(), law) if dust else None
+    spectra = prepare(observed, None, grid, parameters.error, parameters.bad_bits, ebv, law)
+    true = rebin(noiseless, None, LOGLAM[0], galaxies.redshift.to_numpy(), grid)
+    true = np.where(true.missing, np.nan, true.flux)
+    return np.float32(spectra.flux), spectra.missing, np.float32(true)
+
+# %% ../nbs/25_evaluation.ipynb #b314740b
+def _observe_block(places, survey, size, parameters, couplings, seed) -> LadderSample:
+    library = stellar_library()
+    with threadpool_limits(limits=1):  # products of several threads round differently
+        first = places.index[0]
+        light = draw_light(
+            library, len(places), seed, "ladder", first, couplings=couplings, survey=survey
+        )
+        galaxies = places.join(light.galaxies.set_axis(places.index))
+        fine = FineBasis.of(library)
+        noiseless = [spectrum_at(fine, light, k) for k in range(len(galaxies))]
+        observed, facts = zip(
+            *(
+                _observe_fibre(galaxy, spectrum, fine.line_wavelength, seed)
+                for galaxy, spectrum in zip(galaxies.itertuples(), noiseless, strict=True)
+            ),
+            strict=True,
+        )
+        stamps = observe_stamps(light, survey, size, seed, first)
+        return LadderSample(
+            galaxies.join(pd.DataFrame(facts, galaxies.index).rename(columns=TRUTH_LINES)),
+            measure_photometry(stamps, survey.bands, survey.pixel_scale),
+            measure_structure(stamps, survey.bands, survey.pixel_scale),
+            *_rest_frame(observed, [s.flux for s in noiseless], galaxies, parameters),
+        )
+
+# %% ../nbs/25_evaluation.ipynb #d091537f
+def make_ladder_sample(
+    n:int,  # galaxies
+    mock:MockParameters,  # its couplings are those of the survey
+    survey:ImagingSurvey,
+    size:int,  # of the images, pixels
+    spectra:SpectraParameters,
+    seed:int,  # the profile's
+    n_jobs:int = -1,  # processes; -1: one for each core
+    progress:bool = True,  # show a bar
+) -> LadderSample:
+    "Draws and observes galaxies in memory. Numbers do not depend on `n_jobs`."
+    seed = int(random_generator(seed, "ladder").integers(2**31))
+    mock = replace(mock, n_galaxies=0, n_spectra_only=n)
+    _, places = draw_survey(mock, seed, survey)
+    if n <= 2*BLOCK: n_jobs = 1  # other processes take longer to start
+    blocks = (places[i:i + BLOCK] for i in range(0, n, BLOCK))
+    observing = joblib.Parallel(n_jobs, return_as="generator")(
+        joblib.delayed(_observe_block)(block, survey, size, spectra, mock.couplings, seed)
+        for block in blocks
+    )
+    blocks = list(tqdm(observing, "ladder", -(-n//BLOCK), unit="block", disable=not progress))
+    return LadderSample(*map(_concatenate, zip(*blocks, strict=True)))
+
+def _concatenate(parts):
+    if isinstance(parts[0], pd.DataFrame): return pd.concat(parts, ignore_index=True)
+    return np.concatenate(parts)
+
+# %% ../nbs/25_evaluation.ipynb #332cad51
+# columns, and the unit of their errors
+LADDER_QUANTITIES = {
+    "targets": "standard deviations",
+    "dn4000": "",
+    "halpha_ew": "asinh(EW / 3 Angstrom)",
+    "redshift": "",
+    "oiii_hbeta": "dex",
+    "gas_metallicity": "dex",
+}
+
+def ladder_quantities(
+    sample:LadderSample,
+    store:SpectraStore,  # of the run, whose eigenspectra fill the gaps
+    model:SpectrumModel,
+    parameters:SpectraParameters,
+) -> pd.DataFrame:
+    "target_1 … and the other `LADDER_QUANTITIES`; NaN where they are not asked for."
+    basis = SpectrumBasis(
+        store.mean, store.eigenvectors, store.eigenvalues, parameters.n_iter, "l2", 0
+    )
+    usable = sample.missing.mean(1) <= parameters.max_missing
+    filled = fill(sample.flux, sample.missing, basis, usable).normalised
+    names = [f"target_{k + 1}" for k in range(model.n_targets)]
+    targets = pd.DataFrame(model.encode(filled), np.flatnonzero(usable), names)
+    return targets.reindex(range(len(usable))).join(_true_quantities(sample, parameters))
+
+# %% ../nbs/25_evaluation.ipynb #ae79c786
+def _true_quantities(sample, parameters):
+    "What the noiseless spectra and the drawn parameters say."
+    grid = dict(loglam0=parameters.loglam0, dloglam=parameters.dloglam)
+    lines = measure_spectra(sample.true, missing=np.isnan(sample.true), **grid)
+    galaxies = sample.galaxies
+    star_forming = galaxies.subclass.isin(["STARFORMING", "STARBURST"])
+    ratio = (galaxies.flux_oiii_5007/galaxies.flux_hbeta).where(star_forming)
+    return pd.DataFrame(
+        dict(
+            dn4000=lines.dn4000,
+            halpha_ew=np.arcsinh(lines.halpha_ew/3),
+            redshift=galaxies.redshift,
+            oiii_hbeta=np.log10(ratio),
+            gas_metallicity=galaxies.oxygen.where(star_forming),
+        )
+    )
+
+# %% ../nbs/25_evaluation.ipynb #d5d47cc6
+RUNGS = (
+    "magnitudes",
+    "apertures",
+    "catalogue shapes",
+    "measured structure",
+    "true structure",
+    "all parameters",
+)
+
+def ladder_rungs(
+    sample:LadderSample,
+    bands,  # of the survey
+) -> dict[str, pd.DataFrame]:
+    "The columns that each of `RUNGS` adds to those below it."
+    def magnitudes(kind): return sample.photometry[[f"{kind}_{b}" for b in bands]].to_numpy()
+    total, structure = magnitudes("total"), sample.structure
+    shapes = ["petro_radius", "r50", "r90", "axis_ratio"]
+    columns = (
+        pd.DataFrame(magnitude_and_colours(total)),
+        pd.DataFrame(np.hstack([magnitudes(kind) - total for kind in ("aperture", "fibre")])),
+        structure[shapes].assign(ratio=structure.r90/structure.r50),
+        structure.drop(columns=[*shapes, "position_angle"]),
+        sample.galaxies[[*STRUCTURE]],
+        sample.galaxies[[*PHYSICAL]],
+    )
+    return dict(zip(RUNGS, columns, strict=True))
+
+# %% ../nbs/25_evaluation.ipynb #9cccec33
+def climb(
+    rungs:dict[str, pd.DataFrame],  # N rows each
+    quantities:pd.DataFrame,  # (N rows) NaN where not asked for
+    n_test:int,  # the last rows, which are predicted from the others
+    iterations:int,  # of the boosting
+    seed:int,
+    n_jobs:int = -1,  # processes
+    progress:bool = True,  # show a bar
+) -> dict[str, pd.DataFrame]:
+    "Predictions of the quantities of the test galaxies, by rung."
+    features = [np.column_stack(list(rungs.values())[:k + 1]) for k in range(len(rungs))]
+    tasks = [(x, y) for x in features for _, y in quantities.items()]
+    fitting = joblib.Parallel(n_jobs, return_as="generator")(
+        joblib.delayed(_predict_one)(x, y.to_numpy(), n_test, iterations, seed) for x, y in tasks
+    )
+    fitted = np.array(list(tqdm(fitting, "boosting", len(tasks), disable=not progress)))
+    fitted = fitted.reshape(len(rungs), -1, n_test)
+    tested = quantities.index[-n_test:]
+    return {
+        rung: pd.DataFrame(values.T, tested, quantities.columns)
+        for rung, values in zip(rungs, fitted, strict=True)
+    }
+
+def _predict_one(features, quantity, n_test, iterations, seed):
+    known = np.isfinite(quantity)
+    known[-n_test:] = False
+    if known.sum() < 40: return np.full(n_test, np.nan)  # nothing to learn from
+    training = features[known], quantity[known, None]
+    return predict_by_boosting(*training, features[-n_test:], iterations, seed)[:, 0]
+
+# %% ../nbs/25_evaluation.ipynb #44aac61a
+def ladder_table(
+    predictions:dict[str, pd.DataFrame],  # of `climb`
+    truth:pd.DataFrame,  # of the same galaxies
+    rng:np.random.Generator,
+    n_draws:int = 500,
+) -> pd.DataFrame:
+    """One row a quantity and rung: n_test, unit and rms of the error, error over scatter, gain over
+    the first rung and step over the one below, each with lower and upper ends."""
+    tables = []
+    for quantity in dict.fromkeys(map(_quantity_of, truth)):
+        known = truth[[c for c in truth if _quantity_of(c) == quantity]].dropna()
+        if len(known) < 2: continue
+        errors = [p.loc[known.index, known.columns] - known for p in predictions.values()]
+        squares = np.array([(error**2).mean(axis=1) for error in errors])
+        scatter = ((known - known.mean())**2).mean(axis=1).to_numpy()
+        facts = dict(
+            quantity=quantity,
+            rung=list(predictions),
+            n_test=len(known),
+            unit=LADDER_QUANTITIES.get(quantity, ""),
+            rms=np.sqrt(squares.mean(1)),
+        )
+        tables.append(pd.DataFrame(facts | _bootstrap_rungs(squares, scatter, rng, n_draws)))
+    return pd.concat(tables, ignore_index=True)
+
+def _quantity_of(column): return "targets" if column.startswith("target_") else column
+
+# %% ../nbs/25_evaluation.ipynb #db8eaa28
+def _bootstrap_rungs(squares, scatter, rng, n_draws):
+    "Columns of `ladder_table` from the squared errors (rungs, n) and deviations (n) of galaxies."
+    n = len(scatter)
+    counts = rng.multinomial(n, np.full(n, 1/n), n_draws)
+    counts = np.vstack([np.ones(n), counts])  # the sample itself comes first
+    errors = np.sqrt((squares @ counts.T)/(scatter @ counts.T))
+    measures = dict(
+        error=errors, gain=1 - errors/errors[0], step=1 - errors/np.roll(errors, 1, axis=0)
+    )
+    measures["step"][0] = 0
+    columns = {}
+    for name, values in measures.items():
+        lower, upper = np.percentile(values[:, 1:], (2.5, 97.5), axis=1)
+        columns |= {name: values[:, 0], f"{name}_lower": lower, f"{name}_upper": upper}
+    return columns

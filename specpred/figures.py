@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .evaluation import Reference, pooled_rmse
+from .evaluation import LADDER_QUANTITIES, Reference, pooled_rmse
 from .images import composite
 from .plotting import COLOURS, RED, mark_lines
 from .stages import atomic_path
 
 # %% auto #0
-__all__ = ['choose_gallery', 'plot_comparison', 'plot_gallery', 'plot_losses', 'plot_latents', 'plot_results', 'write_figure']
+__all__ = ['LADDER_TITLES', 'choose_gallery', 'plot_comparison', 'plot_gallery', 'plot_losses', 'plot_latents', 'plot_results',
+           'plot_ladder', 'write_figure']
 
 # %% ../nbs/26_figures.ipynb #191ef363
 def choose_gallery(
@@ -141,6 +142,36 @@ def plot_results(
     right.set(xlabel="median error of the spectrum (%)", xlim=(0, None))
     right.legend(frameon=False, fontsize=8)
     for ax in (left, right): ax.grid(axis="y", color="0.9")
+    return figure
+
+# %% ../nbs/26_figures.ipynb #6be9cd18
+LADDER_TITLES = dict(
+    targets="targets",
+    dn4000="$D_n(4000)$",
+    halpha_ew="Hα equivalent width",
+    redshift="redshift",
+    oiii_hbeta="[O III]/Hβ",
+    gas_metallicity="gas metallicity",
+)
+
+def plot_ladder(
+    ladder:pd.DataFrame,  # results/ladder.csv
+) -> Figure:
+    "Errors over the scatter of each quantity, with 95 % intervals, rung by rung."
+    rungs, panels = ladder.rung.unique(), ladder.groupby("quantity", sort=False)
+    figure = Figure(figsize=(1.5 + 1.8*len(panels), 0.33*len(rungs) + 1), layout="constrained")
+    axes, y = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], -np.arange(len(rungs))
+    for colour, ax, (quantity, rows) in zip(itertools.cycle(COLOURS), axes, panels, strict=False):
+        below, above = rows.error - rows.error_lower, rows.error_upper - rows.error
+        ax.axvline(rows.error.iloc[0], color="0.7", ls="--", lw=0.8)
+        ax.errorbar(rows.error, y, xerr=[below, above], fmt="o", ms=4, color=colour, capsize=2)
+        for height, error, gain in zip(y[1:], rows.error[1:], rows.gain[1:], strict=True):
+            ax.annotate(f"{gain:+.0%}", (error, height), (0, 4), textcoords="offset points",
+                fontsize=6, ha="center")
+        ax.set(yticks=y, yticklabels=rungs, xlim=(0, None), ylim=(0.6 - len(rungs), 0.5))
+        ax.set_title(LADDER_TITLES[quantity], fontsize=9)
+        ax.grid(axis="y", color="0.93")
+    figure.supxlabel("error / scatter of the test galaxies", fontsize=9)
     return figure
 
 # %% ../nbs/26_figures.ipynb #d589c22c

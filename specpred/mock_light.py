@@ -560,11 +560,11 @@ def _light_shares(light, parts, total):
         young_colour=colour(young) - colour(of["disk"]),
         outer_colour=colour(parts[:, 2]) - colour(parts[:, 1]))
 
-# %% ../nbs/10_mock_light.ipynb #6f2f7045
+# %% ../nbs/10_mock_light.ipynb #ec1347e0
 STRUCTURE = ("axis_ratio", "bulge_sersic", "bulge_axis_ratio", "arm_amplitude", "arm_number",
     "flocculence", "pitch", "bar_share", "bar_length", "ring", "clumpiness", "n_clumps",
-    "lopsidedness", "tidal_tail", "lane", "concentration", "bulge_light", "young_light",
-    "hii_light", "nucleus_light", "bulge_colour", "young_colour", "outer_colour")
+    "lopsidedness", "tidal_tail", "lane", "concentration", "bulge_light", "bulge_colour",
+    "young_colour", "outer_colour")
 PHYSICAL = ("redshift", "log_mass", "log_sfr", "log_burst", "old_age", "bulge_age",
     "bulge_to_total", "young_start", "young_stop", "young_fraction", "oxygen", "gas_gradient",
     "stars_log_z", "stars_gradient", "log_u_deviate", "nitrogen", "av_stars", "av_lines",

@@ -33,9 +33,10 @@ from .stages import atomic_path
 from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
-__all__ = ['PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG', 'SUBCELLS', 'CENTRING_ERROR', 'SATURATION', 'MAIN_GALAXY', 'BLOCK',
-           'Conditions', 'draw_conditions', 'layout_skycells', 'draw_survey', 'draw_sources', 'observe_stamp',
-           'add_sky', 'observe_stamps', 'make_skycell', 'SpectraBlock', 'make_spectra', 'make_survey', 'true_spectra']
+__all__ = ['PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG', 'SUBCELLS', 'CENTRING_ERROR', 'SATURATION', 'stellar_library',
+           'MAIN_GALAXY', 'BLOCK', 'Conditions', 'draw_conditions', 'layout_skycells', 'draw_survey', 'draw_sources',
+           'observe_stamp', 'add_sky', 'observe_stamps', 'make_skycell', 'SpectraBlock', 'make_spectra', 'make_survey',
+           'true_spectra']
 
 # %% ../nbs/11_mock_survey.ipynb #92921e05
 # seconds of an exposure and usual number of exposures
@@ -249,8 +250,8 @@ def observe_stamps(
         stamp[:] = images
     return stamps
 
-# %% ../nbs/11_mock_survey.ipynb #13c38840
-_stellar_library = functools.cache(StellarLibrary.load)  # read once a process
+# %% ../nbs/11_mock_survey.ipynb #08cdb7e0
+stellar_library = functools.cache(StellarLibrary.load)  # read once a process
 
 @threadpool_limits.wrap(limits=1)  # products of several threads round differently
 def make_skycell(
@@ -266,7 +267,7 @@ def make_skycell(
     paths = [folder/skycell_path(cell.projcell, cell.subcell, c.band) for c in conditions]
     if all(path.is_file() for path in paths): return
     pixels = np.zeros((len(conditions), cell.side, cell.side))
-    if len(galaxies): light = make_light(_stellar_library(), galaxies, survey)
+    if len(galaxies): light = make_light(stellar_library(), galaxies, survey)
     for k, galaxy in enumerate(galaxies.itertuples()):
         position = np.array([galaxy.x, galaxy.y])
         x, y = corner = position.astype(int)//stamp*stamp
@@ -316,7 +317,7 @@ def _spectrum_content(galaxy, measured, observed, model):
     return sdss_spectrum_bytes(spectrum, galaxy.bestobjid, sdss_wdisp(spectrum.wavelength),
         SKY_FLUX[pixels], specobj)
 
-# %% ../nbs/11_mock_survey.ipynb #ad883e51
+# %% ../nbs/11_mock_survey.ipynb #4cb036b7
 def _write_files(contents):
     "Writes bytes by path. A file has its name only when it is complete."
     parts = {path: path.with_name(f".{path.name}.tmp") for path in contents}
@@ -340,7 +341,7 @@ def make_spectra(
     seed:int,
 ) -> SpectraBlock:
     "Draws galaxies, observes them through the fibre and writes the spectra that are not there yet."
-    library = _stellar_library()
+    library = stellar_library()
     light = draw_light(library, len(places), seed, "survey", places.index[0], couplings=couplings,
         survey=survey)
     galaxies, fine = places.join(light.galaxies.set_axis(places.index)), FineBasis.of(library)

@@ -16,10 +16,11 @@ from astropy.table import Table
 from safetensors.torch import load_file
 
 from specpred.config import _FILES, IMAGE_MODELS, get_paths
+from specpred.evaluation import LADDER_QUANTITIES, RUNGS
 from specpred.models import MODELS
 from specpred.stages import STAGES, only_one, read_manifest
 
-FIGURES = ("gallery", "losses", "latents", "results")
+FIGURES = ("gallery", "losses", "latents", "results", "ladder")
 SPECPRED = Path(sys.executable).parent/"specpred"
 
 
@@ -82,6 +83,15 @@ def test_results_are_sane(smoke_run):
     assert summary.error_true["autoencoder"] < summary.error_true["mean spectrum"]
     assert summary.parameters["xresnet18"] == 6_734_871
     assert summary.parameters["xresnet18_hybrid"] == 6_734_743
+
+
+def test_ladder_is_complete(smoke_run):
+    ladder = pd.read_csv(smoke_run.results/"ladder.csv").set_index(["quantity", "rung"])
+    assert set(ladder.index.unique("quantity")) == set(LADDER_QUANTITIES)
+    assert all(len(rows) == len(RUNGS) for _, rows in ladder.groupby("quantity"))
+    assert np.isfinite(ladder[["error", "gain_lower", "gain_upper"]]).all(axis=None)
+    errors = ladder.loc["dn4000"].error
+    assert errors["all parameters"] < errors["magnitudes"] < 0.8
 
 
 def test_predictions_belong_to_held_out_galaxies(smoke_run):
