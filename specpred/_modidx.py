@@ -674,6 +674,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'specpred.mock_survey.make_survey': ('mock_survey.html#make_survey', 'specpred/mock_survey.py'),
                                       'specpred.mock_survey.observe_stamp': ('mock_survey.html#observe_stamp', 'specpred/mock_survey.py'),
                                       'specpred.mock_survey.observe_stamps': ('mock_survey.html#observe_stamps', 'specpred/mock_survey.py'),
+                                      'specpred.mock_survey.stellar_library': ( 'mock_survey.html#stellar_library',
+                                                                                'specpred/mock_survey.py'),
                                       'specpred.mock_survey.true_spectra': ('mock_survey.html#true_spectra', 'specpred/mock_survey.py')},
             'specpred.models': { 'specpred.models.TrainedModel': ('models.html#trainedmodel', 'specpred/models.py'),
                                  'specpred.models.TrainedModel.__post_init__': ( 'models.html#trainedmodel.__post_init__',

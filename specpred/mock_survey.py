@@ -33,10 +33,10 @@ from .stages import atomic_path
 from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
-__all__ = ['PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG', 'SUBCELLS', 'CENTRING_ERROR', 'SATURATION', 'stellar_library',
-           'MAIN_GALAXY', 'BLOCK', 'Conditions', 'draw_conditions', 'layout_skycells', 'draw_survey', 'draw_sources',
-           'observe_stamp', 'add_sky', 'observe_stamps', 'make_skycell', 'SpectraBlock', 'make_spectra', 'make_survey',
-           'true_spectra']
+__all__ = ['PS1_EXPOSURES', 'OTHER_EXPOSURES', 'PROJCELL_DEG', 'SUBCELLS', 'CENTRING_ERROR', 'SATURATION', 'MAIN_GALAXY', 'BLOCK',
+           'Conditions', 'draw_conditions', 'layout_skycells', 'draw_survey', 'draw_sources', 'observe_stamp',
+           'add_sky', 'observe_stamps', 'stellar_library', 'make_skycell', 'SpectraBlock', 'make_spectra',
+           'make_survey', 'true_spectra']
 
 # %% ../nbs/11_mock_survey.ipynb #92921e05
 # seconds of an exposure and usual number of exposures
@@ -250,8 +250,11 @@ def observe_stamps(
         stamp[:] = images
     return stamps
 
-# %% ../nbs/11_mock_survey.ipynb #08cdb7e0
-stellar_library = functools.cache(StellarLibrary.load)  # read once a process
+# %% ../nbs/11_mock_survey.ipynb #f2825a6b
+@functools.cache
+def stellar_library() -> StellarLibrary:
+    "The stellar library, read once a process."
+    return StellarLibrary.load()
 
 @threadpool_limits.wrap(limits=1)  # products of several threads round differently
 def make_skycell(
