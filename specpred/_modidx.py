@@ -613,6 +613,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'specpred.mock_light._tail': ('mock_light.html#_tail', 'specpred/mock_light.py'),
                                      'specpred.mock_light._transmission': ('mock_light.html#_transmission', 'specpred/mock_light.py'),
                                      'specpred.mock_light._truth': ('mock_light.html#_truth', 'specpred/mock_light.py'),
+                                     'specpred.mock_light._wave_shares': ('mock_light.html#_wave_shares', 'specpred/mock_light.py'),
                                      'specpred.mock_light.add_old_stars_lines': ( 'mock_light.html#add_old_stars_lines',
                                                                                   'specpred/mock_light.py'),
                                      'specpred.mock_light.aperture': ('mock_light.html#aperture', 'specpred/mock_light.py'),

@@ -186,7 +186,7 @@ def _draw_arms(draw, delta_ms):
         bar_length=np.clip(draw.lognormal(0.9, 0.15), 0.4, 2), bar_angle=draw.uniform(0, np.pi),
         ring=np.where(draw.chance(0.17), draw.uniform(1, 3), 0))
 
-# %% ../nbs/08_mock_galaxies.ipynb #64e2fdf8
+# %% ../nbs/08_mock_galaxies.ipynb #973460fc
 def _draw_clumps(draw, kind, log_ssfr, log_burst):
     "Columns of clumps, lopsidedness and tidal tails."
     log_ew = 11.4 + log_ssfr + log_burst
@@ -199,7 +199,7 @@ def _draw_clumps(draw, kind, log_ssfr, log_burst):
     likely = np.isin(draw.seen("mergers", kind), (3, 4))
     merger = draw.chance(np.where(likely, relation("mergers").slope, 0.02))
     return dict(clumpiness=clumpiness, clump_share=np.clip(1.2*clumpiness, 0, 0.9),
-        n_clumps=draw.rng.integers(15, 60, draw.n),
+        n_clumps=draw.rng.integers(40, 160, draw.n),
         clump_seed=draw.rng.integers(2**31, size=draw.n),
         lopsidedness=np.clip(np.where(merger, draw.uniform(0.4, 0.8), 1.3*asymmetry), 0, 0.8),
         lopsided_angle=draw.uniform(0, 2*np.pi),

@@ -33,15 +33,14 @@ __all__ = ['POPULATIONS', 'COMPONENTS', 'POPULATION_OF', 'SCREENS', 'FIBRE_RADIU
            'make_nuclei', 'GalaxyLight', 'light_within', 'map_flux', 'petrosian', 'make_light', 'draw_light',
            'take_rows', 'Source', 'Grid', 'image_grid', 'galaxy_image', 'Spectrum', 'spectrum_at']
 
-# %% ../nbs/10_mock_light.ipynb #2798b940
+# %% ../nbs/10_mock_light.ipynb #e945c68b
 POPULATIONS = ("bulge", "disk", "arms", "H II regions")
 COMPONENTS = ("bulge", "inner disk", "outer disk", "inner arms", "outer arms",
     "inner H II regions", "outer H II regions")
 POPULATION_OF = np.array([0, 1, 1, 2, 2, 3, 3])  # of each component
-
-# %% ../nbs/10_mock_light.ipynb #afe56c78
 SCREENS = np.array([0.5, 2.0])  # A_V of the thin and the thick screen over the mean one
 
+# %% ../nbs/10_mock_light.ipynb #78231903
 class DiskPlane(NamedTuple):
     "Places in the plane of a disk."
     radius: np.ndarray  # scale lengths
@@ -67,7 +66,7 @@ def on_the_sky(
     minor = galaxy.disk_scale*plane.radius*np.sin(plane.azimuth)*galaxy.axis_ratio
     return major*cos - minor*sin, major*sin + minor*cos
 
-# %% ../nbs/10_mock_light.ipynb #c84405ea
+# %% ../nbs/10_mock_light.ipynb #3e17627b
 def spiral_pattern(
     galaxy,  # row of the galaxies' table
     plane:DiskPlane,
@@ -75,9 +74,8 @@ def spiral_pattern(
     "Brightness of the arms over that of a smooth disk: zero to 8/3, one on average in azimuth."
     tangent = np.float32(np.tan(np.radians(galaxy.pitch)))
     turned = plane.azimuth - np.log(plane.radius + 0.05)/tangent
-    others = galaxy.flocculence/3
     pattern = 0
-    for k, share in enumerate((1 - 2*others, others, others)):
+    for k, share in enumerate(_wave_shares(galaxy)):
         if share == 0: continue
         wave = np.cos((galaxy.arm_number + k)*turned - galaxy.arm_phase*(1 + 1.7*k))
         pattern = pattern + np.float32(share*2/3)*(1 + wave)**2
@@ -85,6 +83,9 @@ def spiral_pattern(
 
 def _arms_begin(radius):
     return 1 - np.exp(-(radius/0.6)**2)  # outside the centre
+
+def _wave_shares(galaxy):
+    return 1 - galaxy.flocculence*2/3, galaxy.flocculence/3, galaxy.flocculence/3
 
 def dust_cover(
     galaxy,  # row of the galaxies' table
@@ -110,15 +111,16 @@ def _tail(galaxy, plane):
     beyond_disk = 1/(1 + np.exp(-4*(plane.radius - 2)))
     return galaxy.tidal_tail*(0.5 + 0.5*np.cos(turned))**6*np.exp(-plane.radius/2.5)*beyond_disk
 
-# %% ../nbs/10_mock_light.ipynb #0dd9f72f
+# %% ../nbs/10_mock_light.ipynb #57aecb4d
 def disk_maps(
     galaxy,  # row of the galaxies' table
     plane:DiskPlane,  # of P places
 ) -> np.ndarray:  # (4, 2, P): inner and outer disk, inner and outer arms; thin and thick screen
     "Surface brightness of the disk's components, not normalised. H II regions follow the arms."
     radius, arms = plane.radius, spiral_pattern(galaxy, plane)
-    # amplitude of the whole disk = 4/3 strength (young share + 0.4 of the old)
-    strength = min(galaxy.arm_amplitude*0.75/(_YOUNG_SHARE + 0.4*(1 - _YOUNG_SHARE)), 1)
+    # amplitude of the whole disk = 4/3 strength (young share + 0.4 of the old) coherence
+    strength = galaxy.arm_amplitude*0.75/(_YOUNG_SHARE + 0.4*(1 - _YOUNG_SHARE))
+    strength = min(strength/np.linalg.norm(_wave_shares(galaxy)), 1)
     strength = strength*_arms_begin(radius)*(arms - 1)
     lopsided = 1 + galaxy.lopsidedness*np.minimum(radius/1.5, 1)*np.cos(
         plane.azimuth - galaxy.lopsided_angle)
@@ -180,7 +182,7 @@ def _clump_points(galaxy, young):
     light = luminosity/luminosity.sum()*zones*screens
     return Points(slice(3, 7), *on_the_sky(galaxy, plane), light)
 
-# %% ../nbs/10_mock_light.ipynb #6389bb8c
+# %% ../nbs/10_mock_light.ipynb #5f863327
 def galaxy_maps(
     galaxy,  # row of the galaxies' table
 ) -> GalaxyMaps:
@@ -190,7 +192,7 @@ def galaxy_maps(
     disk[:2] /= totals[0]
     disk[2:] /= totals[1]
     clumps = _clump_points(galaxy, disk[2:].sum((0, 1)))
-    share = galaxy.clump_share*np.array([0.5, 0.5, 1, 1])[:, None, None]  # of arms, H II regions
+    share = galaxy.clump_share*np.array([0.3, 0.3, 1, 1])[:, None, None]  # of arms, H II regions
     smooth = np.concatenate([disk[:2], (1 - share)*np.concatenate([disk[2:], disk[2:]])])
     clumps = clumps._replace(light=share*np.concatenate([clumps.light, clumps.light]))
     points = Points(slice(1, 7), *on_the_sky(galaxy, _DISK), smooth)
@@ -259,7 +261,7 @@ def constant_history(
     formed = ((lookback <= start) & (lookback >= stop))*np.gradient(LOOKBACK)
     return formed/formed.sum(1, keepdims=True)
 
-# %% ../nbs/10_mock_light.ipynb #03715516
+# %% ../nbs/10_mock_light.ipynb #62ede744
 class Components(NamedTuple):
     "Light of the components of N galaxies before dust, and their masses."
     coefficients: np.ndarray  # (N, 7, K) of the library's basis, solar luminosities/Angstrom
@@ -267,7 +269,6 @@ class Components(NamedTuple):
     mass: np.ndarray  # (N, 4) of each population's stars that are alive, solar masses
     mean_age: np.ndarray  # (N) of the stars, weighted with mass, Gyr
 
-# %% ../nbs/10_mock_light.ipynb #31e20f00
 def _histories(galaxies):
     "Histories (N, T) of star formation of the four populations, one solar mass formed in each."
     universe = COSMOLOGY.age(galaxies.redshift.to_numpy()).value
@@ -323,7 +324,7 @@ def _scale(parts, galaxies):
         for name in ("coefficients", "lines")), mass=weight,
         mean_age=(weight*ages[:, one_each]).sum(1)/weight.sum(1))
 
-# %% ../nbs/10_mock_light.ipynb #7e5dd5f2
+# %% ../nbs/10_mock_light.ipynb #8dc6fdae
 SDSS_EXTINCTION = dict(g=3.793, r=2.751, i=2.086, z=1.479)  # A/E(B-V), Stoughton et al. 2002
 LSUN = 3.828e33  # erg/s
 
@@ -335,7 +336,6 @@ def dilution(
     distance = COSMOLOGY.luminosity_distance(redshift).cgs.value
     return LSUN*1e17/(4*np.pi*distance**2*(1 + redshift))
 
-# %% ../nbs/10_mock_light.ipynb #ba0285c9
 @functools.cache
 def _extinction_grid():
     wavelength = np.arange(2500.0, 15000.0, 2.0)
@@ -402,7 +402,7 @@ def component_flux(
         flux = flux + _of_components(light, worth)
     return flux
 
-# %% ../nbs/10_mock_light.ipynb #c92340cd
+# %% ../nbs/10_mock_light.ipynb #73122915
 class Nuclei(NamedTuple):
     "Light of the nuclei of N galaxies."
     narrow: np.ndarray  # (N, L) solar luminosities
@@ -410,7 +410,6 @@ class Nuclei(NamedTuple):
     continuum: np.ndarray  # (N) at 5100 Angstrom, solar luminosities/Angstrom
     flux: np.ndarray  # (N, B) nJy
 
-# %% ../nbs/10_mock_light.ipynb #47a7bcc4
 def _continuum_at(library, wavelength, coefficients):
     "Starlight at a rest wavelength, solar luminosities/Angstrom, of coefficients (..., K)."
     at = np.abs(library.wavelength - wavelength) < 30
@@ -717,14 +716,14 @@ def _add_disks(image, grid, sources):
         norm = grid.step**2/(2*np.pi*source.scale**2*source.axis_ratio)
         image += np.float32(source.flux*norm)[:, None, None]*np.exp(-np.float32(radius))
 
-# %% ../nbs/10_mock_light.ipynb #b4ca3cd9
+# %% ../nbs/10_mock_light.ipynb #ff44a572
 def _on_grid(maps, flux, grid):
     "(B, S, S): the galaxy's smooth maps and clumps."
     galaxy, clumpy = maps.galaxy, maps.galaxy.clump_share
     # the sums of `galaxy_maps` are over points with this area in the sky
     area = 2*np.pi*galaxy.disk_scale**2*galaxy.axis_ratio/len(_DISK.radius)
     weights = np.concatenate([flux[1:3]/maps.disk_totals[0]/area,
-        ((1 - 0.5*clumpy)*flux[3:5] + (1 - clumpy)*flux[5:7])/maps.disk_totals[1]/area,
+        ((1 - 0.3*clumpy)*flux[3:5] + (1 - clumpy)*flux[5:7])/maps.disk_totals[1]/area,
         flux[:1]])*grid.step**2
     layers = _layers_on(grid, galaxy)
     weights = np.float32(weights.reshape(10, -1))
