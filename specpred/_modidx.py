@@ -750,6 +750,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'specpred.photometry.replace_neighbours': ( 'photometry.html#replace_neighbours',
                                                                                  'specpred/photometry.py'),
                                      'specpred.photometry.ring_modes': ('photometry.html#ring_modes', 'specpred/photometry.py'),
+                                     'specpred.photometry.rms_asymmetry': ('photometry.html#rms_asymmetry', 'specpred/photometry.py'),
                                      'specpred.photometry.sample_rings': ('photometry.html#sample_rings', 'specpred/photometry.py'),
                                      'specpred.photometry.shape_moments': ('photometry.html#shape_moments', 'specpred/photometry.py')},
             'specpred.plotting': {'specpred.plotting.mark_lines': ('plotting.html#mark_lines', 'specpred/plotting.py')},

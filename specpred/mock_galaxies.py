@@ -60,7 +60,7 @@ class _Draw:
         other = self.rng.permutation(self.n)  # drawn in any case: the other numbers stay the same
         return values if coupling in self.couplings else values[other]
 
-# %% ../nbs/08_mock_galaxies.ipynb #c7feee2a
+# %% ../nbs/08_mock_galaxies.ipynb #28bf9e56
 KINDS = ("quiescent", "star-forming", "fading", "post-starburst", "starburst")
 
 def _draw_kinds(draw, log_mass):
@@ -73,9 +73,11 @@ def _draw_kinds(draw, log_mass):
     special = [draw.chance(0.006), draw.chance(starburst), draw.chance(0.1)]
     forming = np.select(special, [3, 4, 2], 1)
     kind = np.where(draw.chance(passive_fraction(hidden)), 0, forming)
-    return dict(kind=np.array(KINDS)[kind], bulge_to_total=bulge(deviate))
+    # bulges of galaxies that form stars are smaller (Weinzirl et al. 2009)
+    return dict(kind=np.array(KINDS)[kind],
+        bulge_to_total=bulge(deviate)*np.where(kind == 0, 1, 0.65))
 
-# %% ../nbs/08_mock_galaxies.ipynb #69444d86
+# %% ../nbs/08_mock_galaxies.ipynb #f8d67907
 def _draw_star_formation(draw, kind, log_mass, size, universe_age):
     "Rates (log10, solar masses a year) and ages (Gyr); `size` is log10 of R/R(M)."
     def by_kind(*values): return np.choose(kind, values)
@@ -84,13 +86,14 @@ def _draw_star_formation(draw, kind, log_mass, size, universe_age):
         0.55 + draw.rng.exponential(0.22, draw.n))
     log_sfr = main_sequence(log_mass) + delta
     slope, scatter = relation("old_age")
-    age = 10**(by_kind(0.86, 0.66, 0.74, 0.74, 0.66) + slope*(log_mass - 10.5)
+    age = 10**(by_kind(0.90, 0.66, 0.74, 0.80, 0.66) + slope*(log_mass - 10.5)
         + relation("stellar_age_size").slope*draw.seen("stellar_age_size", size)
         + draw.normal("old_age"))
     age = np.clip(age, 1.5, 0.75*universe_age)
     return dict(delta_ms=delta, log_sfr=log_sfr, log_ssfr=log_sfr - log_mass,
         log_burst=draw.normal("burstiness") + by_kind(0, 0, 0, 0, 0.2),
         old_age=age, bulge_age=np.minimum(age*by_kind(1.05, 1.5, 1.3, 1.2, 1.5), 0.85*universe_age),
+        old_duration=by_kind(1.42, 2.2, 1.8, 1.5, 2.2),
         young_stop=by_kind(0.0282, 0.0282, 0.0282, draw.uniform(0.08, 0.4), 0.0282),
         young_start=by_kind(0.3, 0.3, 0.3, draw.uniform(0.5, 0.9), draw.uniform(0.06, 0.2)),
         young_fraction=by_kind(0, 0, 0, draw.uniform(0.05, 0.25), 0))
@@ -125,7 +128,7 @@ def _draw_dust(draw, kind, log_mass, axis_ratio):
     return dict(av_stars=np.minimum(stars, 2), av_lines=np.where(kind == 0, 2*little, lines),
         dust_slope=draw.rng.normal(-0.2, 0.2, draw.n))
 
-# %% ../nbs/08_mock_galaxies.ipynb #8d31ed0e
+# %% ../nbs/08_mock_galaxies.ipynb #c98be23a
 NUCLEI = ("none", "LINER", "Seyfert", "broad-line")
 
 def _draw_nuclei(draw, kind, log_mass):
@@ -134,14 +137,15 @@ def _draw_nuclei(draw, kind, log_mass):
     seyfert = draw.chance(np.where(kind == 0, 0.1, 0.4))
     nucleus = np.where(active, np.where(seyfert, 2, 1), 0)
     nucleus = np.where((nucleus == 2) & draw.chance(0.15), 3, nucleus)
-    width = np.choose(nucleus, [0, draw.lognormal(2.5, 0.25), *[draw.lognormal(12, 0.3)]*2])
+    gas = np.where(kind == 0, np.where(draw.chance(0.4), 0.15, 1), 0.3)
+    width = np.choose(nucleus, [0, draw.lognormal(2, 0.25), *[draw.lognormal(12, 0.3)]*2])
     return dict(nucleus=np.array(NUCLEI)[nucleus], nucleus_ew=width,
         nucleus_hardness=draw.rng.normal(size=draw.n),
         broad_share=np.where(nucleus == 3, draw.uniform(0.1, 0.5), 0),
         broad_sigma=draw.lognormal(3000, 0.2)/2.355,
-        old_stars_ew=np.minimum(draw.lognormal(0.8, 0.3), 3))
+        old_stars_ew=np.minimum(draw.lognormal(0.8, 0.3), 3)*gas)
 
-# %% ../nbs/08_mock_galaxies.ipynb #ce571481
+# %% ../nbs/08_mock_galaxies.ipynb #b447534c
 def _draw_sizes(draw, kind, log_mass, redshift, bulge_to_total, deviate):
     "Sizes in kpc and arcsec and shapes; `deviate` is log10 of R/R(M)."
     early = half_light_radius(log_mass, True)
@@ -152,10 +156,12 @@ def _draw_sizes(draw, kind, log_mass, redshift, bulge_to_total, deviate):
     major = radius*np.where(kind == 0, 1.1, 1.3)*kpc
     on_sky = draw.seen("mass_size", np.log10(np.clip(major, 0.5, 15)))
     bulge = draw.seen("populations", bulge_to_total)
-    bulge_radius, index = 10**(on_sky + 0.9*(bulge - 1)), 1.2 + 3.1*bulge
+    ratio = 10**(np.where(kind == 0, 0.5, 0.9)*(bulge - 1))  # of the bulge's radius to the galaxy's
+    bulge_radius, index = ratio*10**on_sky, 1.2 + 3.1*bulge
     return dict(radius=radius, half_light_radius=10**on_sky, bulge_seen=bulge,
+        clump_size=np.clip(0.2*kpc, 0.1, 0.5),
         bulge_radius=np.clip(bulge_radius, 0.2, 12),
-        disk_scale=10**on_sky/_half_mass_radius(bulge, 10**(0.9*(bulge - 1))),
+        disk_scale=10**on_sky/_half_mass_radius(bulge, ratio),
         bulge_sersic=np.clip(np.round(2*(index + draw.rng.normal(0, 0.5, draw.n)))/2, 1, 5),
         bulge_axis_ratio=draw.uniform(0.55, 1))
 
@@ -186,7 +192,7 @@ def _draw_arms(draw, delta_ms):
         bar_length=np.clip(draw.lognormal(0.9, 0.15), 0.4, 2), bar_angle=draw.uniform(0, np.pi),
         ring=np.where(draw.chance(0.17), draw.uniform(1, 3), 0))
 
-# %% ../nbs/08_mock_galaxies.ipynb #973460fc
+# %% ../nbs/08_mock_galaxies.ipynb #e09b9db8
 def _draw_clumps(draw, kind, log_ssfr, log_burst):
     "Columns of clumps, lopsidedness and tidal tails."
     log_ew = 11.4 + log_ssfr + log_burst
@@ -198,8 +204,8 @@ def _draw_clumps(draw, kind, log_ssfr, log_burst):
         + draw.normal("asymmetry"), 0.01)
     likely = np.isin(draw.seen("mergers", kind), (3, 4))
     merger = draw.chance(np.where(likely, relation("mergers").slope, 0.02))
-    return dict(clumpiness=clumpiness, clump_share=np.clip(1.2*clumpiness, 0, 0.9),
-        n_clumps=draw.rng.integers(40, 160, draw.n),
+    return dict(clumpiness=clumpiness, clump_share=np.clip(1.2*clumpiness, 0, 0.7),
+        n_clumps=draw.rng.integers(60, 240, draw.n),
         clump_seed=draw.rng.integers(2**31, size=draw.n),
         lopsidedness=np.clip(np.where(merger, draw.uniform(0.4, 0.8), 1.3*asymmetry), 0, 0.8),
         lopsided_angle=draw.uniform(0, 2*np.pi),

@@ -26,10 +26,10 @@ from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
 __all__ = ['POPULATIONS', 'COMPONENTS', 'POPULATION_OF', 'SCREENS', 'FIBRE_RADIUS', 'FIBRE_SEEING', 'MOFFAT_BETA',
-           'SDSS_EXTINCTION', 'LSUN', 'STRUCTURE', 'PHYSICAL', 'R_LIMITS', 'MARGIN', 'CLUMP_SIZE', 'DiskPlane',
-           'in_disk_plane', 'on_the_sky', 'spiral_pattern', 'dust_cover', 'disk_maps', 'Points', 'GalaxyMaps',
-           'galaxy_maps', 'component_shares', 'moffat_transform', 'aperture', 'decline_time', 'constant_history',
-           'Components', 'make_components', 'dilution', 'extinction', 'component_flux', 'Nuclei', 'add_old_stars_lines',
+           'SDSS_EXTINCTION', 'LSUN', 'STRUCTURE', 'PHYSICAL', 'R_LIMITS', 'MARGIN', 'DiskPlane', 'in_disk_plane',
+           'on_the_sky', 'spiral_pattern', 'dust_cover', 'disk_maps', 'Points', 'GalaxyMaps', 'galaxy_maps',
+           'component_shares', 'moffat_transform', 'aperture', 'decline_time', 'constant_history', 'Components',
+           'make_components', 'dilution', 'extinction', 'component_flux', 'Nuclei', 'add_old_stars_lines',
            'make_nuclei', 'GalaxyLight', 'light_within', 'map_flux', 'petrosian', 'make_light', 'draw_light',
            'take_rows', 'Source', 'Grid', 'image_grid', 'galaxy_image', 'Spectrum', 'spectrum_at']
 
@@ -66,19 +66,19 @@ def on_the_sky(
     minor = galaxy.disk_scale*plane.radius*np.sin(plane.azimuth)*galaxy.axis_ratio
     return major*cos - minor*sin, major*sin + minor*cos
 
-# %% ../nbs/10_mock_light.ipynb #3e17627b
+# %% ../nbs/10_mock_light.ipynb #9b3a35cb
 def spiral_pattern(
     galaxy,  # row of the galaxies' table
     plane:DiskPlane,
 ) -> np.ndarray:
-    "Brightness of the arms over that of a smooth disk: zero to 8/3, one on average in azimuth."
+    "Brightness of the arms over that of a smooth disk: 0 to 3.2, one on average in azimuth."
     tangent = np.float32(np.tan(np.radians(galaxy.pitch)))
     turned = plane.azimuth - np.log(plane.radius + 0.05)/tangent
     pattern = 0
     for k, share in enumerate(_wave_shares(galaxy)):
         if share == 0: continue
         wave = np.cos((galaxy.arm_number + k)*turned - galaxy.arm_phase*(1 + 1.7*k))
-        pattern = pattern + np.float32(share*2/3)*(1 + wave)**2
+        pattern = pattern + np.float32(share*2/5)*(1 + wave)**3
     return pattern
 
 def _arms_begin(radius):
@@ -97,9 +97,7 @@ def dust_cover(
     cover = 0.55*np.exp(-plane.radius/3)*(1 + lanes*(arms - 1))
     return np.clip(cover, 0, 0.95)
 
-# %% ../nbs/10_mock_light.ipynb #dd0aa0dd
-_YOUNG_SHARE = 0.45  # of a disk's light in blue bands, to turn the arms' amplitude into contrast
-
+# %% ../nbs/10_mock_light.ipynb #e0eba474
 def _bar(galaxy, plane):
     along = plane.radius*np.cos(plane.azimuth - galaxy.bar_angle)/galaxy.bar_length
     across = plane.radius*np.sin(plane.azimuth - galaxy.bar_angle)/galaxy.bar_length
@@ -111,20 +109,19 @@ def _tail(galaxy, plane):
     beyond_disk = 1/(1 + np.exp(-4*(plane.radius - 2)))
     return galaxy.tidal_tail*(0.5 + 0.5*np.cos(turned))**6*np.exp(-plane.radius/2.5)*beyond_disk
 
-# %% ../nbs/10_mock_light.ipynb #57aecb4d
+# %% ../nbs/10_mock_light.ipynb #afe05faf
 def disk_maps(
     galaxy,  # row of the galaxies' table
     plane:DiskPlane,  # of P places
 ) -> np.ndarray:  # (4, 2, P): inner and outer disk, inner and outer arms; thin and thick screen
     "Surface brightness of the disk's components, not normalised. H II regions follow the arms."
     radius, arms = plane.radius, spiral_pattern(galaxy, plane)
-    # amplitude of the whole disk = 4/3 strength (young share + 0.4 of the old) coherence
-    strength = galaxy.arm_amplitude*0.75/(_YOUNG_SHARE + 0.4*(1 - _YOUNG_SHARE))
-    strength = min(strength/np.linalg.norm(_wave_shares(galaxy)), 1)
+    # of the young stars; as large as it must be for the amplitude to be measured on sharp images
+    strength = min(1.55*galaxy.arm_amplitude/np.linalg.norm(_wave_shares(galaxy)), 1)
     strength = strength*_arms_begin(radius)*(arms - 1)
     lopsided = 1 + galaxy.lopsidedness*np.minimum(radius/1.5, 1)*np.cos(
         plane.azimuth - galaxy.lopsided_angle)
-    old = np.exp(-radius)*lopsided*(1 + 0.4*strength)
+    old = np.exp(-radius)*lopsided*(1 + 0.6*strength)
     young = np.exp(-radius/1.14)*lopsided*(1 + strength)
     if galaxy.ring: young = young*(1 + galaxy.ring*np.exp(-((radius - 1.5)/0.35)**2))
     if galaxy.bar_share: old = old + _bar(galaxy, plane)
@@ -155,7 +152,7 @@ class GalaxyMaps(NamedTuple):
     points: tuple[Points, ...]  # bulge, disk and clumps
     disk_totals: np.ndarray  # (2) sums of `disk_maps` of old and young stars over the points
 
-# %% ../nbs/10_mock_light.ipynb #081e3e8c
+# %% ../nbs/10_mock_light.ipynb #3885d059
 def _bulge_points(galaxy):
     index, quantiles = galaxy.bulge_sersic, special.gammaincinv(2*galaxy.bulge_sersic, _PART)
     radius = galaxy.bulge_radius*(quantiles/special.gammaincinv(2*index, 0.5))**index
@@ -172,7 +169,9 @@ def _bulge_cover(galaxy, plane):
 def _clump_points(galaxy, young):
     "Clumps at places drawn from the light of the young stars (P)."
     rng, n = np.random.default_rng(int(galaxy.clump_seed)), int(galaxy.n_clumps)
-    chosen = np.searchsorted(np.cumsum(young)/young.sum(), rng.random(n))
+    # once more as bright as the arms are over the smooth disk: clumps crowd in them
+    chance = np.cumsum(young**2*np.exp(_DISK.radius*(1/1.14 - 1)))
+    chosen = np.searchsorted(chance/chance[-1], rng.random(n))
     radius, azimuth = _DISK.radius[chosen], _DISK.azimuth[chosen]
     plane = DiskPlane(radius*np.exp(rng.normal(0, 0.05, n)), azimuth + rng.normal(0, 0.05, n))
     luminosity = 1/(1 - 0.99*rng.random(n))
@@ -261,7 +260,7 @@ def constant_history(
     formed = ((lookback <= start) & (lookback >= stop))*np.gradient(LOOKBACK)
     return formed/formed.sum(1, keepdims=True)
 
-# %% ../nbs/10_mock_light.ipynb #62ede744
+# %% ../nbs/10_mock_light.ipynb #27a189e3
 class Components(NamedTuple):
     "Light of the components of N galaxies before dust, and their masses."
     coefficients: np.ndarray  # (N, 7, K) of the library's basis, solar luminosities/Angstrom
@@ -275,7 +274,7 @@ def _histories(galaxies):
     nothing = np.zeros(len(galaxies))
     def old(age):
         age = np.asarray(age)
-        start = np.minimum(2.2*age, 0.95*universe)
+        start = np.minimum(galaxies.old_duration*age, 0.95*universe)
         return star_formation_history(start, decline_time(age, start), nothing + 0.3, nothing)
     hii = nothing + 0.0282
     return [old(galaxies.bulge_age), old(galaxies.old_age),
@@ -619,9 +618,8 @@ def _joined(parts):
         [maps for part in parts for maps in part.maps], joined([p.components for p in parts]),
         joined([p.nuclei for p in parts]), np.concatenate([p.flux for p in parts]), parts[0].bands)
 
-# %% ../nbs/10_mock_light.ipynb #b4df64d8
+# %% ../nbs/10_mock_light.ipynb #df119e85
 MARGIN = 8  # pixels around an image
-CLUMP_SIZE = 0.15  # arcsec
 _FINE = 2  # points of the grid in a pixel, along each axis
 
 class Source(NamedTuple):
@@ -685,10 +683,10 @@ def _layers_on(grid, galaxy):
     layers[:, rows, columns] = dense.reshape(-1, len(y), 6, len(x), 6).mean((2, 4))
     return layers
 
-# %% ../nbs/10_mock_light.ipynb #3a7f0704
-def _add_clumps(image, grid, points, flux):
+# %% ../nbs/10_mock_light.ipynb #a1e99070
+def _add_clumps(image, grid, points, flux, size):
     "Adds the clumps as small Gaussians to (B, S, S)."
-    size = np.hypot(CLUMP_SIZE, grid.step/np.sqrt(12))  # spread over a cell of the grid
+    size = np.hypot(size, grid.step/np.sqrt(12))  # spread over a cell of the grid
     reach = int(np.ceil(3.5*size/grid.step))
     near = np.arange(-reach, reach + 1)
     rows, columns = (np.rint((p - axis.ravel()[0])/grid.step).astype(int)[:, None] + near
@@ -716,7 +714,7 @@ def _add_disks(image, grid, sources):
         norm = grid.step**2/(2*np.pi*source.scale**2*source.axis_ratio)
         image += np.float32(source.flux*norm)[:, None, None]*np.exp(-np.float32(radius))
 
-# %% ../nbs/10_mock_light.ipynb #ff44a572
+# %% ../nbs/10_mock_light.ipynb #1cdb756b
 def _on_grid(maps, flux, grid):
     "(B, S, S): the galaxy's smooth maps and clumps."
     galaxy, clumpy = maps.galaxy, maps.galaxy.clump_share
@@ -728,7 +726,8 @@ def _on_grid(maps, flux, grid):
     layers = _layers_on(grid, galaxy)
     weights = np.float32(weights.reshape(10, -1))
     image = (weights.T @ layers.reshape(10, -1)).reshape(-1, *layers.shape[1:])
-    _add_clumps(image, grid, maps.points[2], flux[maps.points[2].components])
+    clumps = maps.points[2]
+    _add_clumps(image, grid, clumps, flux[clumps.components], galaxy.clump_size)
     return image
 
 # %% ../nbs/10_mock_light.ipynb #f147a594

@@ -205,7 +205,7 @@ def observe_stamp(
     photon = np.array([PS1.to_njy(1.0, c.exptime) for c in conditions])  # nJy, of one electron
     return image + rng.normal(size=image.shape)*np.sqrt(np.maximum(image, 0)*photon[:, None, None])
 
-# %% ../nbs/11_mock_survey.ipynb #60852f40
+# %% ../nbs/11_mock_survey.ipynb #355a58b7
 SATURATION = 2e6  # nJy a pixel: the core of a star of 13th magnitude
 
 def add_sky(
@@ -221,12 +221,12 @@ def add_sky(
     if rng.random() < 0.2:
         angle = rng.uniform(0, 2*np.pi)
         pixels += sky_noise*rng.uniform(0.2, 0.8)*(x*np.cos(angle) + y*np.sin(angle))
-    if rng.random() < 0.02:
+    if rng.random() < 0.005:
         angle, shift = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4)
         distance = (x*np.cos(angle) + y*np.sin(angle) - shift)*side
         pixels += sky_noise*rng.uniform(2, 10)*np.exp(-0.5*(distance/2)**2)
     pixels[saturated] = np.nan
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         (column, row), (w, h) = rng.integers(0, side, 2), rng.integers(2, 12, 2)
         pixels[row:row + h, column:column + w] = np.nan
     if rng.random() < 0.1: pixels[:, rng.integers(0, side)] = np.nan

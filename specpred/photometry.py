@@ -16,8 +16,8 @@ from .images import aperture_magnitudes, aperture_weights, asinh_magnitude
 # %% auto #0
 __all__ = ['STEP', 'ETA', 'TOTAL', 'RINGS', 'AZIMUTHS', 'CHUNK', 'FIBRE', 'APERTURE', 'find_centres', 'half_turn', 'fill_missing',
            'moved_to_centre', 'growth_radii', 'growth_curves', 'light_within', 'radius_within', 'petrosian_radius',
-           'border_noise', 'replace_neighbours', 'asymmetry_centres', 'asymmetry', 'blurred', 'clumpiness',
-           'shape_moments', 'Rings', 'sample_rings', 'ring_modes', 'colour_contrast', 'Stamps', 'prepare',
+           'border_noise', 'replace_neighbours', 'asymmetry_centres', 'asymmetry', 'rms_asymmetry', 'blurred',
+           'clumpiness', 'shape_moments', 'Rings', 'sample_rings', 'ring_modes', 'colour_contrast', 'Stamps', 'prepare',
            'measure_structure', 'measure_photometry']
 
 # %% ../nbs/16_photometry.ipynb #91bb2541
@@ -271,6 +271,16 @@ def asymmetry(
     of_noise = 2/np.sqrt(np.pi)*noise*weights.sum((1, 2))[:, None]
     return (residual - of_noise)/_total(images, weights)
 
+def rms_asymmetry(
+    images:np.ndarray,  # (n, bands, height, width) nJy, around the image's centre
+    noise:np.ndarray,  # (n, bands) nJy a pixel
+    weights:np.ndarray,  # (n, height, width) of the aperture, 0 to 1
+) -> np.ndarray:
+    "(n, bands) root of the squared residuals of a half turn over the squared light, without noise."
+    of_noise = noise**2*weights.sum((1, 2))[:, None]
+    residual = _total((images - images[..., ::-1, ::-1])**2, weights)/2 - of_noise
+    return _root(residual/(_total(images**2, weights) - of_noise))
+
 # %% ../nbs/16_photometry.ipynb #85a7b9f7
 def _boxcar(spectrum, side):
     "Transforms (n, height) and (n, width//2 + 1) of squares of `side` (n,) pixels."
@@ -365,7 +375,7 @@ def ring_modes(
     flux:np.ndarray,  # (n, RINGS, AZIMUTHS) nJy a pixel, one band of `Rings`
     radius:np.ndarray,  # (n, RINGS) pixels
 ) -> dict:  # of (n,)
-    "Relative amplitudes `mode_2`, `mode_3`, `mode_4`, `arm_strength`, and `phase_constancy`."
+    "Relative amplitudes `mode_1` to `mode_4`, `arm_strength` of 2 to 4, and `phase_constancy`."
     mean = flux.mean(2, keepdims=True)
     low, high = np.minimum(0*mean, 2*mean), np.maximum(0*mean, 2*mean)
     modes = fft.rfft(np.clip(flux, low, high), axis=2)[:, :, :8]
@@ -375,7 +385,7 @@ def ring_modes(
     excess = (power - power[:, [5, 7]].mean(1, keepdims=True))/light
     second = modes[..., 2]*modes[..., 0].conj()*weight[..., 0]
     constancy = np.abs(second.sum(1))/np.abs(second).sum(1)
-    amplitudes = {f"mode_{m}": _root(excess[:, m]) for m in (2, 3, 4)}
+    amplitudes = {f"mode_{m}": _root(excess[:, m]) for m in (1, 2, 3, 4)}
     return amplitudes | dict(arm_strength=_root(excess[:, 2:5].sum(1)), phase_constancy=constancy)
 
 def colour_contrast(
@@ -474,7 +484,9 @@ def measure_structure(
     - `concentration`: 5 log10(R80/R20) (Conselice 2003)
     - `asymmetry_g`, `clumpiness_g`, and `_r`: A and S in the blue and the reference band
       (Conselice 2003), without what noise contributes
-    - `mode_2`, `mode_3`, `mode_4`, `arm_strength`: amplitudes along rings relative to the mean;
+    - `rms_asymmetry_g`, and `_r`: the same from squares, whose noise can be taken off exactly
+      (Conselice 2003, eq. 2)
+    - `mode_1` to `mode_4`, `arm_strength`: amplitudes along rings relative to the mean;
       `phase_constancy`: of m = 2, 0 to 1; all in the blue band
     - `colour_contrast`: rms of the colour blue - red along rings, mag
     - `gradient_g_r`, …: colour of the blue and each other band, inside R50 minus between R50 and
@@ -507,6 +519,7 @@ def _structure(stamps, bands, pixel_scale, r, b, i):
     aperture = _within(images.shape, TOTAL*petro)
     parts = images[:, chosen], noise[:, chosen]
     for name, values in (("asymmetry", asymmetry(*parts, aperture)),
+            ("rms_asymmetry", rms_asymmetry(*parts, aperture)),
             ("clumpiness", clumpiness(*parts, petro))):
         columns |= {f"{name}_{bands[k]}": v for k, v in zip(chosen, values.T, strict=True)}
 

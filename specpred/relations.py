@@ -120,8 +120,8 @@ def stellar_metallicity(
     "Median log10 of the stars' metallicity in solar ones (Gallazzi et al. 2005, table 2)."
     return np.interp(log_mass, *GALLAZZI.T)
 
-# %% ../nbs/07_relations.ipynb #8e3848c0
-MODEL_U = 0.5  # dex by which U of the library exceeds that of Kashino & Inoue for the same lines
+# %% ../nbs/07_relations.ipynb #9e786349
+MODEL_U = 0.9  # dex by which U of the library exceeds that of Kashino & Inoue for the same lines
 
 def ionization(
     log_mass,
