@@ -173,7 +173,7 @@ def _half_mass_radius(bulge, ratio):
     radius = np.linspace(0.1, 2, 200)
     return np.interp(rest, 1 - (1 + radius)*np.exp(-radius), radius)
 
-# %% ../nbs/08_mock_galaxies.ipynb #f34d307e
+# %% ../nbs/08_mock_galaxies.ipynb #740570b2
 def _draw_arms(draw, delta_ms):
     "Columns of the spiral arms, the bar and the ring."
     slope, scatter = relation("arms")
@@ -186,7 +186,7 @@ def _draw_arms(draw, delta_ms):
         arm_number=np.where(regular, 2, draw.rng.choice([2, 3, 4], draw.n, p=[0.55, 0.3, 0.15])),
         flocculence=np.where(regular, 0, np.where(several, 0.4, 1)),
         pitch=np.where(draw.chance(0.5), draw.rng.normal(12, 3.4, draw.n),
-            draw.rng.normal(23, 4.3, draw.n)).clip(5, 40),
+            draw.rng.normal(23, 4.3, draw.n)).clip(8, 40),
         arm_phase=draw.uniform(0, 2*np.pi),
         bar_share=np.where(barred, np.minimum(draw.lognormal(0.1, 0.15), 0.25), 0),
         bar_length=np.clip(draw.lognormal(0.9, 0.15), 0.4, 2), bar_angle=draw.uniform(0, np.pi),

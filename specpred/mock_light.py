@@ -485,7 +485,7 @@ def map_flux(
     total = np.einsum("cs,csb->b", component_shares(maps), flux)
     return np.broadcast_to(_common_shares(maps.galaxy)[..., None]*total, flux.shape)
 
-# %% ../nbs/10_mock_light.ipynb #f6283082
+# %% ../nbs/10_mock_light.ipynb #72bc9d18
 def petrosian(
     radius,  # (P) of points, ascending
     growth,  # (P) light within
@@ -500,9 +500,11 @@ def petrosian(
 
 def _growth(maps, flux, nucleus):
     "Radii and light within them, of all points of a galaxy in one band."
-    radius = [np.zeros(1), *(np.hypot(p.x, p.y) for p in maps.points)]
-    light = [np.atleast_1d(nucleus), *(np.einsum("csp,cs->p", p.light, flux[p.components])
-        for p in maps.points)]
+    # a nucleus is as large as the seeing: radii of equal parts of a Moffat profile 1.2" wide
+    of_seeing = 0.6/np.sqrt(2**(1/MOFFAT_BETA) - 1)*np.sqrt((1 - _PART)**(1/(1 - MOFFAT_BETA)) - 1)
+    radius = [of_seeing, *(np.hypot(p.x, p.y) for p in maps.points)]
+    light = [np.full(len(_PART), nucleus/len(_PART))]
+    light += [np.einsum("csp,cs->p", p.light, flux[p.components]) for p in maps.points]
     radius, light = np.concatenate(radius), np.concatenate(light)
     order = radius.argsort()
     return radius[order], light[order].cumsum()
