@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'specpred.mock_light._clump_points': ('mock_light.html#_clump_points', 'specpred/mock_light.py'),
                                      'specpred.mock_light._common_shares': ('mock_light.html#_common_shares', 'specpred/mock_light.py'),
                                      'specpred.mock_light._continuum_at': ('mock_light.html#_continuum_at', 'specpred/mock_light.py'),
+                                     'specpred.mock_light._dense': ('mock_light.html#_dense', 'specpred/mock_light.py'),
                                      'specpred.mock_light._dimmed': ('mock_light.html#_dimmed', 'specpred/mock_light.py'),
                                      'specpred.mock_light._extinction_grid': ('mock_light.html#_extinction_grid', 'specpred/mock_light.py'),
                                      'specpred.mock_light._filters': ('mock_light.html#_filters', 'specpred/mock_light.py'),

@@ -77,7 +77,7 @@ def _draw_kinds(draw, log_mass):
     return dict(kind=np.array(KINDS)[kind],
         bulge_to_total=bulge(deviate)*np.where(kind == 0, 1, 0.65))
 
-# %% ../nbs/08_mock_galaxies.ipynb #f8d67907
+# %% ../nbs/08_mock_galaxies.ipynb #8491c34a
 def _draw_star_formation(draw, kind, log_mass, size, universe_age):
     "Rates (log10, solar masses a year) and ages (Gyr); `size` is log10 of R/R(M)."
     def by_kind(*values): return np.choose(kind, values)
@@ -86,14 +86,14 @@ def _draw_star_formation(draw, kind, log_mass, size, universe_age):
         0.55 + draw.rng.exponential(0.22, draw.n))
     log_sfr = main_sequence(log_mass) + delta
     slope, scatter = relation("old_age")
-    age = 10**(by_kind(0.90, 0.66, 0.74, 0.80, 0.66) + slope*(log_mass - 10.5)
+    age = 10**(by_kind(0.87, 0.66, 0.74, 0.80, 0.66) + slope*(log_mass - 10.5)
         + relation("stellar_age_size").slope*draw.seen("stellar_age_size", size)
         + draw.normal("old_age"))
     age = np.clip(age, 1.5, 0.75*universe_age)
     return dict(delta_ms=delta, log_sfr=log_sfr, log_ssfr=log_sfr - log_mass,
         log_burst=draw.normal("burstiness") + by_kind(0, 0, 0, 0, 0.2),
         old_age=age, bulge_age=np.minimum(age*by_kind(1.05, 1.5, 1.3, 1.2, 1.5), 0.85*universe_age),
-        old_duration=by_kind(1.42, 2.2, 1.8, 1.5, 2.2),
+        old_duration=by_kind(1.48, 2.2, 1.8, 1.5, 2.2),
         young_stop=by_kind(0.0282, 0.0282, 0.0282, draw.uniform(0.08, 0.4), 0.0282),
         young_start=by_kind(0.3, 0.3, 0.3, draw.uniform(0.5, 0.9), draw.uniform(0.06, 0.2)),
         young_fraction=by_kind(0, 0, 0, draw.uniform(0.05, 0.25), 0))
@@ -128,7 +128,7 @@ def _draw_dust(draw, kind, log_mass, axis_ratio):
     return dict(av_stars=np.minimum(stars, 2), av_lines=np.where(kind == 0, 2*little, lines),
         dust_slope=draw.rng.normal(-0.2, 0.2, draw.n))
 
-# %% ../nbs/08_mock_galaxies.ipynb #c98be23a
+# %% ../nbs/08_mock_galaxies.ipynb #e8bfd3f0
 NUCLEI = ("none", "LINER", "Seyfert", "broad-line")
 
 def _draw_nuclei(draw, kind, log_mass):
@@ -137,7 +137,7 @@ def _draw_nuclei(draw, kind, log_mass):
     seyfert = draw.chance(np.where(kind == 0, 0.1, 0.4))
     nucleus = np.where(active, np.where(seyfert, 2, 1), 0)
     nucleus = np.where((nucleus == 2) & draw.chance(0.15), 3, nucleus)
-    gas = np.where(kind == 0, np.where(draw.chance(0.4), 0.15, 1), 0.3)
+    gas = np.where(kind == 0, np.where(draw.chance(0.6), 0.15, 1), 0.3)
     width = np.choose(nucleus, [0, draw.lognormal(2, 0.25), *[draw.lognormal(12, 0.3)]*2])
     return dict(nucleus=np.array(NUCLEI)[nucleus], nucleus_ew=width,
         nucleus_hardness=draw.rng.normal(size=draw.n),

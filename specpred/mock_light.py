@@ -401,7 +401,7 @@ def component_flux(
         flux = flux + _of_components(light, worth)
     return flux
 
-# %% ../nbs/10_mock_light.ipynb #73122915
+# %% ../nbs/10_mock_light.ipynb #55dfefc3
 class Nuclei(NamedTuple):
     "Light of the nuclei of N galaxies."
     narrow: np.ndarray  # (N, L) solar luminosities
@@ -420,15 +420,17 @@ def add_old_stars_lines(
     components:Components,
 ) -> Components:
     "Adds the LINER-like emission of gas around old stars to bulge and disk."
-    template = active_nucleus_lines(library, np.ones(len(galaxies)), 0,
-        0.1*galaxies.nucleus_hardness.clip(-2, 1.5), 0.1*galaxies.nitrogen, decrement=2.86)
+    template = active_nucleus_lines(library, np.ones(len(galaxies)), 0, decrement=2.86,
+        ionization=0.1*galaxies.nucleus_hardness.clip(-2, 1.5),
+        nitrogen=galaxies.nitrogen.clip(-0.2, 0.2),
+        neutral=0.5*galaxies.log_u_deviate.clip(-0.2, 0.2))
     halpha = galaxies.old_stars_ew.to_numpy()[:, None]*_continuum_at(library, 6565,
         components.coefficients[:, :3])
     lines = components.lines.copy()
     lines[:, :3] += halpha[..., None]*template[:, None]
     return components._replace(lines=lines)
 
-# %% ../nbs/10_mock_light.ipynb #49891834
+# %% ../nbs/10_mock_light.ipynb #7a50d3c3
 def make_nuclei(
     library:StellarLibrary,
     galaxies:pd.DataFrame,
@@ -439,7 +441,9 @@ def make_nuclei(
     halpha = galaxies.nucleus_ew.to_numpy()*_continuum_at(library, 6565, in_fibre)
     seyfert = np.isin(galaxies.nucleus, ("Seyfert", "broad-line"))
     narrow = active_nucleus_lines(library, halpha, seyfert,
-        0.12*galaxies.nucleus_hardness.clip(-2.5, 1.8), 0.1*galaxies.nitrogen.clip(-0.2, 0.2))
+        ionization=0.12*galaxies.nucleus_hardness.clip(-2.5, 1.8),
+        nitrogen=galaxies.nitrogen.clip(-0.2, 0.2),
+        neutral=0.5*galaxies.log_u_deviate.clip(-0.2, 0.2))
     share = galaxies.broad_share.to_numpy()
     continuum = share/(1 - share)*_continuum_at(library, 5100, in_fibre)
     broad = hydrogen_lines(library, 200*continuum*power_law_continuum(6565))
@@ -485,7 +489,7 @@ def map_flux(
     total = np.einsum("cs,csb->b", component_shares(maps), flux)
     return np.broadcast_to(_common_shares(maps.galaxy)[..., None]*total, flux.shape)
 
-# %% ../nbs/10_mock_light.ipynb #72bc9d18
+# %% ../nbs/10_mock_light.ipynb #eeec891c
 def petrosian(
     radius,  # (P) of points, ascending
     growth,  # (P) light within
@@ -493,7 +497,7 @@ def petrosian(
     "SDSS's Petrosian quantities of a curve of growth."
     at = np.geomspace(0.15, 60, 160)
     within, inner, outer = (np.interp(at*f, radius, growth) for f in (1, 0.8, 1.25))
-    ratio = (outer - inner)/(1.25**2 - 0.8**2)/within
+    ratio = (outer - inner)/(1.25**2 - 0.8**2)/np.maximum(within, 1e-9*growth[-1])
     limit = 2*at[((ratio < 0.2) & (at > 0.4)).argmax()]
     captured = np.interp(limit, radius, growth)
     return captured/growth[-1], *np.interp([0.5*captured, 0.9*captured], growth, radius)
@@ -620,9 +624,8 @@ def _joined(parts):
         [maps for part in parts for maps in part.maps], joined([p.components for p in parts]),
         joined([p.nuclei for p in parts]), np.concatenate([p.flux for p in parts]), parts[0].bands)
 
-# %% ../nbs/10_mock_light.ipynb #df119e85
+# %% ../nbs/10_mock_light.ipynb #71bb7243
 MARGIN = 8  # pixels around an image
-_FINE = 2  # points of the grid in a pixel, along each axis
 
 class Source(NamedTuple):
     "A star or another galaxy in an image."
@@ -643,7 +646,7 @@ def image_grid(
     size:int,  # pixels
     pixel_scale:float,  # arcsec
     offset=(0.0, 0.0),  # x and y of the galaxy's centre from the image's, pixels
-    fine:int=_FINE,
+    fine:int=2,
 ) -> Grid:
     "The grid on which an image of `size` pixels is drawn, with its margin."
     n = fft.next_fast_len(size + 2*MARGIN, real=True)
@@ -651,7 +654,7 @@ def image_grid(
     x, y = ((pixels - shift)*pixel_scale for shift in offset)
     return Grid(np.float32(x)[None], np.float32(y)[:, None], pixel_scale/fine)
 
-# %% ../nbs/10_mock_light.ipynb #6e54db9e
+# %% ../nbs/10_mock_light.ipynb #efdbda5c
 @functools.lru_cache(64)
 def _blur(n, step, seeing):
     "Transform (n, n//2 + 1) of the seeing."
@@ -674,15 +677,24 @@ def _layers(galaxy, x, y):
     disk = disk_maps(galaxy, plane).reshape(8, *bulge.shape)
     return np.concatenate([disk, [bulge*(1 - cover), bulge*cover]])
 
+def _dense(grid, reach, n, function):
+    "Cells up to `reach` from the centre, and the means there of a function over n x n points each."
+    centre = np.abs(grid.y[:, 0]).argmin(), np.abs(grid.x[0]).argmin()
+    rows, columns = (slice(max(i - reach, 0), i + reach + 1) for i in centre)
+    inside = np.float32((np.arange(n) - (n - 1)/2)/n*grid.step)
+    y, x = (np.add.outer(a, inside) for a in (grid.y[rows, 0], grid.x[0, columns]))
+    values = function(x.reshape(1, -1), y.reshape(-1, 1))
+    means = values.reshape(*values.shape[:-2], len(y), n, len(x), n).mean((-3, -1))
+    return (..., rows, columns), means
+
 def _layers_on(grid, galaxy):
-    "The layers on a grid; around the centre the mean of 6 x 6 points in each cell."
+    "The layers on a grid, averaged over each cell near the centre; most densely the bulge's cusp."
     layers = _layers(galaxy, grid.x, grid.y)
-    column, row = np.abs(grid.x[0]).argmin(), np.abs(grid.y[:, 0]).argmin()
-    columns, rows = (slice(max(i - 8, 0), i + 9) for i in (column, row))
-    inside = np.float32((np.arange(6) - 2.5)/6*grid.step)
-    x, y = (np.add.outer(a, inside) for a in (grid.x[0, columns], grid.y[rows, 0]))
-    dense = _layers(galaxy, x.reshape(1, -1), y.reshape(-1, 1))
-    layers[:, rows, columns] = dense.reshape(-1, len(y), 6, len(x), 6).mean((2, 4))
+    near, means = _dense(grid, 8, 6, functools.partial(_layers, galaxy))
+    layers[near] = means
+    cusp, means = _dense(grid, 1, 48, functools.partial(_sersic, galaxy=galaxy))
+    bulge = layers[8:]
+    bulge[cusp] *= means/bulge[cusp].sum(0)
     return layers
 
 # %% ../nbs/10_mock_light.ipynb #a1e99070
@@ -732,7 +744,7 @@ def _on_grid(maps, flux, grid):
     _add_clumps(image, grid, clumps, flux[clumps.components], galaxy.clump_size)
     return image
 
-# %% ../nbs/10_mock_light.ipynb #f147a594
+# %% ../nbs/10_mock_light.ipynb #5643cda1
 def _blurred(image, grid, seeing, points, fine):
     "Pixels of (S, S) convolved with the seeing, after adding the points (x, y, flux)."
     n, transform = len(image), fft.rfft2(image)
@@ -753,12 +765,12 @@ def galaxy_image(
     pixel_scale:float=PS1.pixel_scale,  # arcsec
     offset=(0.0, 0.0),  # x and y of the galaxy's centre from the image's, pixels
     others:tuple[Source, ...]=(),  # stars and other galaxies
-    fine:int=_FINE,  # points of the grid in a pixel, along each axis
+    fine:int|None=None,  # points of the grid in a pixel, along each axis; None: 0.14" apart at most
 ) -> np.ndarray:  # (B, size, size) float32 nJy a pixel
     """The noiseless images of a galaxy in the survey's bands. Raises `InvalidInputError` for a size
     or a seeing that cannot be."""
     n_bands = len(light.bands) - len(SDSS_EXTINCTION)
-    seeing = np.asarray(seeing, float)
+    seeing, fine = np.asarray(seeing, float), fine or int(np.ceil(pixel_scale/0.14))
     if size < 1 or seeing.shape != (n_bands,) or not (seeing > 0).all():
         raise InvalidInputError(f"size={size}, seeing={seeing}: expected a size above zero and "
             f"{n_bands} widths above zero.")
