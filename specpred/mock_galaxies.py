@@ -192,16 +192,15 @@ def _draw_arms(draw, delta_ms):
         bar_length=np.clip(draw.lognormal(0.9, 0.15), 0.4, 2), bar_angle=draw.uniform(0, np.pi),
         ring=np.where(draw.chance(0.17), draw.uniform(1, 3), 0))
 
-# %% ../nbs/08_mock_galaxies.ipynb #e09b9db8
+# %% ../nbs/08_mock_galaxies.ipynb #ed17fd98
 def _draw_clumps(draw, kind, log_ssfr, log_burst):
     "Columns of clumps, lopsidedness and tidal tails."
     log_ew = 11.4 + log_ssfr + log_burst
     slope, _ = relation("clumps")
     clumpiness = 0.08 + slope*(draw.seen("clumps", log_ew) - 1) + draw.normal("clumps")
     clumpiness = np.maximum(clumpiness, 0)
-    for_asymmetry = np.maximum(0.08 + slope*(draw.seen("asymmetry", log_ew) - 1), 0)
-    asymmetry = np.maximum(0.02 + relation("asymmetry").slope*for_asymmetry
-        + draw.normal("asymmetry"), 0.01)
+    asymmetry = 0.02 + relation("asymmetry").slope*draw.seen("asymmetry", clumpiness)
+    asymmetry = np.maximum(asymmetry + draw.normal("asymmetry"), 0.01)
     likely = np.isin(draw.seen("mergers", kind), (3, 4))
     merger = draw.chance(np.where(likely, relation("mergers").slope, 0.02))
     return dict(clumpiness=clumpiness, clump_share=np.clip(1.2*clumpiness, 0, 0.7),

@@ -133,11 +133,12 @@ def disk_maps(
     screens, zones = np.stack([1 - cover, cover]), np.stack([1 - outer, outer])[:, None]
     return np.concatenate([old*zones*screens, young*zones*screens])
 
-# %% ../nbs/10_mock_light.ipynb #ce3c047d
-_PART = (np.arange(32) + 0.5)/32  # of the light inside each radius
+# %% ../nbs/10_mock_light.ipynb #5bd3a6d7
+_PART = (np.arange(32) + 0.5)/32  # of a bulge's light inside each radius
 _AZIMUTH = (np.arange(64) + 0.5)*2*np.pi/64
-_DISK = DiskPlane(*(np.float32(a).ravel() for a in
-    np.meshgrid(special.gammaincinv(2, _PART), _AZIMUTH, indexing="ij")))
+_WIDE = 1.6  # scale length of the points in a disk over the disk's, so that tails have some too
+_DISK = DiskPlane(*(np.float32(a).ravel() for a in np.meshgrid(
+    _WIDE*special.gammaincinv(2, (np.arange(56) + 0.5)/56), _AZIMUTH, indexing="ij")))
 
 class Points(NamedTuple):
     "Light of some of the components at P points."
@@ -152,7 +153,7 @@ class GalaxyMaps(NamedTuple):
     points: tuple[Points, ...]  # bulge, disk and clumps
     disk_totals: np.ndarray  # (2) sums of `disk_maps` of old and young stars over the points
 
-# %% ../nbs/10_mock_light.ipynb #3885d059
+# %% ../nbs/10_mock_light.ipynb #c90aae4a
 def _bulge_points(galaxy):
     index, quantiles = galaxy.bulge_sersic, special.gammaincinv(2*galaxy.bulge_sersic, _PART)
     radius = galaxy.bulge_radius*(quantiles/special.gammaincinv(2*index, 0.5))**index
@@ -170,7 +171,7 @@ def _clump_points(galaxy, young):
     "Clumps at places drawn from the light of the young stars (P)."
     rng, n = np.random.default_rng(int(galaxy.clump_seed)), int(galaxy.n_clumps)
     # once more as bright as the arms are over the smooth disk: clumps crowd in them
-    chance = np.cumsum(young**2*np.exp(_DISK.radius*(1/1.14 - 1)))
+    chance = np.cumsum(young**2*np.exp(_DISK.radius*(1/1.14 - 1/_WIDE)))
     chosen = np.searchsorted(chance/chance[-1], rng.random(n))
     radius, azimuth = _DISK.radius[chosen], _DISK.azimuth[chosen]
     plane = DiskPlane(radius*np.exp(rng.normal(0, 0.05, n)), azimuth + rng.normal(0, 0.05, n))
@@ -181,12 +182,12 @@ def _clump_points(galaxy, young):
     light = luminosity/luminosity.sum()*zones*screens
     return Points(slice(3, 7), *on_the_sky(galaxy, plane), light)
 
-# %% ../nbs/10_mock_light.ipynb #5f863327
+# %% ../nbs/10_mock_light.ipynb #37beeeab
 def galaxy_maps(
     galaxy,  # row of the galaxies' table
 ) -> GalaxyMaps:
     "The maps of a galaxy's components, each population's with a sum of one."
-    disk = disk_maps(galaxy, _DISK)*np.exp(_DISK.radius)  # over the density of the points
+    disk = disk_maps(galaxy, _DISK)*np.exp(_DISK.radius/_WIDE)  # over the density of the points
     totals = disk.reshape(2, -1).sum(1)
     disk[:2] /= totals[0]
     disk[2:] /= totals[1]
@@ -728,12 +729,12 @@ def _add_disks(image, grid, sources):
         norm = grid.step**2/(2*np.pi*source.scale**2*source.axis_ratio)
         image += np.float32(source.flux*norm)[:, None, None]*np.exp(-np.float32(radius))
 
-# %% ../nbs/10_mock_light.ipynb #1cdb756b
+# %% ../nbs/10_mock_light.ipynb #b702d7d4
 def _on_grid(maps, flux, grid):
     "(B, S, S): the galaxy's smooth maps and clumps."
     galaxy, clumpy = maps.galaxy, maps.galaxy.clump_share
     # the sums of `galaxy_maps` are over points with this area in the sky
-    area = 2*np.pi*galaxy.disk_scale**2*galaxy.axis_ratio/len(_DISK.radius)
+    area = 2*np.pi*(_WIDE*galaxy.disk_scale)**2*galaxy.axis_ratio/len(_DISK.radius)
     weights = np.concatenate([flux[1:3]/maps.disk_totals[0]/area,
         ((1 - 0.3*clumpy)*flux[3:5] + (1 - clumpy)*flux[5:7])/maps.disk_totals[1]/area,
         flux[:1]])*grid.step**2
@@ -744,7 +745,7 @@ def _on_grid(maps, flux, grid):
     _add_clumps(image, grid, clumps, flux[clumps.components], galaxy.clump_size)
     return image
 
-# %% ../nbs/10_mock_light.ipynb #5643cda1
+# %% ../nbs/10_mock_light.ipynb #531d9109
 def _blurred(image, grid, seeing, points, fine):
     "Pixels of (S, S) convolved with the seeing, after adding the points (x, y, flux)."
     n, transform = len(image), fft.rfft2(image)
@@ -767,13 +768,17 @@ def galaxy_image(
     others:tuple[Source, ...]=(),  # stars and other galaxies
     fine:int|None=None,  # points of the grid in a pixel, along each axis; None: 0.14" apart at most
 ) -> np.ndarray:  # (B, size, size) float32 nJy a pixel
-    """The noiseless images of a galaxy in the survey's bands. Raises `InvalidInputError` for a size
-    or a seeing that cannot be."""
+    """The noiseless images of a galaxy in the survey's bands. Raises `InvalidInputError` for
+    pixels, places or a seeing that cannot be."""
     n_bands = len(light.bands) - len(SDSS_EXTINCTION)
-    seeing, fine = np.asarray(seeing, float), fine or int(np.ceil(pixel_scale/0.14))
-    if size < 1 or seeing.shape != (n_bands,) or not (seeing > 0).all():
-        raise InvalidInputError(f"size={size}, seeing={seeing}: expected a size above zero and "
-            f"{n_bands} widths above zero.")
+    seeing = np.asarray(seeing, float)
+    above_zero = np.array([size, pixel_scale, 1 if fine is None else fine, *seeing.ravel()])
+    finite = np.isfinite([*above_zero, *offset]).all()
+    if seeing.shape != (n_bands,) or not finite or (above_zero <= 0).any():
+        raise InvalidInputError(f"size={size}, pixel_scale={pixel_scale}, offset={offset}, "
+            f"fine={fine}, seeing={seeing}: expected finite numbers, all but the offset above "
+            f"zero, and {n_bands} widths of the seeing.")
+    fine = fine or int(np.ceil(pixel_scale/0.14))
     grid = image_grid(size, pixel_scale, offset, fine)
     image = _on_grid(light.maps[k], light.flux[k, ..., :n_bands], grid)
     _add_disks(image, grid, [source for source in others if source.scale])
@@ -794,7 +799,7 @@ def _observed_continuum(fine, rest, z, sigma_stars):
     sigma = 2*np.sqrt(np.maximum(variance, 0))/KM_S_PER_PIXEL  # two steps a pixel
     return broaden(np.maximum(rest, 0), (start[0] - fine.loglam[0])/FINE_STEP, sigma)
 
-# %% ../nbs/10_mock_light.ipynb #35d564ce
+# %% ../nbs/10_mock_light.ipynb #4e87bc37
 class Spectrum(NamedTuple):
     flux: np.ndarray  # (P) noiseless, on `LOGLAM`, 1e-17 erg/s/cm2/Angstrom
     lines: np.ndarray  # (L) flux of each of the library's lines, 1e-17 erg/s/cm2
@@ -812,9 +817,10 @@ def spectrum_at(
     seeing:float=FIBRE_SEEING,  # full width at half maximum, arcsec
 ) -> Spectrum:
     """The noiseless observed spectrum of a galaxy through a round aperture, by default SDSS's
-    fibre on the centre. Raises `InvalidInputError` for a radius or seeing not above zero."""
-    if not (radius > 0 and seeing > 0):
-        raise InvalidInputError(f"radius={radius}, seeing={seeing}: expected numbers above zero.")
+    fibre on the centre. Raises `InvalidInputError` for an aperture that cannot be."""
+    if not (radius > 0 and seeing > 0 and np.isfinite([radius, seeing, *offset]).all()):
+        raise InvalidInputError(f"radius={radius}, seeing={seeing}, offset={offset}: expected "
+            "finite numbers, radius and seeing above zero.")
     entering = aperture(tuple(map(float, offset)), float(radius), float(seeing))
     shares, nucleus = light_within(light.maps[k], entering), float(entering(0.0, 0.0))
     galaxy, components, nuclei = light.maps[k].galaxy, light.components, light.nuclei

@@ -370,7 +370,7 @@ def _run(task, arguments, n_jobs, title, progress):
         joblib.delayed(task)(*a) for a in arguments)
     return list(tqdm(results, title, len(arguments), disable=not progress))
 
-# %% ../nbs/11_mock_survey.ipynb #16dc6fd6
+# %% ../nbs/11_mock_survey.ipynb #62a6dd02
 BLOCK = 100  # galaxies of a task
 
 def make_survey(
@@ -384,7 +384,7 @@ def make_survey(
     """Makes `skyserver/SpecObj.parquet`, `sas/`, `ps1/`, `truth.parquet`, `truth.h5`. Images and
     spectra that are complete are kept, so that a call after an interruption goes on. Without
     galaxies the catalogue is empty and there is no truth. Numbers do not depend on `n_jobs`. Raises
-    `InvalidInputError` when the folder holds another survey."""
+    `InvalidInputError` when the folder holds another survey or cannot be written."""
     folder = Path(folder)
     _claim_folder(folder, parameters, seed, survey)
     cells, places = draw_survey(parameters, seed, survey)
@@ -402,7 +402,7 @@ def make_survey(
     _write_tables(folder, cells, truth, np.concatenate([b.noiseless for b in observed]), seed)
     return truth
 
-# %% ../nbs/11_mock_survey.ipynb #d0a5d457
+# %% ../nbs/11_mock_survey.ipynb #7a68db45
 def _claim_folder(folder, parameters, seed, survey):
     "Marks the folder as this survey's, so that the files of two surveys never mix."
     claim = folder/"survey.json"
@@ -413,7 +413,10 @@ def _claim_folder(folder, parameters, seed, survey):
             "or another imaging survey. Remove it, or choose another folder.")
     for unfinished in folder.rglob(".*.tmp"):  # of an interrupted run
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    with atomic_path(claim) as part: part.write_text(content)
+    try:
+        with atomic_path(claim) as part: part.write_text(content)
+    except OSError as error:
+        raise InvalidInputError(f"{folder} cannot be written: {error}") from error
 
 # %% ../nbs/11_mock_survey.ipynb #4b251029
 def _write_tables(folder, cells, truth, noiseless, seed):
