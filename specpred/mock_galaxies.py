@@ -60,22 +60,20 @@ class _Draw:
         other = self.rng.permutation(self.n)  # drawn in any case: the other numbers stay the same
         return values if coupling in self.couplings else values[other]
 
-# %% ../nbs/08_mock_galaxies.ipynb #28bf9e56
+# %% ../nbs/08_mock_galaxies.ipynb #ec74ecd6
 KINDS = ("quiescent", "star-forming", "fading", "post-starburst", "starburst")
 
 def _draw_kinds(draw, log_mass):
     "Columns kind and bulge_to_total (of the mass)."
     slope, scatter = relation("bulge")
     deviate = draw.rng.normal(size=draw.n)
-    def bulge(deviate): return 1/(1 + np.exp(-slope*(log_mass - 10.6) - scatter*deviate))
+    def bulge(deviate): return 1/(1 + np.exp(-slope*(log_mass - 10.9) - scatter*deviate))
     hidden = log_mass + np.log10(bulge(draw.seen("quenching", deviate)))
     starburst = np.interp(log_mass, [9, 10], [0.06, 0.01])
     special = [draw.chance(0.006), draw.chance(starburst), draw.chance(0.1)]
     forming = np.select(special, [3, 4, 2], 1)
     kind = np.where(draw.chance(passive_fraction(hidden)), 0, forming)
-    # bulges of galaxies that form stars are smaller (Weinzirl et al. 2009)
-    return dict(kind=np.array(KINDS)[kind],
-        bulge_to_total=bulge(deviate)*np.where(kind == 0, 1, 0.65))
+    return dict(kind=np.array(KINDS)[kind], bulge_to_total=bulge(deviate))
 
 # %% ../nbs/08_mock_galaxies.ipynb #8491c34a
 def _draw_star_formation(draw, kind, log_mass, size, universe_age):
@@ -98,7 +96,7 @@ def _draw_star_formation(draw, kind, log_mass, size, universe_age):
         young_start=by_kind(0.3, 0.3, 0.3, draw.uniform(0.5, 0.9), draw.uniform(0.06, 0.2)),
         young_fraction=by_kind(0, 0, 0, draw.uniform(0.05, 0.25), 0))
 
-# %% ../nbs/08_mock_galaxies.ipynb #0d5c6006
+# %% ../nbs/08_mock_galaxies.ipynb #e442d241
 def _draw_metals(draw, kind, log_mass, log_sfr, size):
     "Metals of gas and stars at the half-light radius, their gradients, and deviates."
     effective = log_mass + relation("gas_metallicity_size").slope*draw.seen(
@@ -106,7 +104,7 @@ def _draw_metals(draw, kind, log_mass, log_sfr, size):
     # the relation was measured on the main sequence; far from it the rate counts no more
     rate = np.clip(log_sfr, *(main_sequence(log_mass) + np.array([[-1], [1]])))
     oxygen = oxygen_abundance(effective, rate) + draw.normal("gas_metallicity")
-    types = relation("stellar_types").slope*((kind == 0) - passive_fraction(log_mass - 0.35))
+    types = relation("stellar_types").slope*((kind == 0) - passive_fraction(log_mass - 0.48))
     stars = (stellar_metallicity(log_mass) + types + draw.normal("stellar_metallicity")
         + relation("stellar_metallicity_size").slope*draw.seen("stellar_metallicity_size", size))
     return dict(oxygen=oxygen,
@@ -145,7 +143,7 @@ def _draw_nuclei(draw, kind, log_mass):
         broad_sigma=draw.lognormal(3000, 0.2)/2.355,
         old_stars_ew=np.minimum(draw.lognormal(0.8, 0.3), 3)*gas)
 
-# %% ../nbs/08_mock_galaxies.ipynb #b447534c
+# %% ../nbs/08_mock_galaxies.ipynb #b8f29898
 def _draw_sizes(draw, kind, log_mass, redshift, bulge_to_total, deviate):
     "Sizes in kpc and arcsec and shapes; `deviate` is log10 of R/R(M)."
     early = half_light_radius(log_mass, True)
@@ -156,7 +154,7 @@ def _draw_sizes(draw, kind, log_mass, redshift, bulge_to_total, deviate):
     major = radius*np.where(kind == 0, 1.1, 1.3)*kpc
     on_sky = draw.seen("mass_size", np.log10(np.clip(major, 0.5, 15)))
     bulge = draw.seen("populations", bulge_to_total)
-    ratio = 10**(np.where(kind == 0, 0.5, 0.9)*(bulge - 1))  # of the bulge's radius to the galaxy's
+    ratio = 10**((0.9 - 0.5*bulge)*(bulge - 1))  # of the bulge's radius to the galaxy's
     bulge_radius, index = ratio*10**on_sky, 1.2 + 3.1*bulge
     return dict(radius=radius, half_light_radius=10**on_sky, bulge_seen=bulge,
         clump_size=np.clip(0.2*kpc, 0.1, 0.5),

@@ -698,27 +698,26 @@ def _layers_on(grid, galaxy):
     bulge[cusp] *= means/bulge[cusp].sum(0)
     return layers
 
-# %% ../nbs/10_mock_light.ipynb #a1e99070
+# %% ../nbs/10_mock_light.ipynb #9d84c5d0
 def _add_clumps(image, grid, points, flux, size):
     "Adds the clumps as small Gaussians to (B, S, S)."
     size = np.hypot(size, grid.step/np.sqrt(12))  # spread over a cell of the grid
     reach = int(np.ceil(3.5*size/grid.step))
     near = np.arange(-reach, reach + 1)
-    rows, columns = (np.rint((p - axis.ravel()[0])/grid.step).astype(int)[:, None] + near
-        for p, axis in ((points.y, grid.y), (points.x, grid.x)))
-    side = image.shape[-1]
-    inside = ((rows >= 0) & (rows < side)).all(1) & ((columns >= 0) & (columns < side)).all(1)
-    rows, columns = rows[inside], columns[inside]
-    def profile(axis, index, centre):
-        shape = np.exp(-0.5*((axis.ravel()[index] - centre[inside, None])/size)**2)
-        return shape/shape.sum(1, keepdims=True)
-    along, across = profile(grid.y, rows, points.y), profile(grid.x, columns, points.x)
+    def profile(places, axis):  # cells along an axis, and the part of each clump in them
+        cells = np.rint((places - axis.ravel()[0])/grid.step).astype(int)[:, None] + near
+        at = axis.ravel()[0] + cells*grid.step
+        shape = np.exp(-0.5*((at - places[:, None])/size)**2)
+        return cells, shape/shape.sum(1, keepdims=True)
+    (rows, along), (columns, across) = profile(points.y, grid.y), profile(points.x, grid.x)
+    side, each = image.shape[-1], np.einsum("csp,csb->bp", points.light, flux)
     blobs = along[:, :, None]*across[:, None]
-    cells = (rows[:, :, None]*side + columns[:, None]).ravel()
-    each = np.einsum("csp,csb->bp", points.light, flux)[:, inside]
+    in_rows, in_columns = ((cells >= 0) & (cells < side) for cells in (rows, columns))
+    inside = in_rows[:, :, None] & in_columns[:, None]
+    cells = (rows[:, :, None]*side + columns[:, None])[inside]
     for band, fluxes in zip(image, each, strict=True):
-        band += np.bincount(cells, (blobs*fluxes[:, None, None]).ravel(), side*side
-            ).reshape(side, side).astype("f4")
+        light = (blobs*fluxes[:, None, None])[inside]
+        band += np.bincount(cells, light, side*side).reshape(side, side).astype("f4")
 
 def _add_disks(image, grid, sources):
     "Adds other galaxies, exponential disks, to (B, S, S)."

@@ -77,12 +77,12 @@ def main_sequence(
     "log10 of the star-formation rate, solar masses a year (Renzini & Peng 2015)."
     return relation("main_sequence").slope*np.asarray(log_mass) - 7.64
 
-# %% ../nbs/07_relations.ipynb #3a8fc478
+# %% ../nbs/07_relations.ipynb #8766bc61
 def passive_fraction(
     log_bulge_mass,  # log10, solar masses
 ) -> np.ndarray:
     "Fraction of galaxies without star formation (read from Bluck et al. 2014; Peng et al. 2010)."
-    quenched = 1/(1 + np.exp(-relation("quenching").slope*(np.asarray(log_bulge_mass) - 10.2)))
+    quenched = 1/(1 + np.exp(-relation("quenching").slope*(np.asarray(log_bulge_mass) - 10.1)))
     return 1 - 0.9*(1 - quenched)
 
 # %% ../nbs/07_relations.ipynb #931203d8
