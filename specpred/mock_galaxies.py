@@ -96,7 +96,7 @@ def _draw_star_formation(draw, kind, log_mass, size, universe_age):
         young_start=by_kind(0.3, 0.3, 0.3, draw.uniform(0.5, 0.9), draw.uniform(0.06, 0.2)),
         young_fraction=by_kind(0, 0, 0, draw.uniform(0.05, 0.25), 0))
 
-# %% ../nbs/08_mock_galaxies.ipynb #e442d241
+# %% ../nbs/08_mock_galaxies.ipynb #f5e33da7
 def _draw_metals(draw, kind, log_mass, log_sfr, size):
     "Metals of gas and stars at the half-light radius, their gradients, and deviates."
     effective = log_mass + relation("gas_metallicity_size").slope*draw.seen(
@@ -104,7 +104,7 @@ def _draw_metals(draw, kind, log_mass, log_sfr, size):
     # the relation was measured on the main sequence; far from it the rate counts no more
     rate = np.clip(log_sfr, *(main_sequence(log_mass) + np.array([[-1], [1]])))
     oxygen = oxygen_abundance(effective, rate) + draw.normal("gas_metallicity")
-    types = relation("stellar_types").slope*((kind == 0) - passive_fraction(log_mass - 0.48))
+    types = relation("stellar_types").slope*((kind == 0) - passive_fraction(log_mass - 0.42))
     stars = (stellar_metallicity(log_mass) + types + draw.normal("stellar_metallicity")
         + relation("stellar_metallicity_size").slope*draw.seen("stellar_metallicity_size", size))
     return dict(oxygen=oxygen,

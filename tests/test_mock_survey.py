@@ -1,24 +1,19 @@
 """The mock survey: its files are what SDSS and PS1 would serve, and agree with the truth."""
-import os
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from specpred import mock_survey as mock
-from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, MockParameters
-from specpred.cutouts import read_skycell, sky_to_pixel, skycell_path
+from specpred.config import InvalidInputError, MockParameters, SpecpredError, random_generator
+from specpred.cutouts import read_skycell, sky_to_pixel, skycell_path, skycell_wcs
 from specpred.formats import mask_bits, read_sdss
 from specpred.formats import specobjid_of_spectrum, spectrum_path
-from specpred.mock_galaxies import LOGLAM, R_LIMITS, REDSHIFTS, draw_galaxies, make_light
-from specpred.populations import (OLDEST_IONIZING, StellarLibrary, active_nucleus_lines,
-    age_weights, broaden, composite_population, interpolation_weights, star_formation_history)
-from specpred.surveys import PS1, RUBIN, SURVEYS
+from specpred.mock_light import R_LIMITS, aperture, draw_light, light_within
+from specpred.populations import StellarLibrary
+from specpred.spectrograph import SKY_BRIGHTNESS
+from specpred.surveys import AB_ZERO, PS1, RUBIN, SURVEYS
 
 PARAMETERS = MockParameters(n_galaxies=12, n_spectra_only=6, galaxies_per_side=3, stamp_size=64)
-REAL = Path(os.environ.get("SPECPRED_REAL_DATA", "/nowhere"))/"sdss"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +62,7 @@ def residuals_of(folder, row):
     covered, good = slice(first, first + len(spectrum.flux)), spectrum.ivar > 0
     assert (spectrum.and_mask[~good] & mask_bits(["NODATA"])).all()
     assert (spectrum.or_mask & spectrum.and_mask == spectrum.and_mask).all()
-    in_line = mock.SKY_BRIGHTNESS[covered] > 1.5
+    in_line = SKY_BRIGHTNESS[covered] > 1.5
     return (spectrum.flux - flux[covered])[good], spectrum.ivar[good], in_line[good]
 
 
@@ -83,50 +78,6 @@ def test_noise_is_what_ivar_says(survey):
     assert np.median(widths) == pytest.approx(1, abs=0.02)
     assert min(widths) > 0.95
     assert max(widths) < 1.45  # where `ivar` is wrong
-
-
-def observe_many(flux, variance, n=300, **options):
-    return [mock.observe_spectrum(flux, variance, np.random.default_rng(k), **options)
-        for k in range(n)]
-
-
-def test_calibration_bends_spectra():
-    flux = np.full(len(LOGLAM), 1e4)  # so bright that neither noise nor sky matter
-    variance = np.full(len(LOGLAM), 1e-4)
-    plate = mock.calibration_error(np.random.default_rng(1))
-    spectra = observe_many(flux, variance, calibration=plate)
-    ratio = np.array([s.flux for s in spectra])/flux
-    ratio = np.where([s.ivar > 0 for s in spectra], ratio, np.nan)
-    centre = np.nanmean(ratio, axis=0)
-    assert centre == pytest.approx(plate, abs=0.01)  # the plate's part is common
-    scatter = np.nanstd(ratio, axis=0)
-    assert scatter[:50] == pytest.approx(0.021, abs=0.006)
-    assert scatter[1000:] == pytest.approx(0.009, abs=0.005)
-    steps = np.abs(np.diff(ratio, axis=1))
-    assert np.nanmax(steps) < 1e-3  # smooth
-    good = spectra[0].ivar > 0
-    assert (spectra[0].ivar*variance*ratio[0]**2)[good] == pytest.approx(1, rel=1e-3)
-
-
-def test_residuals_of_the_sky_are_in_lines_and_common_to_them():
-    residuals = np.array([mock.sky_residuals(np.random.default_rng(k)) for k in range(300)])
-    lines = mock.SKY_FLUX*(1 - 1/mock.SKY_BRIGHTNESS)
-    strong = lines > 10
-    share = residuals[:, strong].std()/lines[strong].mean()
-    assert 0.01 < share < 0.03
-    assert np.abs(residuals[:, lines < 0.01]).max() < 0.03
-    peaks = [np.abs(LOGLAM - np.log10(w*1.000277)).argmin() for w in (8399.2, 8885.9, 5577.3)]
-    correlation = np.corrcoef(residuals[:, peaks].T)
-    assert correlation[0, 1] > 0.7  # both of OH
-    assert abs(correlation[0, 2]) < 0.2  # oxygen
-
-
-def test_some_ivar_are_too_large():
-    spectra = observe_many(np.zeros(len(LOGLAM)), np.full(len(LOGLAM), 1e4))
-    widths = np.array([(s.flux*np.sqrt(s.ivar))[s.ivar > 0].std() for s in spectra])
-    assert np.median(widths) == pytest.approx(1, abs=0.02)
-    assert 0.05 < (widths > 1.08).mean() < 0.2
-    assert widths.max() < 1.5
 
 
 def test_truth_holds_the_lines(survey):
@@ -146,20 +97,27 @@ def test_images_hold_the_flux(survey, six_bands, imaging):
     folder, truth = survey if imaging is PS1 else six_bands
     cells = pd.read_parquet(folder/"ps1"/"skycells.parquet")
     assert len(list((folder/"ps1").rglob("*.fits"))) == len(cells)*len(imaging.bands)
-    radius = 6/imaging.pixel_scale
-    for band in imaging.bands:
-        ratios = []
-        for row in truth[(truth.cell >= 0) & (truth.petro_r90 < 3.5)].itertuples():
-            cell = cells.loc[row.cell]
+    light = draw_light(StellarLibrary.load(), len(truth), 5, "survey", 0, survey=imaging)
+    radius = 6.0  # arcsec
+    ratios = []  # by galaxy and band
+    for row in truth[truth.cell >= 0].itertuples():
+        k, cell = row.Index, cells.loc[row.cell]
+        entering = aperture(radius=radius, seeing=1.1)
+        expected = (np.einsum("cs,csb->b", light_within(light.maps[k], entering), light.flux[k])
+            + light.nuclei.flux[k])
+        ratios.append([])
+        for band, flux in zip(imaging.bands, expected, strict=False):
             path = skycell_path(int(cell.projcell), int(cell.subcell), band)
             counts, header = read_skycell(folder/"ps1"/path)
             x, y = sky_to_pixel(header, row.ra, row.dec)
-            assert (x, y) == pytest.approx((row.x, row.y), abs=1e-3)
+            error = np.hypot(x - row.x, y - row.y)*imaging.pixel_scale
+            assert error < 5*mock.CENTRING_ERROR
             yy, xx = np.indices(counts.shape)
-            inside = counts[np.hypot(xx - x, yy - y) < radius]
-            true = getattr(row, f"bulge_flux_{band}") + getattr(row, f"disk_flux_{band}")
-            ratios.append(imaging.to_njy(np.nansum(inside), header["EXPTIME"])/true)
-        assert np.median(ratios) == pytest.approx(1, abs=0.08), band
+            inside = counts[np.hypot(xx - row.x, yy - row.y) < radius/imaging.pixel_scale]
+            seen = np.nanmean(inside)*np.pi*(radius/imaging.pixel_scale)**2
+            ratios[-1].append(imaging.to_njy(seen, header["EXPTIME"])/flux)
+    # neighbours and lost pixels are in some
+    assert np.median(ratios, axis=0) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["ps1", "sdss", "legacy", "rubin"])
@@ -189,20 +147,38 @@ def test_interrupted_survey_goes_on_and_processes_do_not_matter(tmp_path, monkey
     for path in paths[::4]: (tmp_path/path).unlink()
     unfinished = tmp_path/paths[1].parent/".spec-half.fits.x.tmp"
     unfinished.mkdir()
-    kept = (tmp_path/paths[1]).stat().st_mtime_ns
+    spectrum = next(tmp_path/path for path in paths if path.name.startswith("spec-")
+        and (tmp_path/path).is_file())
+    kept = spectrum.stat().st_mtime_ns
     (tmp_path/"skyserver"/"SpecObj.parquet").unlink()
     again = mock.make_survey(PARAMETERS, tmp_path, seed=5, n_jobs=1, progress=False)
     assert again.equals(truth)
     assert contents(tmp_path) == first
     assert not unfinished.exists()
-    assert (tmp_path/paths[1]).stat().st_mtime_ns == kept
+    assert spectrum.stat().st_mtime_ns == kept
 
 
-@pytest.mark.parametrize("other", [dict(seed=6), dict(seed=5, survey=RUBIN)],
-    ids=["seed", "survey"])
+@pytest.mark.parametrize("other", [dict(seed=6), dict(survey=RUBIN),
+    dict(parameters=PARAMETERS.model_copy(update=dict(couplings="none")))],
+    ids=["seed", "survey", "couplings"])
 def test_two_surveys_do_not_share_a_folder(survey, other):
-    with pytest.raises(InvalidInputError, match="another seed"):
-        mock.make_survey(PARAMETERS, survey[0], **other, progress=False)
+    usual = dict(parameters=PARAMETERS, folder=survey[0], seed=5, progress=False)
+    with pytest.raises(InvalidInputError, match="another seed"): mock.make_survey(**usual | other)
+
+
+def test_a_survey_without_couplings(tmp_path):
+    parameters = MockParameters(n_spectra_only=4, couplings="none")
+    truth = mock.make_survey(parameters, tmp_path, seed=3, progress=False)
+    assert not truth.populations_apart.any()
+    light = draw_light(StellarLibrary.load(), 4, 3, "survey", 0, couplings="none")
+    assert (truth.log_mass == light.galaxies.log_mass).all()
+
+
+@pytest.mark.parametrize("below", [".", "below"])
+def test_a_folder_that_cannot_be_written(tmp_path, below):
+    (tmp_path/"file").write_text("")
+    with pytest.raises(SpecpredError, match="cannot be written"):
+        mock.make_survey(PARAMETERS, tmp_path/"file"/below, seed=1, progress=False)
 
 
 def test_empty_survey(survey, tmp_path):
@@ -229,80 +205,40 @@ def test_plates_hold_640_galaxies():
     assert (galaxies.groupby("plate").mjd.nunique() == 1).all()
 
 
+def test_positions_have_a_centring_error():
+    cells, galaxies = mock.draw_survey(MockParameters(n_galaxies=900, galaxies_per_side=15), 1)
+    for cell in cells.itertuples():
+        inside = galaxies[galaxies.cell == cell.Index]
+        wcs = skycell_wcs(cell.ra, cell.dec, cell.side, PS1.pixel_scale)
+        found = np.transpose(wcs.all_world2pix(inside.ra, inside.dec, 0))
+        error = (found - inside[["x", "y"]].to_numpy())*PS1.pixel_scale
+        assert error.std(0) == pytest.approx(mock.CENTRING_ERROR, rel=0.2)
+        assert error.mean(0) == pytest.approx(0, abs=0.03)
+
+
+def test_neighbours_follow_the_counts():
+    rng, n, side = random_generator(1, "neighbours"), 400, 60.0
+    sources = [source for _ in range(n) for source in mock.draw_sources(side, PS1, rng)]
+    area = n*(side/3600)**2  # square degrees
+    for is_star, (below_20, below_23) in ((True, (3000, 7500)), (False, (1050, 21_000))):
+        r = np.array([-2.5*np.log10(source.flux[1]/AB_ZERO) for source in sources
+            if (source.scale == 0) == is_star])
+        assert len(r)/area == pytest.approx(below_23, rel=4/np.sqrt(below_23*area))
+        bright = (r < 19.8).sum()/area
+        assert bright == pytest.approx(below_20, rel=4/np.sqrt(below_20*area) + 0.05)
+    assert all(max(abs(source.x), abs(source.y)) <= side/2 for source in sources)
+
+
+def test_stamps_are_repeated_and_told_apart():
+    light = draw_light(StellarLibrary.load(), 3, 2)
+    stamps = mock.observe_stamps(light, PS1, 48, seed=4)
+    assert stamps.shape == (3, 5, 48, 48)
+    assert np.array_equal(stamps, mock.observe_stamps(light, PS1, 48, seed=4), equal_nan=True)
+    assert not np.array_equal(stamps, mock.observe_stamps(light, PS1, 48, seed=5), equal_nan=True)
+    assert np.isnan(stamps).mean() < 0.1
+
+
 def test_unknown_galaxies_are_named(survey):
     folder, truth = survey
     with pytest.raises(InvalidInputError, match="1 of 2 galaxies.*specobjid 7"):
         mock.true_spectra(folder, [int(truth.specobjid[3]), 7])
-
-
-def test_library_errors(tmp_path):
-    with pytest.raises(MissingInputError, match="git checkout"):
-        StellarLibrary.load(tmp_path/"no.h5")
-    (tmp_path/"half.h5").write_bytes(b"\x89HDF\r\n\x1a\nhalf")
-    with pytest.raises(DamagedFileError, match="not a stellar library"):
-        StellarLibrary.load(tmp_path/"half.h5")
-
-
-def test_a_composite_population_is_a_sum_over_the_library():
-    library, rng = StellarLibrary.load(), np.random.default_rng(3)
-    formed = star_formation_history(rng.uniform(5, 12, 4), rng.uniform(0.5, 5, 4),
-        rng.uniform(0.05, 1, 4), 10**rng.uniform(-1, 1, 4))
-    log_z, gas_log_z, log_u = rng.uniform((-1, -1, -3.8), (0.4, 0.4, -2), (4, 3)).T
-    made = composite_population(library, formed, log_z, gas_log_z, log_u)
-    nodes = np.log10(library.metallicity)
-    stars, gas = (interpolation_weights(nodes, z) for z in (log_z, gas_log_z))
-    ages = age_weights(formed, library.age)
-    young = age_weights(formed, library.nebular_age, OLDEST_IONIZING)
-    coefficients = (np.einsum("na,nz,azk->nk", ages, stars, library.coefficients)
-        + np.einsum("na,nz,azk->nk", young, gas, library.nebular_coefficients))
-    ionization = interpolation_weights(library.log_u, log_u)
-    lines = np.einsum("nu,nz,na,uzal->nl", ionization, gas, young, library.line_luminosity)
-    oxygen = library.line_wavelength.round() == 5008
-    assert made.coefficients == pytest.approx(coefficients, rel=1e-6)
-    assert made.lines[:, oxygen] == pytest.approx(lines[:, oxygen], rel=1e-6)
-    empty = composite_population(library, formed[:0], log_z[:0], gas_log_z[:0], log_u[:0])
-    assert empty.lines.shape == (0, len(library.line_wavelength))
-
-
-@pytest.mark.parametrize("name, wavelength", [("seyfert", 5008), ("ionization", 3870),
-    ("nitrogen", 6585), ("neutral", 6302)])
-def test_parameters_of_nuclei_raise_their_lines(name, wavelength):
-    library, usual = StellarLibrary.load(), dict(seyfert=0.5)
-    line = library.line_wavelength.round() == wavelength
-    before = active_nucleus_lines(library, [1.0, 2.0], **usual)
-    after = active_nucleus_lines(library, [1.0, 2.0], **usual | {name: usual.get(name, 0) + 0.2})
-    assert (after[:, line] > 1.1*before[:, line]).all()
-    assert before[1] == pytest.approx(2*before[0])
-    halpha = np.abs(library.line_wavelength - 6564.61).argmin()
-    assert after[:, halpha] == pytest.approx([1, 2])
-
-
-def test_population_is_bimodal_and_complete():
-    galaxies = make_light(StellarLibrary.load(), draw_galaxies(1200, 2)).galaxies
-    assert galaxies.redshift.between(*REDSHIFTS).all()
-    assert 0.07 < galaxies.redshift.median() < 0.13
-    assert np.isfinite(galaxies.select_dtypes("number")).all(axis=None)
-    near = galaxies[galaxies.redshift.between(0.05, 0.12)]
-    counts, _ = np.histogram(near.mag_g - near.mag_r, bins=np.arange(0.25, 1.2, 0.1))
-    blue, red = counts[:5].argmax(), 5 + counts[5:].argmax()
-    assert counts[blue:red].min() < 0.8*min(counts[blue], counts[red])  # a valley between two peaks
-    forming = galaxies[galaxies.kind == "star-forming"]
-    assert np.corrcoef(forming.log_mass, forming.disk_log_z)[0, 1] > 0.4  # mass and metallicity
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.floats(0.7, 12), st.floats(0, 0.999))
-def test_broadening_keeps_flux(sigma, fraction):
-    spectrum = np.zeros(2000)
-    spectrum[900:1100] = 1
-    broadened = broaden(spectrum, 100 + fraction, np.full(850, sigma))
-    assert broadened.sum() == pytest.approx(100, abs=0.6)
-    assert broadened.min() >= 0
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="SPECPRED_REAL_DATA names no folder with sdss/")
-def test_noise_is_like_that_of_real_files():
-    real = read_sdss(REAL/"spec-0266-51602-0573.fits")  # a faint galaxy
-    variance = mock.sdss_variance(np.interp(LOGLAM, real.loglam, real.model))
-    ratio = np.sqrt(np.interp(real.loglam, LOGLAM, variance)*real.ivar)
-    for part in np.array_split(ratio[real.ivar > 0], 8): assert 0.65 < np.median(part) < 1.5
