@@ -72,8 +72,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specpred.config.InvalidInputError': ('config.html#invalidinputerror', 'specpred/config.py'),
                                  'specpred.config.MissingInputError': ('config.html#missinginputerror', 'specpred/config.py'),
                                  'specpred.config.MockParameters': ('config.html#mockparameters', 'specpred/config.py'),
-                                 'specpred.config.MockParameters._known_couplings': ( 'config.html#mockparameters._known_couplings',
-                                                                                      'specpred/config.py'),
                                  'specpred.config.Paths': ('config.html#paths', 'specpred/config.py'),
                                  'specpred.config.Paths.__dir__': ('config.html#paths.__dir__', 'specpred/config.py'),
                                  'specpred.config.Paths.__getattr__': ('config.html#paths.__getattr__', 'specpred/config.py'),

@@ -75,13 +75,6 @@ class MockParameters(Settings):
     stamp_size: int = Field(80, ge=16, le=4096)  # pixels around each galaxy; larger than the cutout
     couplings: str = "all"  # of looks to hidden properties: all, none or names (07_relations)
 
-    @model_validator(mode="after")
-    def _known_couplings(self):
-        if self.couplings != "all":
-            from specpred.relations import parse_couplings
-            parse_couplings(self.couplings)
-        return self
-
 # %% ../nbs/00_config.ipynb #0ec83226
 _URL = Annotated[str, Field(pattern=r"^https?://[^/\s]\S*$")]
 _Seconds = Annotated[float, Field(ge=0, le=3600)]

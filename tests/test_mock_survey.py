@@ -242,3 +242,9 @@ def test_unknown_galaxies_are_named(survey):
     folder, truth = survey
     with pytest.raises(InvalidInputError, match="1 of 2 galaxies.*specobjid 7"):
         mock.true_spectra(folder, [int(truth.specobjid[3]), 7])
+
+
+def test_unknown_couplings_are_named_before_anything_is_written(tmp_path):
+    with pytest.raises(InvalidInputError, match="'legs' is none of"):
+        mock.make_survey(MockParameters(n_galaxies=2, couplings="legs"), tmp_path/"new", seed=1)
+    assert not (tmp_path/"new").exists()
