@@ -6,7 +6,7 @@ from plain_deconv import FORMS, in_form
 from specpred.models import MODELS, fuse
 from specpred.surveys import PS1
 
-NAMES = ("xresnet18", "xresnet18_hybrid", "xresnet22_deconv")
+NAMES = ("xresnet18", "xresnet18_hybrid", "xresnet18_deconv")
 
 
 def training_step(model, x, bf16):

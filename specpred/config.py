@@ -161,7 +161,7 @@ class VAEParameters(Settings):
         return self
 
 # %% ../nbs/00_config.ipynb #1fb48f7c
-IMAGE_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet18_hybrid", "xresnet22_deconv",
+IMAGE_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet18_hybrid", "xresnet18_deconv",
     "xresnet34", "xresnet34_hybrid", "xresnet34_deconv",
     "xresnet50", "xresnet50_hybrid", "xresnet50_deconv")  # see 23_models
 _Models = Annotated[tuple[Literal[IMAGE_MODELS], ...], Field(min_length=1),
@@ -230,7 +230,7 @@ _DEMO = Profile(
     training=TrainingParameters(epochs=10, batch_size=32))
 
 # %% ../nbs/00_config.ipynb #8e48d32a
-_ALL_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet22_deconv", "xresnet18_hybrid")
+_ALL_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet18_deconv", "xresnet18_hybrid")
 
 _MOCK = Profile(
     name="mock",

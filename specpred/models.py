@@ -27,7 +27,7 @@ from .weights import (Stats, check_keys, load_state, published_image_tensors, re
     tensor_shapes, write_weights)
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'xresnet18', 'xresnet18_hybrid', 'xresnet22_deconv', 'xresnet34',
+__all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34',
            'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
            'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'n_params', 'fuse', 'TrainedModel', 'save', 'load',
            'checked_images', 'predict_batches', 'image_stats', 'load_published']
@@ -116,7 +116,7 @@ xresnet18 = _model("xresnet18", "The plain CNN of Wu & Peek (2020).",
     xresnet, 1, [2, 2, 2, 2], "none")
 xresnet18_hybrid = _model("xresnet18_hybrid", "The best model of Wu & Peek (2020).",
     xresnet, 1, [2, 2, 2, 2], "stem")
-xresnet22_deconv = _model("xresnet22_deconv", "Deconvolutions everywhere.",
+xresnet18_deconv = _model("xresnet18_deconv", "Deconvolutions everywhere.",
     xresnet, 1, [2, 2, 2, 2], "all")
 
 # %% ../nbs/23_models.ipynb #d465cb84
