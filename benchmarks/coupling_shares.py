@@ -8,16 +8,15 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
+from couplings import CASES
 
 from specpred.config import random_generator
 from specpred.evaluation import climb, ladder_table, magnitude_and_colours
 from specpred.mock_light import STRUCTURE, draw_light
 from specpred.mock_survey import stellar_library
-from specpred.relations import COUPLINGS
 from specpred.surveys import PS1
 
 QUANTITIES = ["log_ssfr", "oxygen", "stars_log_z", "mean_age", "av_stars", "redshift"]
-CASES = ("all", "none", *(f"-{name}" for name in COUPLINGS))
 
 
 def gains(couplings, n):

@@ -16,21 +16,21 @@ from tqdm.auto import tqdm
 
 from .config import MockParameters, Paths, SpectraParameters, random_generator, replace
 from .eigenspectra import SpectraStore, SpectrumBasis, fill, load_store
-from .formats import SPZLINES, SDSSSpectrum
+from .formats import SDSSSpectrum
 from .images import find_rows
 from .lines import LINES, measure_spectra
 from .mock_light import PHYSICAL, SDSS_EXTINCTION, STRUCTURE, draw_light, spectrum_at
-from .mock_survey import BLOCK, draw_survey, observe_stamps, stellar_library, true_spectra
+from specpred.mock_survey import (
+    BLOCK,
+    draw_survey,
+    observe_fibre,
+    observe_stamps,
+    stellar_library,
+    true_spectra,
+)
 from .photometry import measure_photometry, measure_structure
 from .populations import FineBasis
-from specpred.spectrograph import (
-    LOGLAM,
-    TRUTH_LINES,
-    calibration_error,
-    draw_subclass,
-    observe_spectrum,
-    sdss_variance,
-)
+from .spectrograph import LOGLAM, TRUTH_LINES
 from .spectra import LogGrid, galactic_ebv, prepare, rebin
 from .surveys import ImagingSurvey
 from .training import target_columns
@@ -281,22 +281,12 @@ class LadderSample(NamedTuple):
     true: np.ndarray  # (N, n_bins) float32 noiseless, NaN where not covered
 
 # %% ../nbs/25_evaluation.ipynb #67b2407e
-def _observe_fibre(galaxy, spectrum, line_wavelength, seed):
+def _observed_by_fibre(galaxy, spectrum, line_wavelength, seed):
     "The observed spectrum of a galaxy; its true lines and what SDSS would call it."
-    rng = random_generator(seed, "ladder", galaxy.Index, "spectrum")
-    variance = sdss_variance(spectrum.flux, galaxy.depth)
-    plate = random_generator(seed, "ladder", "calibration", galaxy.plate)
-    observed = observe_spectrum(spectrum.flux, variance, rng, calibration_error(plate))
+    observed, facts = observe_fibre(galaxy, spectrum, line_wavelength, seed, "ladder")
     covered = slice(galaxy.first_pixel, galaxy.last_pixel)
-    pixels = (values[covered] for values in (observed.flux, observed.ivar, observed.and_mask))
-    lines = {
-        name: spectrum.lines[np.abs(line_wavelength - SPZLINES[name]).argmin()]
-        for name in TRUTH_LINES
-    }
-    subclass = draw_subclass(lines, spectrum.flux, variance, galaxy, rng)
-    return SDSSSpectrum(*pixels, LOGLAM[galaxy.first_pixel], galaxy.redshift), lines | dict(
-        subclass=subclass
-    )
+    pixels = (getattr(observed, name)[covered] for name in ("flux", "ivar", "and_mask"))
+    return SDSSSpectrum(*pixels, LOGLAM[galaxy.first_pixel], galaxy.redshift), facts
 
 # %% ../nbs/25_evaluation.ipynb #34f60cd8
 def _rest_frame(observed, noiseless, galaxies, parameters):
@@ -322,7 +312,7 @@ def _observe_block(places, survey, size, parameters, couplings, seed) -> LadderS
         noiseless = [spectrum_at(fine, light, k) for k in range(len(galaxies))]
         observed, facts = zip(
             *(
-                _observe_fibre(galaxy, spectrum, fine.line_wavelength, seed)
+                _observed_by_fibre(galaxy, spectrum, fine.line_wavelength, seed)
                 for galaxy, spectrum in zip(galaxies.itertuples(), noiseless, strict=True)
             ),
             strict=True,

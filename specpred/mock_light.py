@@ -25,22 +25,30 @@ from .spectrograph import (KM_S_PER_PIXEL, LOGLAM, WAVELENGTH, gaussian_lines, s
 from .surveys import AB_ZERO, PS1, ImagingSurvey
 
 # %% auto #0
-__all__ = ['POPULATIONS', 'COMPONENTS', 'POPULATION_OF', 'SCREENS', 'FIBRE_RADIUS', 'FIBRE_SEEING', 'MOFFAT_BETA',
-           'SDSS_EXTINCTION', 'LSUN', 'STRUCTURE', 'PHYSICAL', 'R_LIMITS', 'MARGIN', 'DiskPlane', 'in_disk_plane',
-           'on_the_sky', 'spiral_pattern', 'dust_cover', 'disk_maps', 'Points', 'GalaxyMaps', 'galaxy_maps',
-           'component_shares', 'moffat_transform', 'aperture', 'decline_time', 'constant_history', 'Components',
-           'make_components', 'dilution', 'extinction', 'component_flux', 'Nuclei', 'add_old_stars_lines',
-           'make_nuclei', 'GalaxyLight', 'light_within', 'map_flux', 'petrosian', 'make_light', 'draw_light',
-           'take_rows', 'Source', 'Grid', 'image_grid', 'galaxy_image', 'Spectrum', 'spectrum_at']
+__all__ = ['POPULATIONS', 'COMPONENTS', 'POPULATION_OF', 'SCREENS', 'BULGE_COVER', 'CLUMPY', 'FIBRE_RADIUS', 'FIBRE_SEEING',
+           'MOFFAT_BETA', 'HII_AGE', 'SDSS_EXTINCTION', 'LSUN', 'STRUCTURE', 'PHYSICAL', 'R_LIMITS', 'MARGIN',
+           'DiskPlane', 'in_disk_plane', 'on_the_sky', 'spiral_pattern', 'dust_cover', 'disk_maps', 'Points',
+           'GalaxyMaps', 'galaxy_maps', 'component_shares', 'moffat_transform', 'aperture', 'decline_time',
+           'constant_history', 'Components', 'make_components', 'dilution', 'extinction', 'BandWeights', 'band_weights',
+           'component_flux', 'Nuclei', 'add_old_stars_lines', 'make_nuclei', 'GalaxyLight', 'light_within', 'map_flux',
+           'petrosian', 'make_light', 'draw_light', 'take_rows', 'Source', 'Grid', 'image_grid', 'galaxy_image',
+           'Spectrum', 'spectrum_at']
 
-# %% ../nbs/10_mock_light.ipynb #e945c68b
+# %% ../nbs/10_mock_light.ipynb #f3d09164
 POPULATIONS = ("bulge", "disk", "arms", "H II regions")
 COMPONENTS = ("bulge", "inner disk", "outer disk", "inner arms", "outer arms",
     "inner H II regions", "outer H II regions")
 POPULATION_OF = np.array([0, 1, 1, 2, 2, 3, 3])  # of each component
 SCREENS = np.array([0.5, 2.0])  # A_V of the thin and the thick screen over the mean one
+BULGE_COVER = 0.5  # of the disk's: half of a bulge is in front of it
+CLUMPY = np.array([0.3, 1.0])  # part of `clump_share` that arms and H II regions have in clumps
 
-# %% ../nbs/10_mock_light.ipynb #78231903
+# %% ../nbs/10_mock_light.ipynb #2f4220d8
+def _along_axes(x, y, angle):
+    "Places along axes that are turned by an angle in degrees."
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    return x*cos + y*sin, y*cos - x*sin
+
 class DiskPlane(NamedTuple):
     "Places in the plane of a disk."
     radius: np.ndarray  # scale lengths
@@ -52,8 +60,8 @@ def in_disk_plane(
     y,
 ) -> DiskPlane:
     "Places on the sky, seen in the plane of the galaxy's disk."
-    cos, sin = np.cos(np.radians(galaxy.angle)), np.sin(np.radians(galaxy.angle))
-    major, minor = x*cos + y*sin, (y*cos - x*sin)/galaxy.axis_ratio
+    major, minor = _along_axes(x, y, galaxy.angle)
+    minor = minor/galaxy.axis_ratio
     return DiskPlane(np.hypot(major, minor)/galaxy.disk_scale, np.arctan2(minor, major))
 
 def on_the_sky(
@@ -61,10 +69,9 @@ def on_the_sky(
     plane:DiskPlane,
 ) -> tuple:
     "x, y in arcsec: the inverse of `in_disk_plane`."
-    cos, sin = np.cos(np.radians(galaxy.angle)), np.sin(np.radians(galaxy.angle))
     major = galaxy.disk_scale*plane.radius*np.cos(plane.azimuth)
     minor = galaxy.disk_scale*plane.radius*np.sin(plane.azimuth)*galaxy.axis_ratio
-    return major*cos - minor*sin, major*sin + minor*cos
+    return _along_axes(major, minor, -galaxy.angle)
 
 # %% ../nbs/10_mock_light.ipynb #9b3a35cb
 def spiral_pattern(
@@ -109,13 +116,17 @@ def _tail(galaxy, plane):
     beyond_disk = 1/(1 + np.exp(-4*(plane.radius - 2)))
     return galaxy.tidal_tail*(0.5 + 0.5*np.cos(turned))**6*np.exp(-plane.radius/2.5)*beyond_disk
 
-# %% ../nbs/10_mock_light.ipynb #afe05faf
+# %% ../nbs/10_mock_light.ipynb #43baefea
 def disk_maps(
     galaxy,  # row of the galaxies' table
     plane:DiskPlane,  # of P places
 ) -> np.ndarray:  # (4, 2, P): inner and outer disk, inner and outer arms; thin and thick screen
     "Surface brightness of the disk's components, not normalised. H II regions follow the arms."
-    radius, arms = plane.radius, spiral_pattern(galaxy, plane)
+    arms = spiral_pattern(galaxy, plane)
+    return _disk_maps(galaxy, plane, arms, dust_cover(galaxy, plane, arms))
+
+def _disk_maps(galaxy, plane, arms, cover):
+    radius = plane.radius
     # of the young stars; as large as it must be for the amplitude to be measured on sharp images
     strength = min(1.55*galaxy.arm_amplitude/np.linalg.norm(_wave_shares(galaxy)), 1)
     strength = strength*_arms_begin(radius)*(arms - 1)
@@ -128,10 +139,13 @@ def disk_maps(
     if galaxy.tidal_tail:
         tail = _tail(galaxy, plane)
         old, young = old + tail, young + 0.5*tail
-    outer = np.minimum(radius/3.36, 1)
-    cover = dust_cover(galaxy, plane, arms)
-    screens, zones = np.stack([1 - cover, cover]), np.stack([1 - outer, outer])[:, None]
+    zones, screens = _zones_and_screens(radius, cover)
     return np.concatenate([old*zones*screens, young*zones*screens])
+
+def _zones_and_screens(radius, cover):
+    "Parts of the light in the inner and outer components, and behind the thin and thick screen."
+    outer = np.minimum(radius/3.36, 1)
+    return np.stack([1 - outer, outer])[:, None], np.stack([1 - cover, cover])
 
 # %% ../nbs/10_mock_light.ipynb #5bd3a6d7
 _PART = (np.arange(32) + 0.5)/32  # of a bulge's light inside each radius
@@ -153,19 +167,16 @@ class GalaxyMaps(NamedTuple):
     points: tuple[Points, ...]  # bulge, disk and clumps
     disk_totals: np.ndarray  # (2) sums of `disk_maps` of old and young stars over the points
 
-# %% ../nbs/10_mock_light.ipynb #c90aae4a
+# %% ../nbs/10_mock_light.ipynb #90662fd6
 def _bulge_points(galaxy):
     index, quantiles = galaxy.bulge_sersic, special.gammaincinv(2*galaxy.bulge_sersic, _PART)
     radius = galaxy.bulge_radius*(quantiles/special.gammaincinv(2*index, 0.5))**index
     major = np.outer(radius, np.cos(_AZIMUTH)).ravel()
     minor = galaxy.bulge_axis_ratio*np.outer(radius, np.sin(_AZIMUTH)).ravel()
-    cos, sin = np.cos(np.radians(galaxy.bulge_angle)), np.sin(np.radians(galaxy.bulge_angle))
-    x, y = major*cos - minor*sin, major*sin + minor*cos
-    cover = _bulge_cover(galaxy, in_disk_plane(galaxy, x, y))
+    x, y = _along_axes(major, minor, -galaxy.bulge_angle)
+    plane = in_disk_plane(galaxy, x, y)
+    cover = BULGE_COVER*dust_cover(galaxy, plane, spiral_pattern(galaxy, plane))
     return Points(slice(0, 1), x, y, np.stack([1 - cover, cover])[None]/len(x))
-
-def _bulge_cover(galaxy, plane):
-    return 0.5*dust_cover(galaxy, plane, spiral_pattern(galaxy, plane))  # half is in front of it
 
 def _clump_points(galaxy, young):
     "Clumps at places drawn from the light of the young stars (P)."
@@ -176,13 +187,12 @@ def _clump_points(galaxy, young):
     radius, azimuth = _DISK.radius[chosen], _DISK.azimuth[chosen]
     plane = DiskPlane(radius*np.exp(rng.normal(0, 0.05, n)), azimuth + rng.normal(0, 0.05, n))
     luminosity = 1/(1 - 0.99*rng.random(n))
-    outer = np.minimum(plane.radius/3.36, 1)
     cover = dust_cover(galaxy, plane, spiral_pattern(galaxy, plane))
-    zones, screens = np.stack([1 - outer, outer])[:, None], np.stack([1 - cover, cover])
+    zones, screens = _zones_and_screens(plane.radius, cover)
     light = luminosity/luminosity.sum()*zones*screens
     return Points(slice(3, 7), *on_the_sky(galaxy, plane), light)
 
-# %% ../nbs/10_mock_light.ipynb #37beeeab
+# %% ../nbs/10_mock_light.ipynb #162e61c3
 def galaxy_maps(
     galaxy,  # row of the galaxies' table
 ) -> GalaxyMaps:
@@ -192,7 +202,7 @@ def galaxy_maps(
     disk[:2] /= totals[0]
     disk[2:] /= totals[1]
     clumps = _clump_points(galaxy, disk[2:].sum((0, 1)))
-    share = galaxy.clump_share*np.array([0.3, 0.3, 1, 1])[:, None, None]  # of arms, H II regions
+    share = galaxy.clump_share*CLUMPY.repeat(2)[:, None, None]
     smooth = np.concatenate([disk[:2], (1 - share)*np.concatenate([disk[2:], disk[2:]])])
     clumps = clumps._replace(light=share*np.concatenate([clumps.light, clumps.light]))
     points = Points(slice(1, 7), *on_the_sky(galaxy, _DISK), smooth)
@@ -261,13 +271,14 @@ def constant_history(
     formed = ((lookback <= start) & (lookback >= stop))*np.gradient(LOOKBACK)
     return formed/formed.sum(1, keepdims=True)
 
-# %% ../nbs/10_mock_light.ipynb #27a189e3
+# %% ../nbs/10_mock_light.ipynb #a4051f76
 class Components(NamedTuple):
-    "Light of the components of N galaxies before dust, and their masses."
+    "Light of the components of N galaxies before dust, and the age of their stars."
     coefficients: np.ndarray  # (N, 7, K) of the library's basis, solar luminosities/Angstrom
     lines: np.ndarray  # (N, 7, L) solar luminosities
-    mass: np.ndarray  # (N, 4) of each population's stars that are alive, solar masses
     mean_age: np.ndarray  # (N) of the stars, weighted with mass, Gyr
+
+HII_AGE = 0.0282  # Gyr, of the oldest stars that ionize gas, as in the library
 
 def _histories(galaxies):
     "Histories (N, T) of star formation of the four populations, one solar mass formed in each."
@@ -277,7 +288,7 @@ def _histories(galaxies):
         age = np.asarray(age)
         start = np.minimum(galaxies.old_duration*age, 0.95*universe)
         return star_formation_history(start, decline_time(age, start), nothing + 0.3, nothing)
-    hii = nothing + 0.0282
+    hii = nothing + HII_AGE
     return [old(galaxies.bulge_age), old(galaxies.old_age),
         constant_history(galaxies.young_start, galaxies.young_stop), constant_history(hii, nothing)]
 
@@ -304,7 +315,7 @@ def make_components(
             (log_u + galaxies.log_u_deviate).clip(-4, -1), galaxies.nitrogen))
     return _scale(parts, galaxies)
 
-# %% ../nbs/10_mock_light.ipynb #50108244
+# %% ../nbs/10_mock_light.ipynb #bf154adb
 def _scale(parts, galaxies):
     mass, rate = 10**galaxies.log_mass.to_numpy(), 10**galaxies.log_sfr.to_numpy()
     living = np.stack([part.living_mass for part in parts], 1)
@@ -313,18 +324,18 @@ def _scale(parts, galaxies):
     after = galaxies.young_fraction.to_numpy()
     arms = np.where(after > 0, after*mass/living[:, 3], np.minimum(rate*duration*1e9, 0.5*mass))
     formed[:, 3:5] = arms[:, None]
-    formed[:, 5:] = (rate*10**galaxies.log_burst*0.0282e9).to_numpy()[:, None]
+    formed[:, 5:] = (rate*10**galaxies.log_burst*HII_AGE*1e9).to_numpy()[:, None]
     old = np.maximum(mass - (formed*living)[:, [3, 5]].sum(1), 0.2*mass)
     bulge = galaxies.bulge_to_total.to_numpy()
-    formed[:, :3] = (old*np.stack([bulge, 1 - bulge, 1 - bulge]))[:].T/living[:, :3]
+    formed[:, :3] = (old*np.stack([bulge, 1 - bulge, 1 - bulge])).T/living[:, :3]
     ages = np.stack([part.mass_weighted_age for part in parts], 1)
     one_each = [0, 1, 3, 5]
     weight = (formed*living)[:, one_each]
     return Components(*(np.stack([getattr(part, name) for part in parts], 1)*formed[..., None]
-        for name in ("coefficients", "lines")), mass=weight,
+        for name in ("coefficients", "lines")),
         mean_age=(weight*ages[:, one_each]).sum(1)/weight.sum(1))
 
-# %% ../nbs/10_mock_light.ipynb #8dc6fdae
+# %% ../nbs/10_mock_light.ipynb #4af96a99
 SDSS_EXTINCTION = dict(g=3.793, r=2.751, i=2.086, z=1.479)  # A/E(B-V), Stoughton et al. 2002
 LSUN = 3.828e33  # erg/s
 
@@ -353,8 +364,22 @@ def _filters(survey):
     filters = {band: f"{survey.filters}-{band}" for band in survey.bands}
     return filters | {f"sdss_{band}": f"sdss2010-{band}" for band in SDSS_EXTINCTION}
 
+class BandWeights(NamedTuple):
+    "nJy in each filter per solar luminosity, at the redshifts of N galaxies."
+    continuum: np.ndarray  # (N, B, W) at the wavelengths of `coarse_basis`
+    lines: np.ndarray  # (N, B, L)
+
+def band_weights(
+    library:StellarLibrary,
+    galaxies:pd.DataFrame,
+    filters:dict,  # speclite's names of the bands
+) -> BandWeights:
+    "What turns luminosities into fluxes in bands."
+    wavelengths = coarse_basis(library).wavelength, library.line_wavelength
+    return BandWeights(*(_band_weights(one, galaxies, filters) for one in wavelengths))
+
 def _band_weights(wavelength, galaxies, filters):
-    "(N, B, W) nJy in each filter per solar luminosity at rest wavelengths (W)."
+    "(N, B, W) at rest wavelengths (W)."
     redshift, ebv = galaxies[["redshift", "ebv"]].to_numpy().T[..., None]
     observed = wavelength*(1 + redshift)
     photons = observed*(1 + redshift)*extinction(observed, ebv)
@@ -367,7 +392,7 @@ def _band_weights(wavelength, galaxies, filters):
         weights[:, k] = photons*response/norm
     return weights
 
-# %% ../nbs/10_mock_light.ipynb #d6a36657
+# %% ../nbs/10_mock_light.ipynb #28630117
 def _screens(galaxies):
     "(N, 4) A_V of the thin and the thick screen, and of both with birth clouds."
     stars, lines = (np.reshape(a, (-1, 1)) for a in (galaxies.av_stars, galaxies.av_lines))
@@ -389,15 +414,15 @@ def component_flux(
     library:StellarLibrary,
     galaxies:pd.DataFrame,
     components:Components,
-    filters:dict,  # speclite's names of the bands
+    weights:BandWeights,  # of these galaxies
 ) -> np.ndarray:  # (N, 7, 2, B) nJy
     "Flux that each population would have if all of it were in one component behind one screen."
     coarse, flux = coarse_basis(library), 0
-    for wavelength, width, basis, light in [
-            (coarse.wavelength, coarse.width, coarse.basis, components.coefficients),
-            (library.line_wavelength, 1, None, components.lines)]:
-        weights = _band_weights(wavelength, galaxies, filters)*np.float32(width)
-        worth = weights[:, None]*_dimmed(wavelength, galaxies)[:, :, None]
+    for wavelength, weight, basis, light in [
+            (coarse.wavelength, weights.continuum*np.float32(coarse.width), coarse.basis,
+                components.coefficients),
+            (library.line_wavelength, weights.lines, None, components.lines)]:
+        worth = weight[:, None]*_dimmed(wavelength, galaxies)[:, :, None]
         if basis is not None: worth = worth @ basis.T.astype("f4")
         flux = flux + _of_components(light, worth)
     return flux
@@ -431,12 +456,12 @@ def add_old_stars_lines(
     lines[:, :3] += halpha[..., None]*template[:, None]
     return components._replace(lines=lines)
 
-# %% ../nbs/10_mock_light.ipynb #7a50d3c3
+# %% ../nbs/10_mock_light.ipynb #ab18b2ed
 def make_nuclei(
     library:StellarLibrary,
     galaxies:pd.DataFrame,
     in_fibre,  # (N, K) coefficients of the starlight in the fibre
-    filters:dict,
+    weights:BandWeights,
 ) -> Nuclei:
     "Lines and continuum of the nuclei."
     halpha = galaxies.nucleus_ew.to_numpy()*_continuum_at(library, 6565, in_fibre)
@@ -449,10 +474,9 @@ def make_nuclei(
     continuum = share/(1 - share)*_continuum_at(library, 5100, in_fibre)
     broad = hydrogen_lines(library, 200*continuum*power_law_continuum(6565))
     coarse = coarse_basis(library)
-    flux = (_band_weights(coarse.wavelength, galaxies, filters)
-        @ (power_law_continuum(coarse.wavelength)*coarse.width))*continuum[:, None]
-    flux += np.einsum("nbl,nl->nb", _band_weights(library.line_wavelength, galaxies, filters),
-        narrow + broad)
+    power_law = power_law_continuum(coarse.wavelength)*coarse.width
+    flux = (weights.continuum @ power_law)*continuum[:, None]
+    flux += np.einsum("nbl,nl->nb", weights.lines, narrow + broad)
     return Nuclei(narrow, broad, continuum, flux)
 
 # %% ../nbs/10_mock_light.ipynb #974485aa
@@ -514,7 +538,7 @@ def _growth(maps, flux, nucleus):
     order = radius.argsort()
     return radius[order], light[order].cumsum()
 
-# %% ../nbs/10_mock_light.ipynb #384186d9
+# %% ../nbs/10_mock_light.ipynb #efbaccba
 def make_light(
     library:StellarLibrary,
     galaxies:pd.DataFrame,  # of `draw_parameters`
@@ -523,12 +547,13 @@ def make_light(
     "Light of all components and nuclei, and what the truth table says of it."
     filters = _filters(survey)
     components = add_old_stars_lines(library, galaxies, make_components(library, galaxies))
-    flux = component_flux(library, galaxies, components, filters)
+    weights = band_weights(library, galaxies, filters)
+    flux = component_flux(library, galaxies, components, weights)
     maps = [galaxy_maps(galaxy) for galaxy in galaxies.itertuples()]
     fibre = aperture()
     in_fibre = np.stack([light_within(m, fibre).sum(1) for m in maps])
     nuclei = make_nuclei(library, galaxies,
-        np.einsum("nc,nck->nk", in_fibre, components.coefficients), filters)
+        np.einsum("nc,nck->nk", in_fibre, components.coefficients), weights)
     flux = np.stack([map_flux(m, f) for m, f in zip(maps, flux, strict=True)])
     light = GalaxyLight(galaxies, maps, components, nuclei, flux, tuple(filters))
     truth = _truth(light, survey)
@@ -576,13 +601,14 @@ PHYSICAL = ("redshift", "log_mass", "log_sfr", "log_burst", "old_age", "bulge_ag
     "dust_slope", "nucleus_ew", "nucleus_hardness", "broad_share", "old_stars_ew", "sigma_stars",
     "sigma_gas", "radius", "half_light_radius")
 
-# %% ../nbs/10_mock_light.ipynb #935adb79
+# %% ../nbs/10_mock_light.ipynb #39055c4f
 R_LIMITS = (13.5, 17.77)  # dereddened Petrosian r of the brightest and the faintest galaxy
 
 def _rough_r(library, galaxies):
     "Dereddened magnitude in r without maps."
-    flux = component_flux(library, galaxies.assign(ebv=0.0), make_components(library, galaxies),
-        {"r": "sdss2010-r"})[..., 0]
+    weights = band_weights(library, galaxies.assign(ebv=0.0), {"r": "sdss2010-r"})
+    components = make_components(library, galaxies)
+    flux = component_flux(library, galaxies, components, weights)[..., 0]
     zones = np.array([1, 0.5, 0.5, 0.4, 0.6, 0.4, 0.6])[:, None]
     return -2.5*np.log10((flux*zones*[0.67, 0.33]).sum((1, 2))/AB_ZERO)
 
@@ -625,7 +651,7 @@ def _joined(parts):
         [maps for part in parts for maps in part.maps], joined([p.components for p in parts]),
         joined([p.nuclei for p in parts]), np.concatenate([p.flux for p in parts]), parts[0].bands)
 
-# %% ../nbs/10_mock_light.ipynb #71bb7243
+# %% ../nbs/10_mock_light.ipynb #ff009bd2
 MARGIN = 8  # pixels around an image
 
 class Source(NamedTuple):
@@ -651,11 +677,11 @@ def image_grid(
 ) -> Grid:
     "The grid on which an image of `size` pixels is drawn, with its margin."
     n = fft.next_fast_len(size + 2*MARGIN, real=True)
-    pixels = (np.arange(n*fine) - (n*fine - 1)/2)/fine + ((n - size)//2 - (n - size)/2)*-1
+    pixels = (np.arange(n*fine) - (n*fine - 1)/2)/fine + (n - size)/2 - (n - size)//2
     x, y = ((pixels - shift)*pixel_scale for shift in offset)
     return Grid(np.float32(x)[None], np.float32(y)[:, None], pixel_scale/fine)
 
-# %% ../nbs/10_mock_light.ipynb #efdbda5c
+# %% ../nbs/10_mock_light.ipynb #43e8951f
 @functools.lru_cache(64)
 def _blur(n, step, seeing):
     "Transform (n, n//2 + 1) of the seeing."
@@ -665,8 +691,8 @@ def _blur(n, step, seeing):
 def _sersic(x, y, galaxy):
     "Surface brightness of the bulge, for a flux of one (Graham & Driver 2005, eq. 1)."
     index, q = galaxy.bulge_sersic, galaxy.bulge_axis_ratio
-    cos, sin = np.cos(np.radians(galaxy.bulge_angle)), np.sin(np.radians(galaxy.bulge_angle))
-    squared = ((x*cos + y*sin)**2 + ((y*cos - x*sin)/q)**2)/np.float32(galaxy.bulge_radius**2)
+    major, minor = _along_axes(x, y, galaxy.bulge_angle)
+    squared = (major**2 + (minor/q)**2)/np.float32(galaxy.bulge_radius**2)
     b = special.gammaincinv(2*index, 0.5)
     norm = b**(2*index)/(2*np.pi*index*special.gamma(2*index)*galaxy.bulge_radius**2*q)
     return np.float32(norm)*np.exp(-np.float32(b)*squared**np.float32(0.5/index))
@@ -674,9 +700,10 @@ def _sersic(x, y, galaxy):
 def _layers(galaxy, x, y):
     "Surface brightness of the smooth maps (10, Y, X): eight of the disk and two of the bulge."
     plane = DiskPlane(*(np.float32(a) for a in in_disk_plane(galaxy, x, y)))
-    bulge, cover = _sersic(x, y, galaxy), _bulge_cover(galaxy, plane)
-    disk = disk_maps(galaxy, plane).reshape(8, *bulge.shape)
-    return np.concatenate([disk, [bulge*(1 - cover), bulge*cover]])
+    bulge, arms = _sersic(x, y, galaxy), spiral_pattern(galaxy, plane)
+    cover = dust_cover(galaxy, plane, arms)
+    disk = _disk_maps(galaxy, plane, arms, cover).reshape(8, *bulge.shape)
+    return np.concatenate([disk, [bulge*(1 - BULGE_COVER*cover), bulge*(BULGE_COVER*cover)]])
 
 def _dense(grid, reach, n, function):
     "Cells up to `reach` from the centre, and the means there of a function over n x n points each."
@@ -698,7 +725,7 @@ def _layers_on(grid, galaxy):
     bulge[cusp] *= means/bulge[cusp].sum(0)
     return layers
 
-# %% ../nbs/10_mock_light.ipynb #9d84c5d0
+# %% ../nbs/10_mock_light.ipynb #4723c9b8
 def _add_clumps(image, grid, points, flux, size):
     "Adds the clumps as small Gaussians to (B, S, S)."
     size = np.hypot(size, grid.step/np.sqrt(12))  # spread over a cell of the grid
@@ -722,20 +749,20 @@ def _add_clumps(image, grid, points, flux, size):
 def _add_disks(image, grid, sources):
     "Adds other galaxies, exponential disks, to (B, S, S)."
     for source in sources:
-        cos, sin = np.cos(np.radians(source.angle)), np.sin(np.radians(source.angle))
         x, y = grid.x - np.float32(source.x), grid.y - np.float32(source.y)
-        radius = np.hypot(x*cos + y*sin, (y*cos - x*sin)/source.axis_ratio)/source.scale
+        major, minor = _along_axes(x, y, source.angle)
+        radius = np.hypot(major, minor/source.axis_ratio)/source.scale
         norm = grid.step**2/(2*np.pi*source.scale**2*source.axis_ratio)
         image += np.float32(source.flux*norm)[:, None, None]*np.exp(-np.float32(radius))
 
-# %% ../nbs/10_mock_light.ipynb #b702d7d4
+# %% ../nbs/10_mock_light.ipynb #e01b03d6
 def _on_grid(maps, flux, grid):
     "(B, S, S): the galaxy's smooth maps and clumps."
-    galaxy, clumpy = maps.galaxy, maps.galaxy.clump_share
+    galaxy, (in_arms, in_hii) = maps.galaxy, maps.galaxy.clump_share*CLUMPY
     # the sums of `galaxy_maps` are over points with this area in the sky
     area = 2*np.pi*(_WIDE*galaxy.disk_scale)**2*galaxy.axis_ratio/len(_DISK.radius)
     weights = np.concatenate([flux[1:3]/maps.disk_totals[0]/area,
-        ((1 - 0.3*clumpy)*flux[3:5] + (1 - clumpy)*flux[5:7])/maps.disk_totals[1]/area,
+        ((1 - in_arms)*flux[3:5] + (1 - in_hii)*flux[5:7])/maps.disk_totals[1]/area,
         flux[:1]])*grid.step**2
     layers = _layers_on(grid, galaxy)
     weights = np.float32(weights.reshape(10, -1))
@@ -798,7 +825,7 @@ def _observed_continuum(fine, rest, z, sigma_stars):
     sigma = 2*np.sqrt(np.maximum(variance, 0))/KM_S_PER_PIXEL  # two steps a pixel
     return broaden(np.maximum(rest, 0), (start[0] - fine.loglam[0])/FINE_STEP, sigma)
 
-# %% ../nbs/10_mock_light.ipynb #4e87bc37
+# %% ../nbs/10_mock_light.ipynb #0fe9357e
 class Spectrum(NamedTuple):
     flux: np.ndarray  # (P) noiseless, on `LOGLAM`, 1e-17 erg/s/cm2/Angstrom
     lines: np.ndarray  # (L) flux of each of the library's lines, 1e-17 erg/s/cm2
@@ -824,9 +851,10 @@ def spectrum_at(
     shares, nucleus = light_within(light.maps[k], entering), float(entering(0.0, 0.0))
     galaxy, components, nuclei = light.maps[k].galaxy, light.components, light.nuclei
     stars = _behind_screens(shares, components.coefficients[k]).astype("f4") @ fine.basis
-    rest = (np.maximum(stars, 0)*_dimmed(10**fine.loglam, galaxy)[0]).sum(0)
-    rest *= sodium_absorption(10**fine.loglam, sodium_width(galaxy.av_stars/4.05), galaxy.sigma_gas)
-    rest += nucleus*nuclei.continuum[k]*power_law_continuum(10**fine.loglam)
+    wavelength = 10**fine.loglam
+    rest = (np.maximum(stars, 0)*_dimmed(wavelength, galaxy)[0]).sum(0)
+    rest *= sodium_absorption(wavelength, sodium_width(galaxy.av_stars/4.05), galaxy.sigma_gas)
+    rest += nucleus*nuclei.continuum[k]*power_law_continuum(wavelength)
     lines = _behind_screens(shares, components.lines[k])*_dimmed(fine.line_wavelength, galaxy)[0]
     return _observed(fine, galaxy, rest, lines.sum(0) + nucleus*nuclei.narrow[k],
         nucleus*nuclei.broad[k])
