@@ -762,8 +762,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'specpred.populations': { 'specpred.populations.CoarseBasis': ('populations.html#coarsebasis', 'specpred/populations.py'),
                                       'specpred.populations.CompositePopulation': ( 'populations.html#compositepopulation',
                                                                                     'specpred/populations.py'),
-                                      'specpred.populations.CompositePopulation.scaled': ( 'populations.html#compositepopulation.scaled',
-                                                                                           'specpred/populations.py'),
                                       'specpred.populations.FineBasis': ('populations.html#finebasis', 'specpred/populations.py'),
                                       'specpred.populations.FineBasis.of': ('populations.html#finebasis.of', 'specpred/populations.py'),
                                       'specpred.populations.StellarLibrary': ('populations.html#stellarlibrary', 'specpred/populations.py'),

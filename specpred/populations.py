@@ -134,15 +134,7 @@ class CompositePopulation(NamedTuple):
     coefficients: np.ndarray  # (N, K) of the continuum, solar luminosities/Angstrom
     lines: np.ndarray  # (N, L) solar luminosities
     living_mass: np.ndarray  # (N) solar masses that are still in stars
-    sfr: np.ndarray  # (N) star-formation rate of the last 100 Myr, solar masses/year
     mass_weighted_age: np.ndarray  # (N) Gyr
-
-    def scaled(self,
-        mass:np.ndarray,  # (N)
-    ) -> CompositePopulation:
-        "The same populations, `mass` times as large."
-        extensive = ("coefficients", "lines", "living_mass", "sfr")
-        return self._replace(**{name: (getattr(self, name).T*mass).T for name in extensive})
 
 # %% ../nbs/06_populations.ipynb #7814f92e
 def _nitrogen_excess(gas_log_z):
@@ -183,7 +175,7 @@ def composite_population(
         coefficients=_mix(library.coefficients, ages, stars_z)
             + _mix(library.nebular_coefficients, young, gas_z),
         lines=lines, living_mass=_mix(library.living_fraction, ages, stars_z)[:, 0],
-        sfr=formed[:, LOOKBACK <= 1e8].sum(1)/1e8, mass_weighted_age=ages @ library.age/1e9)
+        mass_weighted_age=ages @ library.age/1e9)
 
 # %% ../nbs/06_populations.ipynb #34ccb6b0
 # vacuum wavelength, and strength relative to H beta in Seyfert galaxies and in LINERs
