@@ -296,8 +296,10 @@ def random_generator(
     seed:int,  # the profile's seed
     *purpose,  # what the numbers are for, e.g. "mock", 17
 ):
-    "A `numpy.random.Generator` that depends on `seed` and `purpose` alone."
+    """A `numpy.random.Generator` that depends on `seed` and `purpose` alone. Raises
+    `InvalidInputError` for a seed below zero."""
     import numpy as np
+    if seed < 0: raise InvalidInputError(f"seed={seed}: expected a whole number from 0.")
     return np.random.default_rng([seed, *(zlib.crc32(str(p).encode()) for p in purpose)])
 
 # %% ../nbs/00_config.ipynb #75cf61a1

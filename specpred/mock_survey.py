@@ -20,7 +20,7 @@ from speclite.filters import load_filter
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from .config import InvalidInputError, MockParameters, random_generator
+from .config import DamagedFileError, InvalidInputError, MockParameters, random_generator
 from .cutouts import skycell_bytes, skycell_path, skycell_wcs
 from specpred.formats import (SPZLINES, SDSSSpectrum, sdss_spectrum_bytes, specobjid_of_spectrum,
     spectrum_path)
@@ -399,8 +399,8 @@ def make_survey(
     written."""
     folder = Path(folder)
     parse_couplings(parameters.couplings)  # before anything is written
-    _claim_folder(folder, parameters, seed, survey)
     cells, places = draw_survey(parameters, seed, survey)
+    _claim_folder(folder, parameters, seed, survey)
     if not len(places):
         _write_catalogue(folder, pd.DataFrame(columns=list(_CATALOGUE)))
         return places
@@ -474,14 +474,18 @@ def true_spectra(
 ) -> tuple | None:  # two arrays
     """log10 of the observed vacuum wavelength (P) and noiseless flux (N, P) through the fibre,
     1e-17 erg/s/cm2/Angstrom, in the order of `specobjids`. None where there is no truth, as for the
-    real sky. Raises `InvalidInputError` for galaxies that are not in the survey."""
+    real sky. Raises `InvalidInputError` for galaxies that are not in the survey, `DamagedFileError`
+    for a file that cannot be read."""
     path = Path(folder)/"truth.h5"
     if not path.is_file(): return None
     wanted = np.asarray(specobjids, dtype=np.uint64)
-    with h5py.File(path) as f:
-        rows = pd.Index(f["specobjid"][()]).get_indexer(wanted)
-        if (unknown := rows < 0).any():
-            raise InvalidInputError(f"{unknown.sum()} of {len(wanted)} galaxies are not in {path}, "
-                f"the first is specobjid {wanted[unknown][0]}.")
-        rows, back = np.unique(rows, return_inverse=True)  # h5py wants ascending rows, each once
-        return f["loglam"][()], f["flux"][rows][back]
+    try:
+        with h5py.File(path) as f:
+            rows = pd.Index(f["specobjid"][()]).get_indexer(wanted)
+            if (unknown := rows < 0).any():
+                raise InvalidInputError(f"{unknown.sum()} of {len(wanted)} galaxies are not in "
+                    f"{path}, the first is specobjid {wanted[unknown][0]}.")
+            rows, back = np.unique(rows, return_inverse=True)  # h5py wants ascending rows
+            return f["loglam"][()], f["flux"][rows][back]
+    except (OSError, KeyError) as error:
+        raise DamagedFileError(f"{path} cannot be read: {error}") from error

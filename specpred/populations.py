@@ -298,11 +298,12 @@ def library_sigma(
     fwhm = np.select(in_range, [1.0, 2.5, 3.0], 25.0)
     return LIGHT_SPEED*fwhm/2.3548/wavelength
 
-# %% ../nbs/06_populations.ipynb #aa2704bb
+# %% ../nbs/06_populations.ipynb #a0d427d2
 class FineBasis(NamedTuple):
     "The library on a fine logarithmic grid of rest wavelengths, for spectra of any redshift."
     loglam: np.ndarray  # (F) in steps of `FINE_STEP`
     basis: np.ndarray  # (K, F)
+    wavelength: np.ndarray  # (F) Angstrom
     dust: np.ndarray  # (F) `calzetti_curve`
     sigma: np.ndarray  # (F) `library_sigma`
     line_wavelength: np.ndarray  # (L) Angstrom
@@ -313,8 +314,13 @@ class FineBasis(NamedTuple):
         loglam = np.arange(np.log10(2800), np.log10(11000), FINE_STEP)
         wavelength = 10**loglam
         spline = interpolate.CubicSpline(library.wavelength, library.basis, axis=1)
-        return cls(loglam, spline(wavelength).astype("f4"), calzetti_curve(wavelength),
+        return cls(loglam, spline(wavelength).astype("f4"), wavelength, calzetti_curve(wavelength),
             library_sigma(wavelength), library.line_wavelength)
+
+    def between(self, first:float, last:float) -> FineBasis:
+        "The part between two wavelengths (log10)."
+        part = slice(*np.searchsorted(self.loglam, [first, last]))
+        return FineBasis(*(a[..., part] for a in self[:-1]), self.line_wavelength)
 
 # %% ../nbs/06_populations.ipynb #13294a2f
 def broaden(

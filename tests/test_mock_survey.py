@@ -4,7 +4,13 @@ import pandas as pd
 import pytest
 
 from specpred import mock_survey as mock
-from specpred.config import InvalidInputError, MockParameters, SpecpredError, random_generator
+from specpred.config import (
+    DamagedFileError,
+    InvalidInputError,
+    MockParameters,
+    SpecpredError,
+    random_generator,
+)
 from specpred.cutouts import read_skycell, sky_to_pixel, skycell_path, skycell_wcs
 from specpred.formats import mask_bits, read_sdss
 from specpred.formats import specobjid_of_spectrum, spectrum_path
@@ -242,6 +248,18 @@ def test_unknown_galaxies_are_named(survey):
     folder, truth = survey
     with pytest.raises(InvalidInputError, match="1 of 2 galaxies.*specobjid 7"):
         mock.true_spectra(folder, [int(truth.specobjid[3]), 7])
+
+
+def test_a_damaged_truth_is_named(tmp_path):
+    (tmp_path/"truth.h5").write_bytes(b"not HDF5")
+    with pytest.raises(DamagedFileError, match=r"truth.h5 cannot be read"):
+        mock.true_spectra(tmp_path, [1])
+
+
+def test_a_seed_below_zero_leaves_nothing_behind(tmp_path):
+    with pytest.raises(InvalidInputError, match="seed=-1"):
+        mock.make_survey(PARAMETERS, tmp_path/"survey", seed=-1, progress=False)
+    assert not (tmp_path/"survey").exists()
 
 
 def test_unknown_couplings_are_named_before_anything_is_written(tmp_path):
