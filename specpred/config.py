@@ -10,15 +10,16 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from typing import Annotated, Literal, NamedTuple
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field,
+    ValidationError, model_validator)
 
 # %% auto #0
-__all__ = ['IMAGE_MODELS', 'PROFILES', 'SpecpredError', 'ProfileError', 'MissingInputError', 'InvalidInputError',
-           'DamagedFileError', 'ArchiveError', 'WeightsError', 'Settings', 'replace', 'MockParameters',
-           'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters', 'TrainingParameters',
-           'EvaluationParameters', 'Profile', 'get_profile', 'random_generator', 'seed_everything', 'repo_root',
-           'Paths', 'get_paths']
+__all__ = ['IMAGE_MODELS', 'PUBLISHED', 'SPECPRED', 'RECIPES', 'PROFILES', 'SpecpredError', 'ProfileError', 'MissingInputError',
+           'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError', 'Settings', 'replace',
+           'MockParameters', 'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters', 'Recipe',
+           'Training', 'find_training', 'TrainingParameters', 'EvaluationParameters', 'Profile', 'get_profile',
+           'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
@@ -161,24 +162,65 @@ class VAEParameters(Settings):
         return self
 
 # %% ../nbs/00_config.ipynb #1fb48f7c
-IMAGE_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet18_hybrid", "xresnet18_deconv",
+IMAGE_MODELS = ("photometry", "conv3", "deconv3",
+    "xresnet18", "xresnet18_hybrid", "xresnet18_deconv",
     "xresnet34", "xresnet34_hybrid", "xresnet34_deconv",
     "xresnet50", "xresnet50_hybrid", "xresnet50_deconv")  # see 23_models
-_Models = Annotated[tuple[Literal[IMAGE_MODELS], ...], Field(min_length=1),
-    BeforeValidator(_split_words)]
+
+def _nearest(word:str, words) -> str:
+    "The second half of a message: a close match if there is one, and all the choices."
+    match = difflib.get_close_matches(word, list(words), n=1)
+    guess = f"did you mean {match[0]!r}? " if match else ""
+    return f"{guess}The choices are: {', '.join(words)}."
+
+class Recipe(Settings):
+    "How a network is trained (24_training)."
+    name: str
+    optimizer: Literal["ranger", "adamw"]
+    lr: float = Field(ge=1e-12, le=100)  # one-cycle's largest learning rate
+    lr_deconv: float = Field(ge=1e-12, le=100)  # for models whose every layer is deconvolved
+    weight_decay: float = Field(ge=0, le=100)
+    max_shift: int = Field(0, ge=0, le=1000)  # largest move of an augmented image, pixels
+    photometry: bool = False  # networks have a branch of measured photometry
+    symmetric: bool = False  # predictions are means over flips and quarter turns
+
+PUBLISHED = Recipe(name="published", optimizer="ranger", lr=3e-2, lr_deconv=3e-3, weight_decay=1e-2)
+SPECPRED = Recipe(name="specpred", optimizer="adamw", lr=2e-3, lr_deconv=2e-3, weight_decay=0.05,
+    photometry=True, symmetric=True)
+RECIPES = {recipe.name: recipe for recipe in (PUBLISHED, SPECPRED)}
+
+class Training(NamedTuple):
+    "A model and how it is trained."
+    model: str  # in `IMAGE_MODELS`
+    recipe: Recipe
+
+def find_training(
+    name:str | Training,  # e.g. "xresnet18", with the published recipe, or "xresnet18-specpred"
+) -> Training:
+    "Raises `InvalidInputError` for an unknown model or recipe."
+    if isinstance(name, Training): return name
+    model, _, recipe = name.partition("-")
+    recipe = recipe or ("specpred" if model == "photometry" else "published")
+    for given, known in ((model, IMAGE_MODELS), (recipe, RECIPES)):
+        if given not in known:
+            raise InvalidInputError(f"There is no {given!r} to train; {_nearest(given, known)}")
+    return Training(model, RECIPES[recipe])
+
+def _check_training(name): return find_training(name) and name
+
+_Models = Annotated[tuple[Annotated[str, AfterValidator(_check_training)], ...],
+    Field(min_length=1), BeforeValidator(_split_words)]
 
 class TrainingParameters(Settings):
     "The image models (24_training)."
-    models: _Models = ("xresnet18", "xresnet18_hybrid")
+    # as for `find_training`
+    models: _Models = ("photometry", "xresnet18", "xresnet18_hybrid", "xresnet18_hybrid-specpred")
     seeds: int = Field(1, ge=1, le=1000)  # independent trainings of each model
     epochs: int = Field(10, ge=1, le=10**6)  # one-cycle epochs
     batch_size: int = Field(128, ge=1, le=10**6)
-    lr: float = Field(3e-2, ge=1e-12, le=100)  # one-cycle's largest learning rate
-    lr_deconv: float = Field(3e-3, ge=1e-12, le=100)  # for models whose every layer is deconvolved
-    weight_decay: float = Field(1e-2, ge=0, le=100)
+    lr: float | None = Field(None, ge=1e-12, le=100)  # of any model; None: the recipe's
     # of the pixels: linear as published; image: divided by its own brightness
     stretch: Literal["asinh", "linear", "image"] = "asinh"
-    max_shift: int = Field(0, ge=0, le=1000)  # largest move of an augmented image, pixels
     keep: bool | None = None  # images in memory; None: if they fill less than half of it
 
 class EvaluationParameters(Settings):
@@ -230,7 +272,17 @@ _DEMO = Profile(
     training=TrainingParameters(epochs=10, batch_size=32))
 
 # %% ../nbs/00_config.ipynb #8e48d32a
-_ALL_MODELS = ("conv3", "deconv3", "xresnet18", "xresnet18_deconv", "xresnet18_hybrid")
+_ALL_MODELS = ("photometry", "conv3", "deconv3", "xresnet18", "xresnet18_deconv",
+    "xresnet18_hybrid", "xresnet18-specpred", "xresnet18_hybrid-specpred")
+
+_STUDY = Profile(
+    name="study",
+    description="the comparison of record, 4,000 training galaxies (hours on 2 cores)",
+    mock=MockParameters(n_galaxies=7600, n_spectra_only=6000),
+    archives=ArchiveParameters(split=(0.48, 0.08, 0.1, 0.34)),
+    images=ImageParameters(size=64),
+    vae=VAEParameters(epochs=100),
+    training=TrainingParameters(models=_ALL_MODELS, seeds=3, epochs=10, batch_size=32))
 
 _MOCK = Profile(
     name="mock",
@@ -250,17 +302,11 @@ _PAPER = Profile(
     vae=VAEParameters(n_trials=100),
     training=TrainingParameters(models=_ALL_MODELS, seeds=3, epochs=50, stretch="linear"))
 
-PROFILES = {profile.name: profile for profile in (_SMOKE, _DEMO, _MOCK, _PAPER)}
+PROFILES = {profile.name: profile for profile in (_SMOKE, _DEMO, _STUDY, _MOCK, _PAPER)}
 
 # %% ../nbs/00_config.ipynb #96442a05
 _SETTINGS = ["seed", *(f"{section}.{setting}" for section, field in Profile.model_fields.items()
     if isinstance(field.default, Settings) for setting in type(field.default).model_fields)]
-
-def _nearest(word:str, words) -> str:
-    "The second half of a message: a close match if there is one, and all the choices."
-    match = difflib.get_close_matches(word, list(words), n=1)
-    guess = f"did you mean {match[0]!r}? " if match else ""
-    return f"{guess}The choices are: {', '.join(words)}."
 
 def _literal(text:str):
     "A number, tuple or None as Python writes it; anything else is text."

@@ -28,7 +28,7 @@ from specpred.mock_survey import (
     stellar_library,
     true_spectra,
 )
-from .photometry import measure_photometry, measure_structure
+from .photometry import measure_photometry, measure_structure, ring_table
 from .populations import FineBasis
 from .spectrograph import LOGLAM, TRUTH_LINES
 from .spectra import LogGrid, galactic_ebv, prepare, rebin

@@ -21,16 +21,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.spectral_norm import SpectralNorm
 from .config import InvalidInputError, WeightsError
 from .deconv import FastDeconv
-from .images import ImageTransform, central_crop
+from .images import ImageTransform, central_crop, turn
+from .photometry import RingPhotometry
 from .surveys import PS1, ImagingSurvey
 from .weights import (Stats, check_keys, load_state, published_image_tensors, read_weights,
     tensor_shapes, write_weights)
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv', 'xresnet34',
-           'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
-           'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'n_params', 'fuse', 'TrainedModel', 'save', 'load',
-           'checked_images', 'predict_batches', 'image_stats', 'load_published']
+__all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'photometry', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv',
+           'xresnet34', 'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
+           'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'PhotometryBranch', 'WithPhotometry', 'n_params', 'fuse',
+           'TrainedModel', 'save', 'load', 'checked_images', 'predict_batches', 'image_stats', 'load_published']
 
 # %% ../nbs/23_models.ipynb #30d667b8
 def _deconvolved(layer:ConvLayer) -> nn.Sequential:
@@ -64,6 +65,8 @@ def xresnet(
     reduction:int | None = 8,  # of squeeze-and-excitation; None: without
     p:float = 0.,  # dropout before the last layer
     widen:float = 1.,  # factor on the channels of the blocks
+    photometry:int | None = None,  # side of the images: with a `PhotometryBranch`; None: without
+    transform:dict | None = None,  # of the images, for the branch
 ) -> nn.Module:
     """fastai's `XResNet`, with batch-normalised convolutions replaced by deconvolutions in the stem
     or everywhere. Takes (N, c_in, H, W) to (N, n_out). Source: He et al. (2018); Wu & Peek (2020),
@@ -73,7 +76,8 @@ def xresnet(
     if deconvolve == "all": _deconvolve(model)
     if deconvolve == "stem":
         for i in range(3): model[i] = _deconvolved(model[i])
-    return model
+    if photometry is None: return model
+    return WithPhotometry(model, PhotometryBranch(c_in, n_out, photometry, transform))
 
 # %% ../nbs/23_models.ipynb #f392393b
 def three_layers(
@@ -88,6 +92,52 @@ def three_layers(
 
 def _deconv_relu(c_in, c_out, stride=1):
     return nn.Sequential(FastDeconv(c_in, c_out, 3, stride=stride), nn.ReLU())
+
+# %% ../nbs/23_models.ipynb #dae7dabf
+class PhotometryBranch(nn.Module):
+    "Measured photometry and a perceptron behind it. Takes (N, c_in, H, H) to (N, n_out)."
+    def __init__(self,
+        c_in:int = len(PS1.bands),  # bands of a cutout
+        n_out:int = 6,  # targets
+        photometry:int = 64,  # side of the images, pixels
+        transform:dict | None = None,  # `ImageTransform` of the input; None: it is in nJy
+        hidden:tuple = (256, 256, 256),  # sizes of the perceptron's layers
+        p:float = 0.3,  # dropout behind each of them
+    ):
+        super().__init__()
+        self.rings = RingPhotometry(c_in, photometry)
+        self.transform = ImageTransform(**transform) if transform else None
+        n = self.rings.n_features
+        self.register_buffer("mean", torch.zeros(n))
+        self.register_buffer("std", torch.ones(n))
+        sizes, layers = [n, *hidden], []
+        for before, after in zip(sizes, hidden, strict=False):
+            layers += [nn.Linear(before, after), nn.SiLU(), nn.Dropout(p)]
+        self.perceptron = nn.Sequential(*layers, nn.Linear(sizes[-1], n_out))
+
+    def features(self, x:Tensor) -> Tensor:
+        "(N, n_features) of network input."
+        return self.rings(self.transform.inverse(x.float()) if self.transform else x)
+
+    def forward(self, x:Tensor) -> Tensor:
+        return self.perceptron(((self.features(x) - self.mean)/self.std).clamp(-5, 5))
+
+    @torch.no_grad()
+    def standardise(self,
+        batches,  # iterable of network input (n, c_in, H, H) of training galaxies
+    ):
+        "Sets the mean and standard deviation of the features that the perceptron sees."
+        features = torch.cat([self.features(x) for x in batches])
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(features.std(0) + 1e-3)
+
+class WithPhotometry(nn.Module):
+    "The sum of a network and of its branch of measured photometry."
+    def __init__(self, network:nn.Module, branch:PhotometryBranch):
+        super().__init__()
+        self.network, self.branch = network, branch
+
+    def forward(self, x:Tensor) -> Tensor: return self.network(x) + self.branch(x)
 
 # %% ../nbs/23_models.ipynb #12bbe21b
 MODELS = {}  # constructors by name, as training and weights files call them
@@ -111,6 +161,7 @@ def _model(name:str, doc:str, network, *fixed):
 # %% ../nbs/23_models.ipynb #a1e8a41e
 conv3 = _model("conv3", "Three convolutions with batch norm.", three_layers, ConvLayer)
 deconv3 = _model("deconv3", "Three deconvolutions.", three_layers, _deconv_relu)
+photometry = _model("photometry", "Measured photometry alone.", PhotometryBranch)
 
 xresnet18 = _model("xresnet18", "The plain CNN of Wu & Peek (2020).",
     xresnet, 1, [2, 2, 2, 2], "none")
@@ -301,14 +352,21 @@ def predict_batches(
     model:nn.Module,
     batches,  # iterable of images (n, channels, size, size), arrays or tensors, e.g. of a store
     transform:ImageTransform,  # from images to the model's input
+    symmetric:bool = False,  # mean over the eight flips and quarter turns of each image
 ) -> np.ndarray:
     "(N, n_targets) float32 standardised targets predicted from images, a batch at a time."
-    device = next(model.parameters()).device
+    device, turns = next(model.parameters()).device, range(8 if symmetric else 1)
     model.eval()
     inputs = (transform(torch.as_tensor(flux, device=device)) for flux in batches)
-    return torch.cat([model(x) for x in inputs]).cpu().numpy()
+    outputs = [sum(model(turn(x, code)) for code in turns)/len(turns) for x in inputs]
+    return torch.cat(outputs).cpu().numpy()
 
 # %% ../nbs/23_models.ipynb #70ce1c86
+@patch(as_prop=True)
+def symmetric(self:TrainedModel) -> bool:
+    "Whether predictions are means over flips and quarter turns."
+    return bool(self.provenance.get("symmetric", False))
+
 @patch(as_prop=True)
 def transform(self:TrainedModel) -> ImageTransform:
     "From images in the model's order of channels to its input; linear unless trained otherwise."
@@ -330,7 +388,8 @@ def predict_targets(self:TrainedModel,
     images = checked_images(images, self.survey)
     images = central_crop(images, self.provenance.get("image_size", min(images.shape[2:])))
     images = images[:, [self.survey.bands.index(band) for band in self.channels]]
-    return predict_batches(self.model, torch.from_numpy(images).split(batch_size), self.transform)
+    return predict_batches(self.model, torch.from_numpy(images).split(batch_size), self.transform,
+        self.symmetric)
 
 @patch
 def predict(self:TrainedModel,

@@ -12,6 +12,7 @@ from fastai.basics import Callback, Learner, defaults
 from specpred.config import InvalidInputError, Paths, TrainingParameters
 from specpred.images import Augmentation, open_images, pack_arrays, turn
 from specpred.models import MODELS, load, predict_batches
+from specpred.photometry import ring_table
 from specpred.surveys import SDSS
 from specpred.training import (
     GalaxySet,
@@ -117,11 +118,12 @@ class Interrupt(Callback):
         if self.epoch == 2: raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path):
-    parameters = TrainingParameters(epochs=3, batch_size=7, max_shift=1)
+@pytest.mark.parametrize("name", ["conv3", "photometry", "xresnet18_hybrid-specpred"])
+def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path, name):
+    parameters = TrainingParameters(epochs=3, batch_size=7)
     def train(checkpoint):
         dls = loaders(sample, augmentation=Augmentation(max_shift=1))
-        return train_model("conv3", dls, parameters, 0, tmp_path/checkpoint, progress=False)
+        return train_model(name, dls, parameters, 0, tmp_path/checkpoint, progress=False)
     whole = train("whole")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(defaults, "callbacks", [*defaults.callbacks, Interrupt])
@@ -149,6 +151,31 @@ def test_the_order_of_models_does_not_matter(sample, tmp_path):
         train_models(sample, STATS, parameters, 0, Paths(tmp_path/name), progress=False)
     both, alone = (load(Paths(tmp_path/name).weights("deconv3", 0)) for name in ("ab", "b"))
     assert same_weights(both.model.state_dict(), alone.model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["photometry", "xresnet18-specpred"])
+def test_predictions_of_the_own_recipe_do_not_depend_on_the_direction(sample, tmp_path, name):
+    parameters, paths = TrainingParameters(models=(name,), epochs=1, batch_size=7), Paths(tmp_path)
+    train_models(sample, STATS, parameters, 0, paths, progress=False)
+    trained = load(paths.weights(name, 0))
+    images = sample.images.read_rows(np.arange(3))
+    predicted = trained.predict(images)
+    for code in range(1, 8):
+        turned = turn(torch.from_numpy(images), code)
+        np.testing.assert_allclose(trained.predict(turned), predicted, atol=1e-4)
+
+
+def test_standardised_photometry(sample, tmp_path):
+    parameters = TrainingParameters(epochs=1, batch_size=7)
+    learn, _ = train_model("photometry", loaders(sample), parameters, 0, tmp_path/"a", False)
+    branch, train = learn.model, sample.rows("train").specobjid
+    images = torch.from_numpy(sample.transform(sample.images.read(train)))
+    features = ring_table(sample.images.read(train), sample.images.bands).to_numpy()
+    np.testing.assert_allclose(branch.features(images), features, atol=0.02)
+    # turned and rotated images have nearly the same photometry
+    bright = features.std(0) > 0.1
+    assert np.median(np.abs(branch.mean.numpy() - features.mean(0))[bright]/features.std(0)[bright]
+        ) < 0.1
 
 
 def test_weights_of_other_bands_say_so(tmp_path):
