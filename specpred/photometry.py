@@ -37,18 +37,22 @@ def find_centres(
     steps:int = 6,
 ) -> np.ndarray:  # (n, 2) y and x from the image's centre, pixels
     "Centroids under a Gaussian weight that starts at the image's centre and stays within 3 sigma."
-    y, x = (axis.ravel() for axis in _pixel_offsets(image.shape))
-    cy, cx = np.zeros((2, len(image), 1), image.dtype)
+    return _centroids(torch.as_tensor(image), sigma, steps).numpy()
+
+def _centroids(image, sigma, steps=6):
+    "`find_centres` of a tensor, on its device."
+    y, x = (torch.from_numpy(axis.ravel()).to(image) for axis in _pixel_offsets(image.shape))
+    cy = cx = image.new_zeros(len(image), 1)
     for _ in range(steps):
-        weight_y = np.exp(-(y - cy)**2/(2*sigma**2))
-        weight_x = np.exp(-(x - cx)**2/(2*sigma**2))
-        columns = np.einsum("nyx,ny->nx", image, weight_y)*weight_x
-        rows = np.einsum("nyx,nx->ny", image, weight_x)*weight_y
-        total = columns.sum(1, keepdims=True)
-        total = np.where(total > 0, total, np.inf)  # without light there is no step
-        cy = np.clip(cy + 2*(rows*(y - cy)).sum(1, keepdims=True)/total, -3*sigma, 3*sigma)
-        cx = np.clip(cx + 2*(columns*(x - cx)).sum(1, keepdims=True)/total, -3*sigma, 3*sigma)
-    return np.concatenate([cy, cx], 1)
+        weight_y = torch.exp(-(y - cy)**2/(2*sigma**2))
+        weight_x = torch.exp(-(x - cx)**2/(2*sigma**2))
+        columns = torch.einsum("nyx,ny->nx", image, weight_y)*weight_x
+        rows = torch.einsum("nyx,nx->ny", image, weight_x)*weight_y
+        total = columns.sum(1, keepdim=True)
+        total = torch.where(total > 0, total, torch.inf)  # without light there is no step
+        cy = (cy + 2*(rows*(y - cy)).sum(1, keepdim=True)/total).clamp(-3*sigma, 3*sigma)
+        cx = (cx + 2*(columns*(x - cx)).sum(1, keepdim=True)/total).clamp(-3*sigma, 3*sigma)
+    return torch.cat([cy, cx], 1)
 
 # %% ../nbs/16_photometry.ipynb #ecfda250
 def half_turn(
@@ -595,7 +599,8 @@ def ring_weights(
     rings = np.diff(within, axis=0, prepend=0)
     y, x = np.indices((size, size)).reshape(2, -1) - (size - 1)/2
     azimuth = np.arctan2(y, x)
-    waves = [f(m*azimuth) for m in range(1, MODES + 1) for f in (np.cos, np.sin)]
+    off_centre = (x != 0) | (y != 0)  # the pixel in the middle of an odd number has no azimuth
+    waves = [off_centre*f(m*azimuth) for m in range(1, MODES + 1) for f in (np.cos, np.sin)]
     return np.stack([rings, *(rings*wave for wave in waves)])
 
 # %% ../nbs/16_photometry.ipynb #12c2bafc
@@ -622,7 +627,7 @@ class RingPhotometry(nn.Module):
     def __init__(self,
         n_bands:int,
         size:int,  # of the images, pixels, at least 16
-        n_rings:int = 7,
+        n_rings:int = 10,
     ):
         super().__init__()
         if size < 16: raise InvalidInputError(f"rings need at least 16 x 16 pixels, not {size}")
@@ -633,6 +638,20 @@ class RingPhotometry(nn.Module):
 def _signed_root(square): return square*(square**2 + 1e-4)**-0.25
 
 def _magnitudes(flux): return 2.5/np.log(10)*torch.asinh(flux/200)
+
+def _on_centre(flux, sigma=4):
+    "Images shifted to their centroid in the second band, by the shift theorem."
+    height, width = flux.shape[-2:]
+    flux = flux.double()  # so that turned images have the same centres to all digits
+    centres = _centroids(flux[:, min(1, flux.shape[1] - 1)], sigma)
+    transform = torch.fft.rfft2(flux)
+    for k, frequency in enumerate((torch.fft.fftfreq(height), torch.fft.rfftfreq(width))):
+        frequency = frequency.to(flux)
+        phase = torch.exp(2j*np.pi*centres[:, k, None]*frequency)
+        # the highest frequency of an even number of pixels has no sign: its real part
+        phase = torch.where(frequency.abs() == 0.5, phase.real + 0j, phase)
+        transform = transform*(phase[:, None, :, None] if k == 0 else phase[:, None, None])
+    return torch.fft.irfft2(transform, s=(height, width)).float()
 
 def _boxcar_of_five(images):
     height, width = images.shape[-2:]  # sums of slices: several times as fast as pooling
@@ -652,11 +671,15 @@ def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
     if flux.shape[1:] != (self.n_bands, self.size, self.size):
         raise InvalidInputError(f"expected images (n, {self.n_bands}, {self.size}, {self.size}), "
             f"got {tuple(flux.shape)}")
-    pixels, k = flux.flatten(2), self.n_rings
+    k = self.n_rings
     weights, area, squares, border = _rings(self.size, k, flux.device)
-    opposite = pixels.flip(-1)
-    spread = (pixels - opposite)[..., border].abs().median(-1, keepdim=True).values
+    pixels = flux.flatten(2)
+    spread = (pixels - pixels.flip(-1))[..., border].abs().median(-1, keepdim=True).values
     noise = 1.4826/2**.5*spread + 1e-3  # nJy a pixel; an empty image has some, too
+
+    flux = _on_centre(flux)
+    pixels = flux.flatten(2)
+    opposite = pixels.flip(-1)
     fainter = torch.minimum(pixels, opposite) + noise/np.pi**.5
     whole, rings = pixels @ weights, fainter @ weights[:, :k]
     within, sigma = rings.cumsum(-1), noise*area**.5
@@ -672,7 +695,7 @@ def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
     return dict(magnitude=magnitudes, colour=magnitudes[:, :-1] - magnitudes[:, 1:],
         ring_colour=in_ring[:, :-1] - in_ring[:, 1:], growth=magnitudes.diff(dim=-1),
         **{f"mode_{m + 1}": modes[..., m, :] for m in range(MODES)},
-        clumps=_signed_root(clumps*area/soft**2),
+        clumps=_signed_root(clumps*area/(rings.clamp(min=0)**2 + 9*noise**2*area**1.5)),
         asymmetry=((whole[..., :k] - rings)/soft).clamp(-1, 3),
         radius=r50.log(), concentration=5*torch.log10(r80/r20), noise=noise[..., 0].log())
 
@@ -693,7 +716,7 @@ def ring_table(
     bands,  # their names, e.g. "grizy"
 ) -> pd.DataFrame:
     "What `RingPhotometry` measures, a row a galaxy: columns magnitude_g_1, colour_g_r_1, …"
-    flux = torch.as_tensor(np.asarray(flux, np.float32))
+    flux = torch.tensor(np.asarray(flux), dtype=torch.float32)
     rings, tables = RingPhotometry(len(bands), flux.shape[-1]), []
     colours = [f"{a}_{b}" for a, b in zip(bands[:-1], bands[1:], strict=True)]
     for part in flux.split(256):

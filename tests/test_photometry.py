@@ -12,8 +12,8 @@ from scipy.ndimage import gaussian_filter, label
 
 from specpred.config import InvalidInputError, random_generator
 from specpred.images import aperture_magnitudes
-from specpred.photometry import (border_noise, growth_curves, growth_radii, light_within,
-    measure_photometry, measure_structure)
+from specpred.photometry import (RingPhotometry, border_noise, growth_curves, growth_radii,
+    light_within, measure_photometry, measure_structure, ring_radii, ring_table)
 
 SCALE, SIZE, NOISE = .25, 72, 10.
 PSF = galsim.Moffat(beta=3, fwhm=1.2)
@@ -104,6 +104,52 @@ def test_agrees_with_statmorph():
         assert correlation >= least, (name, correlation)
     ratio = ours[good][["r50", "petro_radius"]]/theirs[good][["r50", "petro_radius"]]
     assert (ratio.median() - 1).abs().max() < .03
+
+
+def test_rings_have_the_fluxes_of_photutils():
+    image = draw(random_generator(2, "test_photometry"), offset=(0, 0), clumps=0)
+    image = (image + image[::-1, ::-1])/2  # opposite pixels are equal: none is fainter
+    table = ring_table(np.broadcast_to(image, (1, 3, SIZE, SIZE)), BANDS).iloc[0]
+    for k, radius in enumerate(ring_radii(SIZE, 10)):
+        expected = CircularAperture([(SIZE - 1)/2]*2, radius).do_photometry(image)[0][0]
+        flux = 200*np.sinh(table[f"magnitude_r_{k + 1}"]*np.log(10)/2.5)
+        assert flux == pytest.approx(expected, rel=1e-3)
+
+
+def test_rings_agree_with_statmorph():
+    flux = sample()
+    ours = ring_table(flux, BANDS)
+    theirs = pd.DataFrame([by_statmorph(image) for image in flux[:, 1].astype(float)])
+    good = (theirs > -90).all(axis=1)
+    for name, (column, least) in dict(r50=("radius_r", .95), concentration=("concentration_r", .9),
+            asymmetry_r=("asymmetry_r_7", .8)).items():
+        correlation = theirs[name][good].corr(ours[column][good], method="spearman")
+        assert correlation >= least, (name, correlation)
+    # statmorph's axis ratio is noisier than ours
+    shape = measure_structure(flux, BANDS, SCALE).axis_ratio
+    assert shape[good].corr(ours.mode_2_r_6[good], method="spearman") < -.8
+
+
+@pytest.mark.parametrize("bands, size", [("u", 17), ("gri", 40), ("ugrizy", 64)])
+def test_rings_of_any_bands_and_size(bands, size):
+    rng = random_generator(5, "test_photometry")
+    flux = rng.normal(50, 10, (3, len(bands), size, size)).astype("f4")
+    table = ring_table(flux, bands)
+    assert len(table.columns) == RingPhotometry(len(bands), size).n_features
+    assert np.isfinite(table).all(axis=None)
+    turned = ring_table(np.rot90(flux[..., ::-1], axes=(2, 3)).copy(), bands)
+    np.testing.assert_allclose(turned, table, atol=1e-4)
+
+
+def test_neighbours_change_rings_little():
+    rng = random_generator(6, "test_photometry")
+    flux = observe([draw(rng, offset=(0, 0))], rng)
+    y, x = np.indices((SIZE, SIZE)) - (SIZE - 1)/2
+    beside = flux + 5000*np.exp(-((y - 22)**2 + (x + 14)**2)/8).astype("f4")
+    alone, both = (ring_table(f, BANDS).filter(like="magnitude") for f in (flux, beside))
+    assert np.abs(both - alone).max(axis=None) < .05
+    added = 2.5*np.log10(beside.sum()/flux.sum())
+    assert added > .1
 
 
 def test_noise_is_estimated_beside_large_galaxies():
