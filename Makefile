@@ -12,7 +12,7 @@ help:
 	@echo "make demo     the whole pipeline on mock galaxies, no network needed after installation (about 11 minutes on 2 cores)"
 	@echo "make test     all checks (about 6 minutes on 2 cores)"
 	@echo "make docs     the documentation site, from the last run, in docs/_build/html"
-	@echo "make figures  copy the last demo run's figures into figures/, draw the diagrams"
+	@echo "make figures  copy the last demo run's figures and numbers into figures/ and data/records/, draw the diagrams"
 	@echo "make lock     resolve requirements.lock anew from settings.ini"
 	@echo "make clean    remove .venv, the site and data/smoke and data/demo; data/mock and data/paper stay"
 
@@ -30,6 +30,7 @@ docs: $(STAMP)
 
 figures: $(STAMP)
 	@cp data/demo/figures/* figures/
+	@$(BIN)/python -c "from specpred import config as c, runner; runner.write_record(c.get_profile('demo'), c.get_paths('demo'))"
 	@$(BIN)/python docs/diagrams.py && ls -sh figures
 
 lock:

@@ -21,6 +21,7 @@ import torch
 
 from specpred.config import find_training, get_paths, get_profile, random_generator
 from specpred.evaluation import (
+    core_rmse,
     magnitude_and_colours,
     pooled_rmse,
     predict_by_boosting,
@@ -155,12 +156,6 @@ def difference(predictions, reference, truth, rng, n_draws=500):
     return value, np.std([draw() for _ in range(n_draws)])
 
 
-def trimmed(prediction, truth):
-    "RMSE of the 99 % of galaxies with the smallest errors."
-    squares = np.sort(((prediction - truth)**2).mean(1))
-    return np.sqrt(squares[:int(0.99*len(squares))].mean())
-
-
 def table(rows, truth):
     "Lines of Markdown: all models at full size, then the learning curve."
     def load(label): return np.float64(np.load(RESULTS/f"{label}.npy"))
@@ -177,7 +172,7 @@ def table(rows, truth):
             *difference(predictions, reference, truth, rng))
         cells = [name, len(runs), f"{np.mean(errors):.3f}",
             f"{np.std(errors, ddof=1):.3f}" if len(errors) > 1 else "",
-            f"{np.mean([trimmed(p, truth) for p in predictions]):.3f}", minus,
+            f"{np.mean([core_rmse(p, truth) for p in predictions]):.3f}", minus,
             *(f"{e:.3f}" for e in per_target), f"{runs.seconds.mean():.0f}",
             f"{runs.images_per_second.mean():.0f}" if runs.epochs.notna().all() else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 _DataDir = Annotated[Path | None, typer.Option("--data-dir",
     help="Folder that holds <profile>/; the default is data/ of the checkout.")]
 _Profile = Annotated[str, typer.Option("--profile", "-p",
-    help="smoke, demo, mock or paper; `specpred info` describes them.")]
+    help="smoke, demo, study, mock or paper; `specpred info` describes them.")]
 _Overrides = Annotated[list[str] | None, typer.Option("--set",
     help="Change a setting, e.g. training.epochs=3; may be repeated.")]
 
@@ -37,17 +37,25 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force",
         help="Also run stages whose results are up to date.")] = False,
     overrides: _Overrides = None,
+    check: Annotated[bool, typer.Option("--check",
+        help="Fail when a number differs from the run of record by more than two errors.")] = False,
     data_dir: _DataDir = None,
 ):
     """Run the stages in order, from a catalogue to figures.
 
     Stages whose results are up to date are skipped. An interrupted or failed run goes on where it
-    was when called again."""
+    was when called again. At the end the numbers are compared with those of the run of record in
+    data/records/."""
     from specpred import runner
-    from specpred.config import get_paths
+    from specpred.config import get_paths, get_profile
     folder = runner.reproduce(profile, start, only, force, overrides or (), data_dir)
-    print(f"\n{runner.summary(get_paths(profile, data_dir))}")
+    paths = get_paths(profile, data_dir)
+    print(f"\n{runner.summary(paths)}")
     if folder.is_dir(): print(f"\nExecuted notebooks: {folder}")
+    try: print(f"\n{runner.compare_with_record(get_profile(profile, overrides or ()), paths)}")
+    except runner.NotReproduced as error:
+        if check: raise
+        print(f"\n{error}")
 
 # %% ../nbs/30_cli.ipynb #120a844a
 @app.command()

@@ -4,18 +4,21 @@
 
 # %% ../nbs/29_runner.ipynb #d33aac5b
 from __future__ import annotations
+import json
 import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from .config import (PROFILES, Paths, Profile, ProfileError, SpecpredError, _nearest,
-    get_paths, get_profile)
-from .stages import STAGES, Stage, atomic_path, only_one, read_manifest, why_outdated
+    get_paths, get_profile, repo_root)
+from .stages import (
+    STAGES, Stage, atomic_path, only_one, read_manifest, versions, why_outdated)
 
 # %% auto #0
 __all__ = ['find_stage', 'choose_stages', 'NotebookFailed', 'execute_notebook', 'last_executed', 'reproduce', 'summary',
-           'describe_device', 'describe_profiles']
+           'describe_device', 'describe_profiles', 'results_with_errors', 'record_path', 'write_record',
+           'NotReproduced', 'compare_with_record']
 
 # %% ../nbs/29_runner.ipynb #760bd181
 def find_stage(
@@ -197,3 +200,64 @@ def describe_profiles(data_dir=None) -> str:
                 f"{made['wall_time_s']:8.1f} s {made['peak_memory_mb']:7} MB")
         if not manifests: lines.append("  nothing made yet")
     return "\n".join(lines)
+
+# %% ../nbs/29_runner.ipynb #212ee063
+def results_with_errors(
+    paths:Paths,
+) -> dict[str, tuple[float, float]]:  # by name: number and error
+    "RMSE of each model on the test galaxies, and each rung of the information ladder."
+    import pandas as pd
+    numbers, summary = {}, pd.read_csv(paths.results/"summary.csv")
+    for row in summary[summary.rmse_test_error > 0].itertuples():
+        numbers[f"rmse of {row.model}"] = row.rmse_test, row.rmse_test_error
+    if (ladder := paths.results/"ladder.csv").is_file():
+        for row in pd.read_csv(ladder).itertuples():
+            error = (row.error_upper - row.error_lower)/(2*1.96)  # of a 95 % interval
+            numbers[f"ladder: {row.quantity}, {row.rung}"] = row.error, error
+    return numbers
+
+def record_path(name:str) -> Path:
+    "The file of a profile's run of record."
+    return repo_root()/"data"/"records"/f"{name}.json"
+
+def write_record(
+    profile:Profile,
+    paths:Paths,
+    path=None,  # None: `record_path`
+):
+    "Makes the last run the run of record."
+    record = dict(machine=describe_device(), versions=versions(), made=time.strftime("%Y-%m-%d"),
+        settings=profile.model_dump(mode="json"), numbers=results_with_errors(paths))
+    with atomic_path(path or record_path(profile.name)) as part:
+        part.write_text(json.dumps(record, indent=1) + "\n")
+
+# %% ../nbs/29_runner.ipynb #fb8b432a
+class NotReproduced(SpecpredError):
+    "Numbers differ from those of the run of record."
+
+def compare_with_record(
+    profile:Profile,
+    paths:Paths,
+    path=None,  # None: `record_path`
+    most:float = 2.0,  # errors by which a number may differ
+) -> str:
+    """A verdict and the largest differences, or why there is none. Raises `NotReproduced` with the
+    same text when a number differs by more than `most` errors or is missing."""
+    path = Path(path or record_path(profile.name))
+    if not path.is_file(): return f"Not compared: there is no run of record of {profile.name}."
+    record = json.loads(path.read_text())
+    if record["settings"] != profile.model_dump(mode="json"):
+        return "Not compared: the run of record has other settings."
+    if not (paths.results/"summary.csv").is_file(): return "Not compared: there are no results yet."
+    found, differences = results_with_errors(paths), {}
+    for name, (number, error) in record["numbers"].items():
+        differences[name] = abs(found[name][0] - number)/error if name in found else float("inf")
+    worst = sorted(differences, key=differences.get, reverse=True)[:3]
+    apart = sum(difference > most for difference in differences.values())
+    listed = "; ".join(f"{name} by {differences[name]:.1f}" for name in worst)
+    verdict = "NOT reproduced" if apart else "Reproduced"
+    text = (f"{verdict}: {len(differences) - apart} of {len(differences)} numbers are within "
+        f"{most:g} errors of the run of record ({record['made']}, {record['machine']}). "
+        f"Largest differences, in errors: {listed}.")
+    if apart: raise NotReproduced(text)
+    return text
