@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.spectral_norm import SpectralNorm
-from .config import InvalidInputError, WeightsError
+from .config import InvalidInputError, Training, WeightsError
 from .deconv import FastDeconv
 from .images import ImageTransform, central_crop, turn
 from .photometry import RingPhotometry
@@ -30,8 +30,9 @@ from .weights import (Stats, check_keys, load_state, published_image_tensors, re
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'photometry', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv',
            'xresnet34', 'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
-           'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'PhotometryBranch', 'WithPhotometry', 'n_params', 'fuse',
-           'TrainedModel', 'save', 'load', 'checked_images', 'predict_batches', 'image_stats', 'load_published']
+           'PUBLISHED_CHANNELS', 'xresnet', 'three_layers', 'PhotometryBranch', 'WithPhotometry', 'model_arguments',
+           'n_params', 'fuse', 'TrainedModel', 'save', 'load', 'checked_images', 'predict_batches', 'image_stats',
+           'load_published']
 
 # %% ../nbs/23_models.ipynb #30d667b8
 def _deconvolved(layer:ConvLayer) -> nn.Sequential:
@@ -65,7 +66,7 @@ def xresnet(
     reduction:int | None = 8,  # of squeeze-and-excitation; None: without
     p:float = 0.,  # dropout before the last layer
     widen:float = 1.,  # factor on the channels of the blocks
-    photometry:int | None = None,  # side of the images: with a `PhotometryBranch`; None: without
+    photometry:bool = False,  # with a `PhotometryBranch`
     transform:dict | None = None,  # of the images, for the branch
 ) -> nn.Module:
     """fastai's `XResNet`, with batch-normalised convolutions replaced by deconvolutions in the stem
@@ -76,8 +77,8 @@ def xresnet(
     if deconvolve == "all": _deconvolve(model)
     if deconvolve == "stem":
         for i in range(3): model[i] = _deconvolved(model[i])
-    if photometry is None: return model
-    return WithPhotometry(model, PhotometryBranch(c_in, n_out, photometry, transform))
+    if not photometry: return model
+    return WithPhotometry(model, PhotometryBranch(c_in, n_out, transform))
 
 # %% ../nbs/23_models.ipynb #f392393b
 def three_layers(
@@ -99,13 +100,12 @@ class PhotometryBranch(nn.Module):
     def __init__(self,
         c_in:int = len(PS1.bands),  # bands of a cutout
         n_out:int = 6,  # targets
-        photometry:int = 64,  # side of the images, pixels
         transform:dict | None = None,  # `ImageTransform` of the input; None: it is in nJy
         hidden:tuple = (256, 256, 256),  # sizes of the perceptron's layers
         p:float = 0.3,  # dropout behind each of them
     ):
         super().__init__()
-        self.rings = RingPhotometry(c_in, photometry)
+        self.rings = RingPhotometry(c_in)
         self.transform = ImageTransform(**transform) if transform else None
         n = self.rings.n_features
         self.register_buffer("mean", torch.zeros(n))
@@ -184,6 +184,18 @@ xresnet50_deconv = _model("xresnet50_deconv", "50 layers, deconvolutions everywh
     xresnet, 4, [3, 4, 6, 3], "all")
 
 # %% ../nbs/23_models.ipynb #6da91eaf
+def model_arguments(
+    training:Training,
+    c_in:int,  # bands
+    n_out:int,  # targets
+    transform:ImageTransform | None,  # of the images; None: they are fluxes
+) -> dict:
+    "Arguments of a model's constructor, as its recipe wants it (24_training)."
+    arguments = dict(c_in=c_in, n_out=n_out)
+    if not training.recipe.photometry: return arguments
+    if training.model != "photometry": arguments |= dict(photometry=True)
+    return arguments | dict(transform=transform and transform.model_dump(mode="json"))
+
 def n_params(model:nn.Module) -> int:
     "Number of trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -623,15 +623,14 @@ def _rings(size, n_rings, device):
 
 class RingPhotometry(nn.Module):
     """Measures images (n, bands, size, size) in nJy: (n, n_features), see `RING_QUANTITIES`. The
-    same for an image and its flips and quarter turns. Raises `InvalidInputError`."""
+    same for an image and its flips and quarter turns. The largest ring touches the edges. Raises
+    `InvalidInputError` for images of another shape, or smaller than 16 x 16 pixels."""
     def __init__(self,
         n_bands:int,
-        size:int,  # of the images, pixels, at least 16
         n_rings:int = 10,
     ):
         super().__init__()
-        if size < 16: raise InvalidInputError(f"rings need at least 16 x 16 pixels, not {size}")
-        self.n_bands, self.size, self.n_rings = n_bands, size, n_rings
+        self.n_bands, self.n_rings = n_bands, n_rings
         self.n_features = n_rings*((6 + MODES)*n_bands - 2) + 2*n_bands
 
 # %% ../nbs/16_photometry.ipynb #8555d3f7
@@ -668,11 +667,11 @@ def forward(self:RingPhotometry, flux:Tensor) -> Tensor:
 @patch
 def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
     "`RING_QUANTITIES` (n, bands or colours, rings), or without the last axis."
-    if flux.shape[1:] != (self.n_bands, self.size, self.size):
-        raise InvalidInputError(f"expected images (n, {self.n_bands}, {self.size}, {self.size}), "
-            f"got {tuple(flux.shape)}")
-    k = self.n_rings
-    weights, area, squares, border = _rings(self.size, k, flux.device)
+    k, size = self.n_rings, flux.shape[-1]
+    if flux.ndim != 4 or flux.shape[1:] != (self.n_bands, size, size) or size < 16:
+        raise InvalidInputError(f"expected images (n, {self.n_bands}, size, size) of at least "
+            f"16 x 16 pixels, got {tuple(flux.shape)}")
+    weights, area, squares, border = _rings(size, k, flux.device)
     pixels = flux.flatten(2)
     spread = (pixels - pixels.flip(-1))[..., border].abs().median(-1, keepdim=True).values
     noise = 1.4826/2**.5*spread + 1e-3  # nJy a pixel; an empty image has some, too
@@ -691,7 +690,7 @@ def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
     sharp = (flux - _boxcar_of_five(flux)).flatten(2)
     clumps = (sharp**2) @ weights[:, :k] - 24/25*noise**2*area
     magnitudes, in_ring = _magnitudes(within), _magnitudes(rings)
-    r20, r50, r80 = (self._radius(within, part) for part in (.2, .5, .8))
+    r20, r50, r80 = (_radius_within(within, part, size) for part in (.2, .5, .8))
     return dict(magnitude=magnitudes, colour=magnitudes[:, :-1] - magnitudes[:, 1:],
         ring_colour=in_ring[:, :-1] - in_ring[:, 1:], growth=magnitudes.diff(dim=-1),
         **{f"mode_{m + 1}": modes[..., m, :] for m in range(MODES)},
@@ -700,15 +699,14 @@ def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
         radius=r50.log(), concentration=5*torch.log10(r80/r20), noise=noise[..., 0].log())
 
 # %% ../nbs/16_photometry.ipynb #7fc3596a
-@patch
-def _radius(self:RingPhotometry, within, part):
+def _radius_within(within, part, size):
     "(n, bands) pixels: the first radius that holds a part of the light of all rings."
-    curve = pad(within, (1, 0))
+    curve, n_rings = pad(within, (1, 0)), within.shape[-1]
     wanted = part*within[..., -1:].clamp(min=1e-3)
-    above = (within < wanted).sum(-1, keepdim=True).clamp(max=self.n_rings - 1) + 1
+    above = (within < wanted).sum(-1, keepdim=True).clamp(max=n_rings - 1) + 1
     inner, outer = curve.gather(-1, above - 1), curve.gather(-1, above)
     share = ((wanted - inner)/(outer - inner).clamp(min=1e-3)).clamp(0, 1)
-    area = within.new_tensor([0, *ring_radii(self.size, self.n_rings)**2])
+    area = within.new_tensor([0, *ring_radii(size, n_rings)**2])
     return ((area[above - 1]*(1 - share) + area[above]*share)[..., 0]).clamp(min=.1)**.5
 
 def ring_table(
@@ -717,7 +715,7 @@ def ring_table(
 ) -> pd.DataFrame:
     "What `RingPhotometry` measures, a row a galaxy: columns magnitude_g_1, colour_g_r_1, …"
     flux = torch.tensor(np.asarray(flux), dtype=torch.float32)
-    rings, tables = RingPhotometry(len(bands), flux.shape[-1]), []
+    rings, tables = RingPhotometry(len(bands)), []
     colours = [f"{a}_{b}" for a, b in zip(bands[:-1], bands[1:], strict=True)]
     for part in flux.split(256):
         columns = {}

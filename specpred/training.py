@@ -30,15 +30,16 @@ from .config import random_generator, seed_everything
 from .images import (
     Augmentation, Draws, GalaxyImage, ImageStore, ImageTransform, augment, fit_transform,
     open_images, pack_arrays)
-from .models import MODELS, PhotometryBranch, TrainedModel, load, predict_batches, save
+from .models import (
+    MODELS, PhotometryBranch, TrainedModel, load, model_arguments, predict_batches, save)
 from .stages import atomic_path, versions
 from .surveys import ImagingSurvey
 from .weights import load_checkpoint, save_checkpoint
 
 # %% auto #0
 __all__ = ['target_columns', 'Sample', 'make_sample', 'memory_for', 'GalaxySet', 'BatchLoader', 'batch_loaders', 'rmse',
-           'pooled_metrics', 'EpochCheckpoint', 'plain', 'model_arguments', 'learning_rate', 'make_learner',
-           'TrainedLearner', 'train_model', 'train_models', 'calib_errors', 'save_trained', 'fit']
+           'pooled_metrics', 'EpochCheckpoint', 'plain', 'learning_rate', 'make_learner', 'TrainedLearner',
+           'train_model', 'train_models', 'calib_errors', 'save_trained', 'fit']
 
 # %% ../nbs/24_training.ipynb #27268159
 def target_columns(table:pd.DataFrame) -> list[str]:
@@ -281,18 +282,6 @@ def after_epoch(self:EpochCheckpoint):
 # %% ../nbs/24_training.ipynb #8b42e80b
 _OPTIMIZERS = dict(ranger=ranger, adamw=Adam)  # fastai's Adam decouples the weight decay
 
-def model_arguments(
-    recipe:Recipe,
-    shape,  # (n, bands, size, size) of the images
-    n_targets:int,
-    transform:ImageTransform | None,  # of the images; None: they are fluxes
-) -> dict:
-    "Arguments of the model's constructor."
-    arguments = dict(c_in=shape[1], n_out=n_targets)
-    if not recipe.photometry: return arguments
-    numbers = transform and transform.model_dump(mode="json")
-    return arguments | dict(photometry=shape[-1], transform=numbers)
-
 def learning_rate(
     training:Training,
     parameters:TrainingParameters,
@@ -306,9 +295,10 @@ def make_learner(
     dls:DataLoaders,  # from `batch_loaders`, or any other of fastai
 ) -> Learner:
     "A fastai `Learner` of the recipe: `lr_find`, `show_results` and all else work as usual."
-    (network, recipe), (x, y) = find_training(name), dls.one_batch()
-    transform = getattr(dls.train.dataset, "transform", None)
-    model = MODELS[network](**model_arguments(recipe, x.shape, y.shape[1], transform))
+    training, (x, y) = find_training(name), dls.one_batch()
+    recipe, transform = training.recipe, getattr(dls.train.dataset, "transform", None)
+    arguments = model_arguments(training, x.shape[1], y.shape[1], transform)
+    model = MODELS[training.model](**arguments)
     for module in model.modules():
         if isinstance(module, PhotometryBranch):
             module.to(dls.device).standardise(x for x, _ in dls.train)
@@ -397,15 +387,16 @@ def save_trained(
     **facts,  # for the record
 ):
     "Writes weights with all that prediction needs."
-    (network, recipe), transform, images = find_training(name), sample.transform, sample.images
+    training, transform, images = find_training(name), sample.transform, sample.images
+    recipe = training.recipe
     errors = calib_errors(model, sample, recipe.symmetric)
     provenance = facts | dict(recipe=recipe.name, symmetric=recipe.symmetric,
         image_size=images.shape[-1], max_mask_fraction=images.max_mask_fraction,
         stretch=transform.stretch, softening=transform.softening,
         residual_covariance=np.cov(errors.T).tolist(), residual_mean=errors.mean(0).tolist(),
         versions=versions())
-    arguments = model_arguments(recipe, images.shape, errors.shape[1], transform)
-    save(model, path, name=network, arguments=arguments,
+    arguments = model_arguments(training, images.shape[1], errors.shape[1], transform)
+    save(model, path, name=training.model, arguments=arguments,
         image_stats=(transform.mean, transform.std), target_stats=target_stats,
         survey=images.survey, channels=images.bands, provenance=provenance)
 

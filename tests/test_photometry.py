@@ -135,7 +135,7 @@ def test_rings_of_any_bands_and_size(bands, size):
     rng = random_generator(5, "test_photometry")
     flux = rng.normal(50, 10, (3, len(bands), size, size)).astype("f4")
     table = ring_table(flux, bands)
-    assert len(table.columns) == RingPhotometry(len(bands), size).n_features
+    assert len(table.columns) == RingPhotometry(len(bands)).n_features
     assert np.isfinite(table).all(axis=None)
     turned = ring_table(np.rot90(flux[..., ::-1], axes=(2, 3)).copy(), bands)
     np.testing.assert_allclose(turned, table, atol=1e-4)
