@@ -179,7 +179,7 @@ def test_what_a_stage_uses_is_declared():
 @pytest.mark.parametrize("arguments, message", [
     (["--profile", "dmeo"], "did you mean 'demo'"),
     (["--set", "training.epoch=3"], "did you mean 'training.epochs'"),
-    (["--set", "training.models=xresnet19"], "Input should be 'conv3'"),
+    (["--set", "training.models=xresnet19"], "did you mean 'xresnet18'"),
     (["--from", "30_more"], "The choices are: 11_mock_survey"),
     (["--from", "14", "--only", "23"], "not both")])
 def test_wrong_arguments_get_one_clear_line(arguments, message, tmp_path):
