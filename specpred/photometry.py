@@ -18,12 +18,12 @@ from .config import InvalidInputError
 from .images import aperture_magnitudes, aperture_weights, asinh_magnitude
 
 # %% auto #0
-__all__ = ['STEP', 'ETA', 'TOTAL', 'RINGS', 'AZIMUTHS', 'CHUNK', 'FIBRE', 'APERTURE', 'MODES', 'RING_QUANTITIES', 'find_centres',
-           'half_turn', 'fill_missing', 'moved_to_centre', 'growth_radii', 'growth_curves', 'light_within',
-           'radius_within', 'petrosian_radius', 'border_noise', 'replace_neighbours', 'asymmetry_centres', 'asymmetry',
-           'rms_asymmetry', 'blurred', 'clumpiness', 'shape_moments', 'Rings', 'sample_rings', 'ring_modes',
-           'colour_contrast', 'Stamps', 'prepare', 'measure_structure', 'measure_photometry', 'ring_radii',
-           'ring_weights', 'RingPhotometry', 'ring_table']
+__all__ = ['STEP', 'ETA', 'TOTAL', 'RINGS', 'AZIMUTHS', 'CHUNK', 'FIBRE', 'APERTURE', 'MODES', 'find_centres', 'half_turn',
+           'fill_missing', 'moved_to_centre', 'growth_radii', 'growth_curves', 'light_within', 'radius_within',
+           'petrosian_radius', 'border_noise', 'replace_neighbours', 'asymmetry_centres', 'asymmetry', 'rms_asymmetry',
+           'blurred', 'clumpiness', 'shape_moments', 'Rings', 'sample_rings', 'ring_modes', 'colour_contrast', 'Stamps',
+           'prepare', 'measure_structure', 'measure_photometry', 'ring_radii', 'ring_weights', 'RingPhotometry',
+           'ring_table']
 
 # %% ../nbs/16_photometry.ipynb #91bb2541
 def _pixel_offsets(shape):
@@ -579,8 +579,6 @@ def measure_photometry(
 
 # %% ../nbs/16_photometry.ipynb #12e864f7
 MODES = 4
-RING_QUANTITIES = ("magnitude", "colour", "ring_colour", "growth", "mode_1", "mode_2", "mode_3",
-    "mode_4", "clumps", "asymmetry", "radius", "concentration", "noise")
 
 def ring_radii(
     size:int,  # of the images, pixels
@@ -622,8 +620,8 @@ def _rings(size, n_rings, device):
         torch.tensor(np.flatnonzero(border)[:border.sum()//2], device=device))
 
 class RingPhotometry(nn.Module):
-    """Measures images (n, bands, size, size) in nJy: (n, n_features), see `RING_QUANTITIES`. The
-    same for an image and its flips and quarter turns. The largest ring touches the edges. Raises
+    """Measures images (n, bands, size, size) in nJy: (n, n_features), see `measure`. The same for
+    an image and its flips and quarter turns. The largest ring touches the edges. Raises
     `InvalidInputError` for images of another shape, or smaller than 16 x 16 pixels."""
     def __init__(self,
         n_bands:int,
@@ -633,11 +631,7 @@ class RingPhotometry(nn.Module):
         self.n_bands, self.n_rings = n_bands, n_rings
         self.n_features = n_rings*((6 + MODES)*n_bands - 2) + 2*n_bands
 
-# %% ../nbs/16_photometry.ipynb #8555d3f7
-def _signed_root(square): return square*(square**2 + 1e-4)**-0.25
-
-def _magnitudes(flux): return 2.5/np.log(10)*torch.asinh(flux/200)
-
+# %% ../nbs/16_photometry.ipynb #b2591f57
 def _on_centre(flux, sigma=4):
     "Images shifted to their centroid in the second band, by the shift theorem."
     height, width = flux.shape[-2:]
@@ -652,53 +646,35 @@ def _on_centre(flux, sigma=4):
         transform = transform*(phase[:, None, :, None] if k == 0 else phase[:, None, None])
     return torch.fft.irfft2(transform, s=(height, width)).float()
 
+# %% ../nbs/16_photometry.ipynb #ee08d255
+def _border_noise(pixels, border):
+    "(n, bands, 1) nJy a pixel, as `border_noise`; an empty image has some, too."
+    difference = (pixels - pixels.flip(-1))[..., border].abs()
+    return 1.4826/2**.5*difference.median(-1, keepdim=True).values + 1e-3
+
+def _signed_root(square): return square*(square**2 + 1e-4)**-0.25
+
+def _magnitudes(flux): return 2.5/np.log(10)*torch.asinh(flux/200)
+
 def _boxcar_of_five(images):
     height, width = images.shape[-2:]  # sums of slices: several times as fast as pooling
     images = pad(images, (2, 2, 2, 2), mode="reflect")
     images = sum(images[..., k:k + width] for k in range(5))
     return sum(images[..., k:k + height, :] for k in range(5))/25
 
-@patch
-def forward(self:RingPhotometry, flux:Tensor) -> Tensor:
-    with torch.autocast(flux.device.type, enabled=False):
-        measured = self.measure(flux.float())
-    return torch.cat([values.flatten(1) for values in measured.values()], 1)
-
-@patch
-def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
-    "`RING_QUANTITIES` (n, bands or colours, rings), or without the last axis."
-    k, size = self.n_rings, flux.shape[-1]
-    if flux.ndim != 4 or flux.shape[1:] != (self.n_bands, size, size) or size < 16:
-        raise InvalidInputError(f"expected images (n, {self.n_bands}, size, size) of at least "
-            f"16 x 16 pixels, got {tuple(flux.shape)}")
-    weights, area, squares, border = _rings(size, k, flux.device)
-    pixels = flux.flatten(2)
-    spread = (pixels - pixels.flip(-1))[..., border].abs().median(-1, keepdim=True).values
-    noise = 1.4826/2**.5*spread + 1e-3  # nJy a pixel; an empty image has some, too
-
-    flux = _on_centre(flux)
-    pixels = flux.flatten(2)
-    opposite = pixels.flip(-1)
-    fainter = torch.minimum(pixels, opposite) + noise/np.pi**.5
-    whole, rings = pixels @ weights, fainter @ weights[:, :k]
-    within, sigma = rings.cumsum(-1), noise*area**.5
-    soft = (rings.clamp(min=0)**2 + 9*sigma**2)**.5
-
-    waves = whole[..., k:].unflatten(-1, (MODES, 2, k))
+# %% ../nbs/16_photometry.ipynb #c576ec01
+def _amplitudes(waves, noise, squares, light):
+    "(n, bands, MODES, rings) of sums (n, bands, 2 MODES rings) with cosines and sines, over the light."
+    waves = waves.unflatten(-1, (MODES, 2, len(squares)))
     power = (waves**2).sum(-2) - (noise**2*squares)[..., None, :]
-    modes = _signed_root(power/soft[..., None, :]**2)
-    sharp = (flux - _boxcar_of_five(flux)).flatten(2)
-    clumps = (sharp**2) @ weights[:, :k] - 24/25*noise**2*area
-    magnitudes, in_ring = _magnitudes(within), _magnitudes(rings)
-    r20, r50, r80 = (_radius_within(within, part, size) for part in (.2, .5, .8))
-    return dict(magnitude=magnitudes, colour=magnitudes[:, :-1] - magnitudes[:, 1:],
-        ring_colour=in_ring[:, :-1] - in_ring[:, 1:], growth=magnitudes.diff(dim=-1),
-        **{f"mode_{m + 1}": modes[..., m, :] for m in range(MODES)},
-        clumps=_signed_root(clumps*area/(rings.clamp(min=0)**2 + 9*noise**2*area**1.5)),
-        asymmetry=((whole[..., :k] - rings)/soft).clamp(-1, 3),
-        radius=r50.log(), concentration=5*torch.log10(r80/r20), noise=noise[..., 0].log())
+    return _signed_root(power/light[..., None, :]**2)
 
-# %% ../nbs/16_photometry.ipynb #7fc3596a
+def _clumps(flux, weights, noise, area, light):
+    "(n, bands, rings): root of what is left above a boxcar, over the light."
+    sharp = (flux - _boxcar_of_five(flux)).flatten(2)
+    power = (sharp**2) @ weights - 24/25*noise**2*area
+    return _signed_root(power*area/(light**2 + 9*noise**2*area**1.5))
+
 def _radius_within(within, part, size):
     "(n, bands) pixels: the first radius that holds a part of the light of all rings."
     curve, n_rings = pad(within, (1, 0)), within.shape[-1]
@@ -709,6 +685,46 @@ def _radius_within(within, part, size):
     area = within.new_tensor([0, *ring_radii(size, n_rings)**2])
     return ((area[above - 1]*(1 - share) + area[above]*share)[..., 0]).clamp(min=.1)**.5
 
+# %% ../nbs/16_photometry.ipynb #d8ae2fb7
+@patch
+def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
+    """By name, (n, bands, rings), colours (n, bands - 1, rings), the last three (n, bands):
+
+    - `magnitude` within each ring's outer edge, and `growth`, its steps from ring to ring
+    - `colour` within the edge and `ring_colour` in the ring, of neighbouring bands
+    - `mode_1` to `mode_4`, `clumps`, `asymmetry`, over the light of the ring
+    - `radius`: log of the half-light radius in pixels; `concentration`; `noise`: log of nJy a
+      pixel"""
+    k, size = self.n_rings, flux.shape[-1]
+    if flux.ndim != 4 or flux.shape[1:] != (self.n_bands, size, size) or size < 16:
+        raise InvalidInputError(f"expected images (n, {self.n_bands}, size, size) of at least "
+            f"16 x 16 pixels, got {tuple(flux.shape)}")
+    weights, area, squares, border = _rings(size, k, flux.device)
+    noise = _border_noise(flux.flatten(2), border)
+    flux = _on_centre(flux)
+    pixels = flux.flatten(2)
+    fainter = torch.minimum(pixels, pixels.flip(-1)) + noise/np.pi**.5  # mean of the fainter of two
+    whole, rings = pixels @ weights, fainter @ weights[:, :k]
+    within, light = rings.cumsum(-1), rings.clamp(min=0)
+    soft = (light**2 + 9*noise**2*area)**.5
+
+    magnitudes, in_ring = _magnitudes(within), _magnitudes(rings)
+    modes = _amplitudes(whole[..., k:], noise, squares, soft)
+    r20, r50, r80 = (_radius_within(within, part, size) for part in (.2, .5, .8))
+    return dict(magnitude=magnitudes, colour=magnitudes[:, :-1] - magnitudes[:, 1:],
+        ring_colour=in_ring[:, :-1] - in_ring[:, 1:], growth=magnitudes.diff(dim=-1),
+        **{f"mode_{m + 1}": modes[..., m, :] for m in range(MODES)},
+        clumps=_clumps(flux, weights[:, :k], noise, area, light),
+        asymmetry=((whole[..., :k] - rings)/soft).clamp(-1, 3),
+        radius=r50.log(), concentration=5*torch.log10(r80/r20), noise=noise[..., 0].log())
+
+@patch
+def forward(self:RingPhotometry, flux:Tensor) -> Tensor:
+    with torch.autocast(flux.device.type, enabled=False):
+        measured = self.measure(flux.float())
+    return torch.cat([values.flatten(1) for values in measured.values()], 1)
+
+# %% ../nbs/16_photometry.ipynb #a2a12189
 def ring_table(
     flux,  # (n, bands, size, size) nJy, 0 where there are no data
     bands,  # their names, e.g. "grizy"
