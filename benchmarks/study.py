@@ -100,7 +100,7 @@ def by_training(run, sample, parameters, seed, folder):
         symmetric = recipe.symmetric and run.name != "photometry"  # which does not need it
         predictions.append(predict_batches(learn.model, batches, sample.transform, symmetric))
     checkpoint.unlink()
-    seconds = history.seconds.sum()
+    seconds = history.seconds.median()*len(history)  # a paused machine does not count
     return predictions, dict(epochs=len(history), train_seconds=round(seconds, 1),
         images_per_second=round(len(history)*len(sample.rows("train"))/seconds, 1),
         parameters=n_params(learn.model))
@@ -173,7 +173,7 @@ def table(rows, truth):
         cells = [name, len(runs), f"{np.mean(errors):.3f}",
             f"{np.std(errors, ddof=1):.3f}" if len(errors) > 1 else "",
             f"{np.mean([core_rmse(p, truth) for p in predictions]):.3f}", minus,
-            *(f"{e:.3f}" for e in per_target), f"{runs.seconds.mean():.0f}",
+            *(f"{e:.3f}" for e in per_target), f"{runs.train_seconds.fillna(runs.seconds).mean():.0f}",
             f"{runs.images_per_second.mean():.0f}" if runs.epochs.notna().all() else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     sizes = sorted(rows.n.unique())

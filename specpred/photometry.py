@@ -664,7 +664,7 @@ def _boxcar_of_five(images):
 
 # %% ../nbs/16_photometry.ipynb #c576ec01
 def _amplitudes(waves, noise, squares, light):
-    "(n, bands, MODES, rings) of sums (n, bands, 2 MODES rings) with cosines and sines, over the light."
+    "(n, bands, MODES, rings), of sums times cosines and sines and over the light."
     waves = waves.unflatten(-1, (MODES, 2, len(squares)))
     power = (waves**2).sum(-2) - (noise**2*squares)[..., None, :]
     return _signed_root(power/light[..., None, :]**2)
