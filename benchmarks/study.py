@@ -173,7 +173,8 @@ def table(rows, truth):
         cells = [name, len(runs), f"{np.mean(errors):.3f}",
             f"{np.std(errors, ddof=1):.3f}" if len(errors) > 1 else "",
             f"{np.mean([core_rmse(p, truth) for p in predictions]):.3f}", minus,
-            *(f"{e:.3f}" for e in per_target), f"{runs.train_seconds.fillna(runs.seconds).mean():.0f}",
+            *(f"{e:.3f}" for e in per_target),
+            f"{runs.train_seconds.fillna(runs.seconds).mean():.0f}",
             f"{runs.images_per_second.mean():.0f}" if runs.epochs.notna().all() else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     sizes = sorted(rows.n.unique())

@@ -190,11 +190,13 @@ def model_arguments(
     n_out:int,  # targets
     transform:ImageTransform | None,  # of the images; None: they are fluxes
 ) -> dict:
-    "Arguments of a model's constructor, as its recipe wants it (24_training)."
+    """Arguments of a model's constructor, as its recipe wants it (24_training); the networks of three
+    layers have no branch."""
     arguments = dict(c_in=c_in, n_out=n_out)
     if not training.recipe.photometry: return arguments
-    if training.model != "photometry": arguments |= dict(photometry=True)
-    return arguments | dict(transform=transform and transform.model_dump(mode="json"))
+    branch = dict(photometry=True, transform=transform and transform.model_dump(mode="json"))
+    known = inspect.signature(MODELS[training.model]).parameters
+    return arguments | {name: value for name, value in branch.items() if name in known}
 
 def n_params(model:nn.Module) -> int:
     "Number of trainable parameters."

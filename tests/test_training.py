@@ -1,5 +1,6 @@
 """Loaders that make whole batches: the galaxies of the store, the same numbers from the same seed,
 and a fastai `Learner` that takes them as its own. Trainings that repeat and resume."""
+import dataclasses
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,7 @@ import psutil
 import pytest
 import torch
 from fastai.basics import Callback, Learner, defaults
-from specpred.config import InvalidInputError, Paths, TrainingParameters
+from specpred.config import PUBLISHED, SPECPRED, InvalidInputError, Paths, TrainingParameters
 from specpred.images import Augmentation, open_images, pack_arrays, turn
 from specpred.models import MODELS, load, predict_batches
 from specpred.photometry import ring_table
@@ -17,6 +18,7 @@ from specpred.surveys import SDSS
 from specpred.training import (
     GalaxySet,
     batch_loaders,
+    fit,
     make_sample,
     memory_for,
     rmse,
@@ -231,3 +233,66 @@ def test_samples_without_what_is_needed_are_refused(sample):
             loaders(sample, batch_size=size)
     with pytest.raises(InvalidInputError, match="in valid"):
         loaders(make_sample(sample.images, table[table.split != "valid"]))
+
+
+THREE = dataclasses.replace(SDSS, name="three", bands=("g", "r", "i"), depth=SDSS.depth[1:4],
+    seeing=SDSS.seeing[1:4])
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    "40 images in three bands, and how bright they are."
+    rng = np.random.default_rng(2)
+    brightness = rng.normal(size=40)
+    y, x = np.mgrid[:20, :20] - 9.5
+    profile = np.exp(-np.hypot(x, y)/3)
+    flux = 3000*np.exp(0.5*brightness)[:, None, None, None]*profile
+    return flux + rng.normal(0, 10, (40, 3, 20, 20)), brightness
+
+
+def test_fit_learns_one_target_and_is_kept(pictures, tmp_path):
+    images, brightness = pictures
+    options = dict(survey=THREE, model="photometry", epochs=20, batch_size=8, progress=False)
+    trained = fit(images, brightness, folder=tmp_path, **options)
+    predicted = trained.predict(images)
+    assert predicted.shape == (40, 1)
+    assert np.std(predicted[:, 0] - brightness) < 0.5*np.std(brightness)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "weights.safetensors"]
+    np.testing.assert_array_equal(load(tmp_path/"weights.safetensors").predict(images), predicted)
+    np.testing.assert_array_equal(fit(images, brightness, **options).predict(images), predicted)
+
+
+@pytest.mark.parametrize("model", ["conv3", "xresnet18"])
+@pytest.mark.parametrize("recipe", [PUBLISHED, SPECPRED])
+def test_fit_takes_any_model_and_recipe(pictures, model, recipe):
+    targets = np.stack([pictures[1], pictures[1]**2], 1)
+    trained = fit(pictures[0], targets, survey=THREE, model=model, recipe=recipe, epochs=1,
+        batch_size=1000, progress=False)  # a batch larger than the sample is the sample
+    assert trained.predict(pictures[0][:2]).shape == (2, 2)
+    assert trained.provenance["recipe"] == recipe.name
+
+
+def test_fit_leaves_out_galaxies_without_pixels(pictures):
+    images = pictures[0].copy()
+    images[3, 1] = np.nan
+    with pytest.warns(UserWarning, match="1 of 40 galaxies are left out, the first: number 3"):
+        fit(images, pictures[1], survey=THREE, model="conv3", epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x, y: (x[:1], y[:1]), "1 galaxies leave fewer than two for"),
+    (lambda x, y: (x, np.where(y > 0, np.nan, y)), "targets that are not finite, the first is"),
+    (lambda x, y: ([x[0], x[1, :, :10]], y[:2]), "images all of one size"),
+    (lambda x, y: (x, y[:7]), "expected images"), (lambda x, y: (x[0], y), "expected images"),
+    (lambda x, y: (x[:, :2], y), "expected images of shape"),
+    (lambda x, y: (x, y*0), "is the same"),
+    (lambda x, y: (x, list("a"*40)), "arrays of numbers")])
+def test_fit_says_what_does_not_fit(pictures, change, message):
+    images, targets = change(*pictures)
+    with pytest.raises(InvalidInputError, match=message):
+        fit(images, targets, survey=THREE, model="conv3", epochs=1, progress=False)
+
+
+def test_fit_wants_known_parts(pictures):
+    with pytest.raises(InvalidInputError, match="split must say train, valid"):
+        fit(*pictures, survey=THREE, split=["train"]*39 + ["tset"], progress=False)
