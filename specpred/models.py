@@ -190,7 +190,7 @@ def model_arguments(
     n_out:int,  # targets
     transform:ImageTransform | None,  # of the images; None: they are fluxes
 ) -> dict:
-    """Arguments of a model's constructor, as its recipe wants it (24_training); the networks of three
+    """Arguments of a model's constructor, as its recipe wants it (24_training); networks of three
     layers have no branch."""
     arguments = dict(c_in=c_in, n_out=n_out)
     if not training.recipe.photometry: return arguments

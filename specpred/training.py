@@ -258,7 +258,11 @@ class EpochCheckpoint(Callback):
         self.started, self.losses = time.time(), []
 
     def after_batch(self):
-        if self.training: self.losses.append((self.loss.item(), len(self.xb[0])))
+        if not self.training: return
+        self.losses.append((self.loss.item(), len(self.xb[0])))
+        if bar := getattr(getattr(self.learn, "progress", None), "pbar", None):
+            rate = sum(n for _, n in self.losses)/(time.time() - self.started)
+            bar.comment = f"{bar.comment.split(',')[0]}, {rate:.0f} images/s"
 
 # %% ../nbs/24_training.ipynb #eee93efa
 def plain(value):
