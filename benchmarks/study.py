@@ -90,14 +90,13 @@ def by_baseline(name, sample, settings, seed):
 
 def by_training(run, sample, parameters, seed, folder):
     "The same of a network, and facts of its training."
-    recipe = find_training(run.name).recipe
     dls = batch_loaders(sample, parameters.batch_size)
     checkpoint = folder/f"{run.label}.checkpoint"
     learn, history = train_model(run.name, dls, parameters, seed, checkpoint, progress=False)
     predictions = []
     for split in ("valid", "test"):
         batches = sample.images.batches(sample.rows(split).specobjid)
-        symmetric = recipe.symmetric and run.name != "photometry"  # which does not need it
+        symmetric = find_training(run.name).symmetric
         predictions.append(predict_batches(learn.model, batches, sample.transform, symmetric))
     checkpoint.unlink()
     seconds = history.seconds.median()*len(history)  # a paused machine does not count

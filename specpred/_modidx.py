@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specpred.config.SpecpredError': ('config.html#specprederror', 'specpred/config.py'),
                                  'specpred.config.SpectraParameters': ('config.html#spectraparameters', 'specpred/config.py'),
                                  'specpred.config.Training': ('config.html#training', 'specpred/config.py'),
+                                 'specpred.config.Training.symmetric': ('config.html#training.symmetric', 'specpred/config.py'),
                                  'specpred.config.TrainingParameters': ('config.html#trainingparameters', 'specpred/config.py'),
                                  'specpred.config.VAEParameters': ('config.html#vaeparameters', 'specpred/config.py'),
                                  'specpred.config.VAEParameters._consistent': ( 'config.html#vaeparameters._consistent',

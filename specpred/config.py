@@ -194,6 +194,11 @@ class Training(NamedTuple):
     model: str  # in `IMAGE_MODELS`
     recipe: Recipe
 
+    @property
+    def symmetric(self) -> bool:
+        "Whether predictions are means over turns: measured photometry is the same for all of them."
+        return self.recipe.symmetric and self.model != "photometry"
+
 def find_training(
     name:str | Training,  # e.g. "xresnet18", with the published recipe, or "xresnet18-specpred"
 ) -> Training:

@@ -392,9 +392,8 @@ def save_trained(
 ):
     "Writes weights with all that prediction needs."
     training, transform, images = find_training(name), sample.transform, sample.images
-    recipe = training.recipe
-    errors = calib_errors(model, sample, recipe.symmetric)
-    provenance = facts | dict(recipe=recipe.name, symmetric=recipe.symmetric,
+    errors = calib_errors(model, sample, training.symmetric)
+    provenance = facts | dict(recipe=training.recipe.name, symmetric=training.symmetric,
         image_size=images.shape[-1], max_mask_fraction=images.max_mask_fraction,
         stretch=transform.stretch, softening=transform.softening,
         residual_covariance=np.cov(errors.T).tolist(), residual_mean=errors.mean(0).tolist(),
