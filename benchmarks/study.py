@@ -199,6 +199,7 @@ def main():
     RESULTS.mkdir(exist_ok=True)
     records = RESULTS/"runs.csv"
     rows = pd.read_csv(records) if records.is_file() else pd.DataFrame(columns=["label"])
+    rows = rows.astype({name: int for name in ("n", "n_train", "seed") if name in rows})
     missing = [run for run in plan() if run.label not in set(rows.label)]
     if not chosen.table:
         images, latents = open_images(paths.images), pd.read_parquet(paths.latents)
