@@ -215,6 +215,7 @@ def main():
         f"{len(rows)} of {len(plan())} runs are done. Root-mean-square errors of the standardised "
         f"latents of {len(np.load(RESULTS/'targets.npy'))} test galaxies; networks after "
         f"{profile.training.epochs} epochs in batches of {profile.training.batch_size}. "
+        "Times are those of a machine that had other work now and then. "
         f"{', '.join(rows.machine.unique())}; PyTorch {', '.join(rows.torch.unique())}.\n",
         *table(rows, np.load(RESULTS/"targets.npy"))]
     if left: lines.append(f"\nMissing: {', '.join(run.label for run in left)}.")
