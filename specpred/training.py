@@ -9,6 +9,7 @@ import contextlib
 import tempfile
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -473,9 +474,12 @@ def fit(
         sample = make_sample(store, standard.assign(specobjid=np.arange(len(images)), split=split))
         augmentation = Augmentation(max_shift=recipe.max_shift)
         dls = batch_loaders(sample, batch_size, augmentation)
-        learn, history = train_model(training, dls, parameters, seed, folder/"checkpoint", progress)
+        # of these data: what is left of a training on others is not taken up
+        data = zlib.crc32(targets, zlib.crc32(np.ascontiguousarray(images)))
+        checkpoint = folder/f"{data:08x}.checkpoint"
+        learn, history = train_model(training, dls, parameters, seed, checkpoint, progress)
         with atomic_path(folder/"history.csv") as part: history.to_csv(part, index=False)
         weights = folder/"weights.safetensors"
         save_trained(learn.model, sample, training, (mean, std), weights, seed=seed, epochs=epochs)
-        (folder/"checkpoint").unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         return load(weights)

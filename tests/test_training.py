@@ -262,6 +262,19 @@ def test_fit_learns_one_target_and_is_kept(pictures, tmp_path):
     np.testing.assert_array_equal(fit(images, brightness, **options).predict(images), predicted)
 
 
+def test_an_interrupted_fit_goes_on_with_its_own_data_only(pictures, tmp_path):
+    options = dict(survey=THREE, model="conv3", epochs=3, batch_size=8, progress=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(defaults, "callbacks", [*defaults.callbacks, Interrupt])
+        with pytest.raises(KeyboardInterrupt): fit(*pictures, folder=tmp_path, **options)
+    assert len(list(tmp_path.glob("*.checkpoint"))) == 1
+    for targets in (-pictures[1], pictures[1]):  # others, then those that were interrupted
+        resumed = fit(pictures[0], targets, folder=tmp_path, **options)
+        alone = fit(pictures[0], targets, **options)
+        assert same_weights(resumed.model.state_dict(), alone.model.state_dict())
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
 @pytest.mark.parametrize("model", ["conv3", "xresnet18"])
 @pytest.mark.parametrize("recipe", [PUBLISHED, SPECPRED])
 def test_fit_takes_any_model_and_recipe(pictures, model, recipe):
