@@ -109,13 +109,15 @@ class _Spectrum(NamedTuple):
         return fft.irfft2(self.values*factors, s=(len(self.y), int(width)))
 
     def shifted(self, centres):
-        phases = []
-        for k, frequency in enumerate((self.y, self.x)):
-            phase = np.exp(2j*np.pi*centres[:, k, None]*frequency)
-            # the highest frequency of an even number of pixels has no sign: its real part
-            phases.append(np.where(np.abs(frequency) == .5, phase.real, phase)
-                .astype(self.values.dtype))
-        return self.image(*phases)
+        return self.image(*(_phase(centres[:, k], frequency).astype(self.values.dtype)
+            for k, frequency in enumerate((self.y, self.x))))
+
+def _phase(centre, frequency):
+    "Factors (n, frequencies) that shift centres (n,) to 0, arrays or tensors."
+    xp = torch if isinstance(centre, Tensor) else np
+    phase = xp.exp(2j*np.pi*centre[:, None]*frequency)
+    # the highest frequency of an even number of pixels has no sign: its real part
+    return xp.where(xp.abs(frequency) == .5, phase.real + 0j, phase)
 
 # %% ../nbs/16_photometry.ipynb #25357459
 STEP = 1.1**.5  # ratio of subsequent radii
@@ -187,13 +189,18 @@ def petrosian_radius(
     return np.where(truncated, radii[-3], radius), truncated
 
 # %% ../nbs/16_photometry.ipynb #6a4153a8
+def _border(shape):
+    "(height, width) bool: pixels within an eighth of the width from the edges."
+    edge = max(2, shape[-1]//8)
+    border = np.ones(shape[-2:], bool)
+    border[edge:-edge, edge:-edge] = False
+    return border
+
 def border_noise(
     flux:np.ndarray,  # (..., height, width), NaN where there are no data
 ) -> np.ndarray:
     "(...) standard deviation of a pixel, from differences of opposite pixels of the border."
-    edge = max(2, flux.shape[-1]//8)
-    border = np.ones(flux.shape[-2:], bool)
-    border[edge:-edge, edge:-edge] = False
+    border = _border(flux.shape)
     difference = (flux - flux[..., ::-1, ::-1])[..., border][..., :border.sum()//2]
     difference = np.sort(np.abs(difference), -1)  # NaN come last
     middle = np.isfinite(difference).sum(-1, keepdims=True)//2
@@ -606,16 +613,16 @@ class _Rings(NamedTuple):
     weights: Tensor  # (size*size, (1 + 2 MODES)*n_rings)
     area: Tensor  # (n_rings,) pixels
     squares: Tensor  # (n_rings,) sum of the squared weights
-    border: Tensor  # positions of pixels within an eighth of the edges, one of each opposite pair
+    edges: Tensor  # (1 + n_rings,) squares of their inner and outer radii
+    border: Tensor  # positions of the pixels of `_border`, one of each opposite pair
 
 @lru_cache(8)
 @torch.inference_mode(False)
 def _rings(size, n_rings, device):
     weights = ring_weights(size, n_rings)
-    edge = max(2, size//8)
-    border = np.ones((size, size), bool)
-    border[edge:-edge, edge:-edge] = False
-    numbers = weights.reshape(-1, size*size).T, weights[0].sum(-1), (weights[0]**2).sum(-1)
+    border = _border((size, size))
+    numbers = (weights.reshape(-1, size*size).T, weights[0].sum(-1), (weights[0]**2).sum(-1),
+        np.append(0, ring_radii(size, n_rings)**2))
     return _Rings(*(torch.tensor(a, dtype=torch.float32, device=device) for a in numbers),
         torch.tensor(np.flatnonzero(border)[:border.sum()//2], device=device))
 
@@ -636,15 +643,11 @@ def _on_centre(flux, sigma=4):
     "Images shifted to their centroid in the second band, by the shift theorem."
     height, width = flux.shape[-2:]
     flux = flux.double()  # so that turned images have the same centres to all digits
-    centres = _centroids(flux[:, min(1, flux.shape[1] - 1)], sigma)
-    transform = torch.fft.rfft2(flux)
-    for k, frequency in enumerate((torch.fft.fftfreq(height), torch.fft.rfftfreq(width))):
-        frequency = frequency.to(flux)
-        phase = torch.exp(2j*np.pi*centres[:, k, None]*frequency)
-        # the highest frequency of an even number of pixels has no sign: its real part
-        phase = torch.where(frequency.abs() == 0.5, phase.real + 0j, phase)
-        transform = transform*(phase[:, None, :, None] if k == 0 else phase[:, None, None])
-    return torch.fft.irfft2(transform, s=(height, width)).float()
+    y, x = _centroids(flux[:, min(1, flux.shape[1] - 1)], sigma).T
+    along_y = _phase(y, torch.fft.fftfreq(height).to(flux))[:, None, :, None]
+    along_x = _phase(x, torch.fft.rfftfreq(width).to(flux))[:, None, None]
+    shifted = torch.fft.irfft2(torch.fft.rfft2(flux)*along_y*along_x, s=(height, width))
+    return shifted.float()
 
 # %% ../nbs/16_photometry.ipynb #ee08d255
 def _border_noise(pixels, border):
@@ -675,15 +678,15 @@ def _clumps(flux, weights, noise, area, light):
     power = (sharp**2) @ weights - 24/25*noise**2*area
     return _signed_root(power*area/(light**2 + 9*noise**2*area**1.5))
 
-def _radius_within(within, part, size):
+def _radius_within(within, part, edges):
     "(n, bands) pixels: the first radius that holds a part of the light of all rings."
     curve, n_rings = pad(within, (1, 0)), within.shape[-1]
     wanted = part*within[..., -1:].clamp(min=1e-3)
     above = (within < wanted).sum(-1, keepdim=True).clamp(max=n_rings - 1) + 1
     inner, outer = curve.gather(-1, above - 1), curve.gather(-1, above)
     share = ((wanted - inner)/(outer - inner).clamp(min=1e-3)).clamp(0, 1)
-    area = within.new_tensor([0, *ring_radii(size, n_rings)**2])
-    return ((area[above - 1]*(1 - share) + area[above]*share)[..., 0]).clamp(min=.1)**.5
+    square = edges[above - 1]*(1 - share) + edges[above]*share
+    return square[..., 0].clamp(min=.1)**.5
 
 # %% ../nbs/16_photometry.ipynb #d8ae2fb7
 @patch
@@ -699,7 +702,7 @@ def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
     if flux.ndim != 4 or flux.shape[1:] != (self.n_bands, size, size) or size < 16:
         raise InvalidInputError(f"expected images (n, {self.n_bands}, size, size) of at least "
             f"16 x 16 pixels, got {tuple(flux.shape)}")
-    weights, area, squares, border = _rings(size, k, flux.device)
+    weights, area, squares, edges, border = _rings(size, k, flux.device)
     noise = _border_noise(flux.flatten(2), border)
     flux = _on_centre(flux)
     pixels = flux.flatten(2)
@@ -710,7 +713,7 @@ def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
 
     magnitudes, in_ring = _magnitudes(within), _magnitudes(rings)
     modes = _amplitudes(whole[..., k:], noise, squares, soft)
-    r20, r50, r80 = (_radius_within(within, part, size) for part in (.2, .5, .8))
+    r20, r50, r80 = (_radius_within(within, part, edges) for part in (.2, .5, .8))
     return dict(magnitude=magnitudes, colour=magnitudes[:, :-1] - magnitudes[:, 1:],
         ring_colour=in_ring[:, :-1] - in_ring[:, 1:], growth=magnitudes.diff(dim=-1),
         **{f"mode_{m + 1}": modes[..., m, :] for m in range(MODES)},
