@@ -352,20 +352,21 @@ def train_models(
     last = []
     for name in parameters.models:
         for one in range(seed, seed + parameters.seeds):
-            if not paths.weights(name, one).exists():
-                _train_and_save(sample, name, target_stats, parameters, one, paths, progress)
+            weights = paths.weights(name, one)
+            if not weights.exists():
+                _train_and_save(sample, name, target_stats, parameters, one, weights,
+                    paths.history(name, one), weights.with_suffix(".checkpoint"), progress)
             history = pd.read_csv(paths.history(name, one))
             last.append(history.tail(1).assign(model=name, seed=one))
     return pd.concat(last, ignore_index=True)
 
 # %% ../nbs/24_training.ipynb #79f08309
-def _train_and_save(sample, name, target_stats, parameters, seed, paths, progress):
+def _train_and_save(sample, name, target_stats, parameters, seed, weights, history_path, checkpoint,
+        progress):
     augmentation = Augmentation(max_shift=find_training(name).recipe.max_shift)
     dls = batch_loaders(sample, parameters.batch_size, augmentation, keep=parameters.keep)
-    weights = paths.weights(name, seed)
-    checkpoint = weights.with_suffix(".checkpoint")
     learn, history = train_model(name, dls, parameters, seed, checkpoint, progress)
-    with atomic_path(paths.history(name, seed)) as part: history.to_csv(part, index=False)
+    with atomic_path(history_path) as part: history.to_csv(part, index=False)
     save_trained(
         learn.model, sample, name, target_stats, weights, seed=seed, epochs=parameters.epochs
     )
@@ -450,9 +451,11 @@ def fit(
     progress:bool = True,
 ) -> TrainedModel:
     """A trained model, whose `predict` gives targets in their own units. Raises `InvalidInputError`
-    for arrays that do not fit together, targets that are not finite, and too few galaxies."""
+    for arrays that do not fit together, targets that are not finite, too few galaxies, and an
+    unknown model."""
     images, targets = _own_arrays(images, targets)
-    split, training = _own_split(len(images), split, seed), Training(model, recipe)
+    training = find_training(model)._replace(recipe=recipe)
+    split = _own_split(len(images), split, seed)
     parameters = TrainingParameters(epochs=epochs, batch_size=batch_size)
     missing = [part for part in ("train", "valid", "calib") if (split == part).sum() < 2]
     if missing:
@@ -472,14 +475,9 @@ def fit(
                 f"number {next(iter(problems))}, {next(iter(problems.values()))}", stacklevel=2)
         store = open_images(Path(temporary)/"images")
         sample = make_sample(store, standard.assign(specobjid=np.arange(len(images)), split=split))
-        augmentation = Augmentation(max_shift=recipe.max_shift)
-        dls = batch_loaders(sample, batch_size, augmentation)
         # of these data: what is left of a training on others is not taken up
         data = zlib.crc32(targets, zlib.crc32(np.ascontiguousarray(images)))
-        checkpoint = folder/f"{data:08x}.checkpoint"
-        learn, history = train_model(training, dls, parameters, seed, checkpoint, progress)
-        with atomic_path(folder/"history.csv") as part: history.to_csv(part, index=False)
         weights = folder/"weights.safetensors"
-        save_trained(learn.model, sample, training, (mean, std), weights, seed=seed, epochs=epochs)
-        checkpoint.unlink(missing_ok=True)
+        _train_and_save(sample, training, (mean, std), parameters, seed, weights,
+            folder/"history.csv", folder/f"{data:08x}.checkpoint", progress)
         return load(weights)

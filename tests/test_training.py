@@ -306,6 +306,11 @@ def test_fit_says_what_does_not_fit(pictures, change, message):
         fit(images, targets, survey=THREE, model="conv3", epochs=1, progress=False)
 
 
+def test_fit_wants_a_known_model(pictures):
+    with pytest.raises(InvalidInputError, match="did you mean 'xresnet18'"):
+        fit(*pictures, survey=THREE, model="xresnet19", progress=False)
+
+
 def test_fit_wants_known_parts(pictures):
     with pytest.raises(InvalidInputError, match="split must say train, valid"):
         fit(*pictures, survey=THREE, split=["train"]*39 + ["tset"], progress=False)
