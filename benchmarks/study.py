@@ -70,7 +70,7 @@ def subsample(sample, n, seed):
 
 def by_baseline(name, sample, settings, seed):
     "Predictions of the valid and the test galaxies."
-    train, *others = (sample.rows(split) for split in ("train", "valid", "test"))
+    train, valid, test = (sample.rows(split) for split in ("train", "valid", "test"))
     targets, images = train[target_columns(train)].to_numpy(), sample.images
     def measured(rows):
         if name == "boosting on all photometry":
@@ -85,7 +85,8 @@ def by_baseline(name, sample, settings, seed):
         if name == "boosting on magnitudes":
             known, wanted = map(magnitude_and_colours, (known, wanted))
         return predict_by_boosting(known, targets, wanted, settings.boosting_iterations, seed)
-    return [predict(rows) for rows in others], {}
+    both = predict(pd.concat([valid, test]))
+    return [both[:len(valid)], both[len(valid):]], {}
 
 
 def by_training(run, sample, parameters, seed, folder):
