@@ -40,8 +40,8 @@ from .vae import SpectrumModel
 __all__ = ['LINE_QUANTITIES', 'LADDER_QUANTITIES', 'RUNGS', 'rmse_per_target', 'pooled_rmse', 'core_rmse', 'bootstrap_error',
            'Difference', 'rmse_difference', 'fractional_error', 'reduced_chi2', 'magnitude_and_colours',
            'predict_by_neighbors', 'predict_by_boosting', 'Reference', 'load_reference', 'score_spectra',
-           'predicted_targets', 'score', 'score_lines', 'LadderSample', 'make_ladder_sample', 'ladder_quantities',
-           'ladder_rungs', 'climb', 'ladder_table']
+           'predicted_targets', 'score', 'score_lines', 'LadderSample', 'Observed', 'observe_galaxies',
+           'make_ladder_sample', 'encode_spectra', 'ladder_quantities', 'ladder_rungs', 'climb', 'ladder_table']
 
 # %% ../nbs/25_evaluation.ipynb #c24f29c5
 def rmse_per_target(
@@ -310,30 +310,51 @@ def _rest_frame(observed, noiseless, galaxies, parameters):
     return np.float32(spectra.flux), spectra.missing, np.float32(true)
 
 # %% ../nbs/25_evaluation.ipynb #b314740b
-def _observe_block(places, survey, size, parameters, couplings, seed) -> LadderSample:
-    library = stellar_library()
-    with threadpool_limits(limits=1):  # products of several threads round differently
-        first = places.index[0]
-        light = draw_light(
-            library, len(places), seed, "ladder", first, couplings=couplings, survey=survey
-        )
-        galaxies = places.join(light.galaxies.set_axis(places.index))
-        fine = FineBasis.of(library)
-        noiseless = [spectrum_at(fine, light, k) for k in range(len(galaxies))]
-        observed, facts = zip(
-            *(
-                _observed_by_fibre(galaxy, spectrum, fine.line_wavelength, seed)
-                for galaxy, spectrum in zip(galaxies.itertuples(), noiseless, strict=True)
-            ),
-            strict=True,
-        )
-        stamps = observe_stamps(light, survey, size, seed, first)
-        return LadderSample(
-            galaxies.join(pd.DataFrame(facts, galaxies.index).rename(columns=TRUTH_LINES)),
-            measure_photometry(stamps, survey.bands, survey.pixel_scale),
-            measure_structure(stamps, survey.bands, survey.pixel_scale),
-            *_rest_frame(observed, [s.flux for s in noiseless], galaxies, parameters),
-        )
+class Observed(NamedTuple):
+    "N mock galaxies as a survey would have them."
+    galaxies: pd.DataFrame  # parameters and structure, true lines, SDSS's subclass
+    images: np.ndarray  # (N, bands, size, size) float32 nJy, NaN where pixels are lost
+    flux: np.ndarray  # (N, n_bins) float32 observed rest-frame spectra
+    missing: np.ndarray  # (N, n_bins) bool
+    true: np.ndarray  # (N, n_bins) float32 noiseless, NaN where not covered
+
+@threadpool_limits.wrap(limits=1)  # products of several threads round differently
+def observe_galaxies(
+    places:pd.DataFrame,  # rows of `draw_survey`
+    survey:ImagingSurvey,
+    size:int,  # of the images, pixels
+    parameters:SpectraParameters,
+    couplings:str,  # of looks to hidden properties, see `MockParameters`
+    seed:int,
+) -> Observed:
+    "Draws the galaxies of these places and observes them, in memory."
+    library, first = stellar_library(), places.index[0]
+    light = draw_light(
+        library, len(places), seed, "ladder", first, couplings=couplings, survey=survey
+    )
+    galaxies = places.join(light.galaxies.set_axis(places.index))
+    fine = FineBasis.of(library)
+    noiseless = [spectrum_at(fine, light, k) for k in range(len(galaxies))]
+    observed, facts = zip(
+        *(
+            _observed_by_fibre(galaxy, spectrum, fine.line_wavelength, seed)
+            for galaxy, spectrum in zip(galaxies.itertuples(), noiseless, strict=True)
+        ),
+        strict=True,
+    )
+    return Observed(
+        galaxies.join(pd.DataFrame(facts, galaxies.index).rename(columns=TRUTH_LINES)),
+        observe_stamps(light, survey, size, seed, first),
+        *_rest_frame(observed, [s.flux for s in noiseless], galaxies, parameters),
+    )
+
+def _observe_block(places, survey, *arguments) -> LadderSample:
+    "Photometry of the images in place of the images."
+    galaxies, images, *spectra = observe_galaxies(places, survey, *arguments)
+    with threadpool_limits(limits=1):
+        photometry = measure_photometry(images, survey.bands, survey.pixel_scale)
+        structure = measure_structure(images, survey.bands, survey.pixel_scale)
+    return LadderSample(galaxies, photometry, structure, *spectra)
 
 # %% ../nbs/25_evaluation.ipynb #d091537f
 def make_ladder_sample(
@@ -374,21 +395,32 @@ LADDER_QUANTITIES = {
     "gas_metallicity": "dex",
 }
 
-def ladder_quantities(
-    sample:LadderSample,
+def encode_spectra(
+    flux:np.ndarray,  # (N, n_bins) rest-frame spectra
+    missing:np.ndarray,  # (N, n_bins) bool
     store:SpectraStore,  # of the run, whose eigenspectra fill the gaps
     model:SpectrumModel,
     parameters:SpectraParameters,
 ) -> pd.DataFrame:
-    "target_1 … and the other `LADDER_QUANTITIES`; NaN where they are not asked for."
+    "Standardised target_1 … of new spectra; NaN where too much is missing."
     basis = SpectrumBasis(
         store.mean, store.eigenvectors, store.eigenvalues, parameters.n_iter, "l2", 0
     )
-    usable = sample.missing.mean(1) <= parameters.max_missing
-    filled = fill(sample.flux, sample.missing, basis, usable).normalised
+    usable = missing.mean(1) <= parameters.max_missing
+    filled = fill(flux, missing, basis, usable).normalised
     names = [f"target_{k + 1}" for k in range(model.n_targets)]
     targets = pd.DataFrame(model.encode(filled), np.flatnonzero(usable), names)
-    return targets.reindex(range(len(usable))).join(_true_quantities(sample, parameters))
+    return targets.reindex(range(len(usable)))
+
+def ladder_quantities(
+    sample:LadderSample,
+    store:SpectraStore,  # of the run
+    model:SpectrumModel,
+    parameters:SpectraParameters,
+) -> pd.DataFrame:
+    "target_1 … and the other `LADDER_QUANTITIES`; NaN where they are not asked for."
+    targets = encode_spectra(sample.flux, sample.missing, store, model, parameters)
+    return targets.join(_true_quantities(sample, parameters))
 
 # %% ../nbs/25_evaluation.ipynb #ae79c786
 def _true_quantities(sample, parameters):
