@@ -181,6 +181,7 @@ class Recipe(Settings):
     lr_deconv: float = Field(ge=1e-12, le=100)  # for models whose every layer is deconvolved
     weight_decay: float = Field(ge=0, le=100)
     max_shift: int = Field(0, ge=0, le=1000)  # largest move of an augmented image, pixels
+    width: float = Field(1, gt=0, le=16)  # factor on the channels of residual networks
     photometry: bool = False  # networks have a branch of measured photometry
     symmetric: bool = False  # predictions are means over flips and quarter turns
 
@@ -368,6 +369,7 @@ def seed_everything(
     torch.manual_seed(derived)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # hundreds of fills a step
     torch.backends.cudnn.benchmark = False
     return derived
 

@@ -62,18 +62,19 @@ def xresnet(
     n_out:int = 6,  # targets
     sa:bool = True,  # self-attention at the end of the first stage
     act_cls:str = "Mish",  # activation, one of `ACTIVATIONS`
-    groups:int = 64,  # of each block's first convolution
+    groups:int | None = None,  # of each block's first convolution; None: 64 times `width`
     reduction:int | None = 8,  # of squeeze-and-excitation; None: without
     p:float = 0.,  # dropout before the last layer
-    widen:float = 1.,  # factor on the channels of the blocks
+    width:float = 1.,  # factor on the channels of the blocks
     photometry:bool = False,  # with a `PhotometryBranch`
     transform:dict | None = None,  # of the images, for the branch
 ) -> nn.Module:
     """fastai's `XResNet`, with batch-normalised convolutions replaced by deconvolutions in the stem
     or everywhere. Takes (N, c_in, H, W) to (N, n_out). Source: He et al. (2018); Wu & Peek (2020),
     section 3."""
-    model = XResNet(ResBlock, expansion, layers, c_in=c_in, n_out=n_out, sa=sa, groups=groups,
-        act_cls=ACTIVATIONS[act_cls], reduction=reduction, p=p, stem_szs=(32, 32, 64), widen=widen)
+    model = XResNet(ResBlock, expansion, layers, c_in=c_in, n_out=n_out, sa=sa,
+        groups=int(64*width) if groups is None else groups, act_cls=ACTIVATIONS[act_cls],
+        reduction=reduction, p=p, stem_szs=(32, 32, 64), widen=width)
     if deconvolve == "all": _deconvolve(model)
     if deconvolve == "stem":
         for i in range(3): model[i] = _deconvolved(model[i])
@@ -149,7 +150,7 @@ def _model(name:str, doc:str, network, *fixed):
         try: model = network(*fixed, **kwargs)
         except Exception as error:  # of PyTorch, fastai or `FastDeconv`
             raise InvalidInputError(f"There is no {name} with {kwargs}: {error}. Sizes are "
-                "positive; `groups` divides 64, 128, 256 and 512 times `widen`.") from error
+                "positive; `groups` divides 64, 128, 256 and 512 times `width`.") from error
         for place, module in model.named_modules():
             if isinstance(module, FastDeconv): module.name = place
         return model
@@ -191,12 +192,13 @@ def model_arguments(
     transform:ImageTransform | None,  # of the images; None: they are fluxes
 ) -> dict:
     """Arguments of a model's constructor, as its recipe wants it (24_training); networks of three
-    layers have no branch."""
+    layers have one width and no branch."""
     arguments = dict(c_in=c_in, n_out=n_out)
-    if not training.recipe.photometry: return arguments
-    branch = dict(photometry=True, transform=transform and transform.model_dump(mode="json"))
+    special = dict(width=training.recipe.width)
+    if training.recipe.photometry:
+        special |= dict(photometry=True, transform=transform and transform.model_dump(mode="json"))
     known = inspect.signature(MODELS[training.model]).parameters
-    return arguments | {name: value for name, value in branch.items() if name in known}
+    return arguments | {name: value for name, value in special.items() if name in known}
 
 def n_params(model:nn.Module) -> int:
     "Number of trainable parameters."

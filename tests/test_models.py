@@ -18,7 +18,7 @@ from specpred.weights import read_weights, write_weights
 PUBLISHED = "xresnet18", "xresnet18_hybrid", "xresnet18_deconv"
 N_BANDS = {name: (3, 5, 6)[k % 3] for k, name in enumerate(MODELS)}
 SCALE = np.arange(6), np.full(6, 2.)
-NARROW = dict(widen=0.125, groups=8)  # an eighth of the channels, for speed
+NARROW = dict(width=0.125)  # an eighth of the channels, for speed
 
 
 def survey_of(n_bands):
@@ -103,7 +103,7 @@ def test_a_nan_is_reported_with_the_name_of_the_layer(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("arguments", (dict(groups=7), dict(widen=0.3), dict(c_in=-1),
+@pytest.mark.parametrize("arguments", (dict(groups=7), dict(width=0.3), dict(c_in=-1),
     dict(n_out=-1), dict(c_in="x"), dict(n_out=2.5), dict(act_cls="Sigmoid"), dict(layers=3)))
 @pytest.mark.parametrize("name", ("conv3", "deconv3", "xresnet18", "xresnet18_hybrid"))
 def test_arguments_that_make_no_network(name, arguments):

@@ -10,7 +10,7 @@ from specpred.deconv import FastDeconv
 from specpred.models import MODELS
 from specpred.weights import load_state, read_weights, write_weights
 
-NARROW = dict(widen=0.125, groups=8)  # an eighth of the channels, for speed
+NARROW = dict(width=0.125)  # an eighth of the channels, for speed
 
 
 def model(name):
