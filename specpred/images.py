@@ -643,13 +643,15 @@ def augment(
     drawn:Draws,  # n draws of an `Augmentation`
 ) -> torch.Tensor:
     "(n, bands, size, size) float32: the chosen images, turned, shifted and rotated."
-    turned = [turn(images[row], code) for row, code in zip(rows, drawn.code.tolist(), strict=True)]
-    if drawn.shift.any():
-        moves = drawn.shift.tolist()
-        turned = [shift(image, *move) for image, move in zip(turned, moves, strict=True)]
-    batch = torch.stack(turned).float()
+    def on_device(values): return torch.as_tensor(values, device=images.device)
+    rows = on_device(rows)
+    batch = torch.empty(len(rows), *images.shape[1:], device=images.device)
+    for code in np.unique(drawn.code):
+        alike = on_device(np.flatnonzero(drawn.code == code))
+        batch[alike] = turn(images[rows[alike]], int(code)).float()
+    for k in np.flatnonzero(drawn.shift.any(-1)): batch[k] = shift(batch[k], *drawn.shift[k])
     rotated = np.flatnonzero(drawn.degrees)
     if len(rotated):
-        degrees = torch.as_tensor(drawn.degrees[rotated], device=batch.device)
+        degrees, rotated = on_device(drawn.degrees[rotated]), on_device(rotated)
         batch[rotated] = rotate(batch[rotated], degrees)
     return batch

@@ -644,8 +644,9 @@ def _on_centre(flux, sigma=4):
     height, width = flux.shape[-2:]
     flux = flux.double()  # so that turned images have the same centres to all digits
     y, x = _centroids(flux[:, min(1, flux.shape[1] - 1)], sigma).T
-    along_y = _phase(y, torch.fft.fftfreq(height).to(flux))[:, None, :, None]
-    along_x = _phase(x, torch.fft.rfftfreq(width).to(flux))[:, None, None]
+    like = dict(device=flux.device, dtype=flux.dtype)
+    along_y = _phase(y, torch.fft.fftfreq(height, **like))[:, None, :, None]
+    along_x = _phase(x, torch.fft.rfftfreq(width, **like))[:, None, None]
     shifted = torch.fft.irfft2(torch.fft.rfft2(flux)*along_y*along_x, s=(height, width))
     return shifted.float()
 

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 import warnings
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +21,9 @@ import pandas as pd
 import psutil
 import torch
 from fastai.basics import (
-    AccumMetric, Adam, Callback, DataLoader, DataLoaders, Learner, default_device, ranger)
+    AccumMetric, Adam, AvgSmoothLoss, Callback, DataLoader, DataLoaders, Learner, Lookahead,
+    Optimizer, RAdam, default_device, to_device)
+from fastai.optimizer import debias, radam_step
 from fastai.callback.schedule import *  # noqa: F403  adds fit_one_cycle to Learner
 from fastai.vision.data import get_grid
 from fastcore.basics import patch
@@ -38,9 +42,10 @@ from .surveys import ImagingSurvey
 from .weights import load_checkpoint, save_checkpoint
 
 # %% auto #0
-__all__ = ['target_columns', 'Sample', 'make_sample', 'memory_for', 'GalaxySet', 'BatchLoader', 'batch_loaders', 'rmse',
-           'pooled_metrics', 'EpochCheckpoint', 'plain', 'learning_rate', 'make_learner', 'TrainedLearner',
-           'train_model', 'train_models', 'calib_errors', 'save_trained', 'fit']
+__all__ = ['target_columns', 'Sample', 'make_sample', 'published_protocol', 'memory_for', 'GalaxySet', 'BatchLoader',
+           'batch_loaders', 'rmse', 'pooled_metrics', 'EpochCheckpoint', 'plain', 'grouped_adam', 'grouped_ranger',
+           'learning_rate', 'make_learner', 'TrainedLearner', 'train_model', 'train_models', 'calib_errors',
+           'save_trained', 'fit']
 
 # %% ../nbs/24_training.ipynb #27268159
 def target_columns(table:pd.DataFrame) -> list[str]:
@@ -87,6 +92,16 @@ def make_sample(
     transform = fit_transform(images.read(some), images.noise[images.rows(some)], stretch)
     return Sample(images, table, transform)
 
+# %% ../nbs/24_training.ipynb #7b1e04c3
+def published_protocol(
+    sample:Sample,
+) -> Sample:
+    """The sample in two parts: its test galaxies are valid ones, on which every epoch is judged, and
+    all others train. Source: Wu & Peek (2020), section 3."""
+    parts = dict(train="train", valid="train", calib="train", test="valid")
+    table = sample.table.assign(split=sample.table.split.map(parts))
+    return Sample(sample.images, table, sample.transform)
+
 # %% ../nbs/24_training.ipynb #858f05be
 def memory_for(
     images:ImageStore,
@@ -115,8 +130,10 @@ class GalaxySet:
         self.images, self.transform = sample.images, sample.transform
         self.rows = self.images.rows(rows.specobjid)
         self.targets = torch.tensor(rows[target_columns(rows)].to_numpy(np.float32))
-        self.augmentation, self.seed, self.values = augmentation, seed, None
-        if memory is not None: self.values = self._read_all(memory)
+        self.augmentation, self.seed = augmentation, seed
+        self.values = self.last_drawn = None
+        if memory is not None:
+            self.values, self.targets = self._read_all(memory), self.targets.to(memory)
 
     def __len__(self): return len(self.rows)
 
@@ -138,6 +155,14 @@ def _read_all(self:GalaxySet, memory:torch.device) -> torch.Tensor:
     return torch.cat([self.read(part).to(memory) for part in parts])
 
 @patch
+def drawn(self:GalaxySet, epoch:int) -> Draws:
+    "What happens to each galaxy in an epoch."
+    if self.last_drawn is None or self.last_drawn[:2] != (epoch, self.seed):
+        rng = random_generator(self.seed, "augmentation", epoch)
+        self.last_drawn = epoch, self.seed, self.augmentation.draw(len(self), rng)
+    return self.last_drawn[2]
+
+@patch
 def batch(self:GalaxySet, positions, epoch:int=0) -> tuple[GalaxyImage, torch.Tensor]:
     """Images (n, bands, size, size) float32 and targets (n, n_targets) of galaxies by position, as
     an epoch shows them."""
@@ -149,10 +174,10 @@ def batch(self:GalaxySet, positions, epoch:int=0) -> tuple[GalaxyImage, torch.Te
     if self.augmentation is None:
         batch = images[torch.as_tensor(rows, device=images.device)].float()
     else:
-        rng = random_generator(self.seed, "augmentation", epoch)
-        drawn = self.augmentation.draw(len(self), rng)
+        drawn = self.drawn(epoch)
         batch = augment(images, rows, Draws(*(values[positions] for values in drawn)))
-    return GalaxyImage(batch, bands=self.images.bands), self.targets[positions]
+    targets = self.targets[torch.as_tensor(positions, device=self.targets.device)]
+    return GalaxyImage(batch, bands=self.images.bands), targets
 
 # %% ../nbs/24_training.ipynb #73681d43
 class BatchLoader(DataLoader):
@@ -247,9 +272,9 @@ class EpochCheckpoint(Callback):
         "Restores an interrupted training into `learn`; returns the epoch to go on from."
         state = load_checkpoint(self.path, self.fingerprint)
         if state is None: return 0
-        learn.model.load_state_dict(state["model"])
+        learn.model.to(learn.dls.device).load_state_dict(state["model"])
         learn.create_opt()
-        learn.opt.load_state_dict(state["optimizer"])
+        learn.opt.load_state_dict(to_device(state["optimizer"], learn.dls.device))
         self.history = state["history"]
         return len(self.history)
 
@@ -260,7 +285,7 @@ class EpochCheckpoint(Callback):
 
     def after_batch(self):
         if not self.training: return
-        self.losses.append((self.loss.item(), len(self.xb[0])))
+        self.losses.append((self.loss.detach(), len(self.xb[0])))  # a number would wait for the GPU
         if bar := getattr(getattr(self.learn, "progress", None), "pbar", None):
             rate = sum(n for _, n in self.losses)/(time.time() - self.started)
             bar.comment = f"{bar.comment.split(',')[0]}, {rate:.0f} images/s"
@@ -276,6 +301,7 @@ def plain(value):
 def after_epoch(self:EpochCheckpoint):
     if self.epoch < len(self.history): return  # skipped on the way to where training goes on
     losses, sizes = zip(*self.losses, strict=True)
+    losses = torch.stack(losses).cpu()
     metrics = {metric.name: float(metric.value) for metric in self.recorder.metrics}
     self.history.append(dict(
         epoch=self.epoch + 1, train_loss=float(np.average(losses, weights=sizes)), **metrics,
@@ -284,8 +310,61 @@ def after_epoch(self:EpochCheckpoint):
         model=self.model.state_dict(), optimizer=plain(self.opt.state_dict()), history=self.history)
     save_checkpoint(self.path, self.fingerprint, state)
 
+# %% ../nbs/24_training.ipynb #5c20aa02
+class _Grouped(Optimizer):
+    "An `Adam` or `RAdam` of fastai on all parameters at once."
+    def zero_grad(self):
+        for parameter, *_ in self.all_params(): parameter.grad = None
+
+    def step(self, closure=None):
+        rectified = self.cbs[-1] is radam_step
+        for parameters, hyper in zip(self.param_lists, self.hypers, strict=True):
+            by_step = defaultdict(list)
+            for p in parameters:
+                if p.grad is not None: by_step[self.state[p].get("step", 0)].append(p)
+            for n_steps, some in by_step.items(): self._update(some, n_steps + 1, hyper, rectified)
+
+    @torch.no_grad()
+    def _update(self, parameters, step, hyper, rectified):
+        lr, mom, sqr_mom, eps, wd = (hyper[k] for k in ("lr", "mom", "sqr_mom", "eps", "wd"))
+        states, grads = [self.state[p] for p in parameters], [p.grad for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if step == 1: state |= dict(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
+            state["step"] = step
+        decayed = [p for p, state in zip(parameters, states, strict=True) if state.get("do_wd", 1)]
+        if wd and decayed: torch._foreach_mul_(decayed, 1 - lr*wd)
+        means, squares = ([state[k] for state in states] for k in ("grad_avg", "sqr_avg"))
+        torch._foreach_mul_(means, mom)
+        torch._foreach_add_(means, grads, alpha=1 - mom)
+        torch._foreach_mul_(squares, sqr_mom)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - sqr_mom)
+        size, lr = 1., lr/debias(mom, 1 - mom, step)
+        if rectified: size = _rectified(step, sqr_mom)
+        if size is None: return torch._foreach_add_(parameters, means, alpha=-lr)
+        scatter = torch._foreach_div(squares, debias(sqr_mom, 1 - sqr_mom, step))
+        torch._foreach_sqrt_(scatter)
+        torch._foreach_add_(scatter, eps)
+        torch._foreach_addcdiv_(parameters, means, scatter, value=-lr*size)
+
+def _rectified(step, sqr_mom):
+    "Factor on a step of RAdam; None while the scatter of the gradients is not known."
+    at_end = 2/(1 - sqr_mom) - 1
+    known = at_end - 2*step*sqr_mom**step/(1 - sqr_mom**step)
+    if known <= 5: return None
+    return math.sqrt((known - 4)*(known - 2)*at_end/((at_end - 4)*(at_end - 2)*known))
+
+def _grouped(optimizer): return _Grouped(optimizer.param_lists, optimizer.cbs, **optimizer.hypers[0])
+
+def grouped_adam(params, lr, **kwargs) -> Optimizer:
+    "fastai's `Adam`, which decouples the weight decay."
+    return _grouped(Adam(params, lr, **kwargs))
+
+def grouped_ranger(params, lr, mom=0.95, wd=0.01, eps=1e-6, **kwargs) -> Optimizer:
+    "fastai's `ranger`."
+    return Lookahead(_grouped(RAdam(params, lr, mom=mom, wd=wd, eps=eps, **kwargs)))
+
 # %% ../nbs/24_training.ipynb #8b42e80b
-_OPTIMIZERS = dict(ranger=ranger, adamw=Adam)  # fastai's Adam decouples the weight decay
+_OPTIMIZERS = dict(ranger=grouped_ranger, adamw=grouped_adam)
 
 def learning_rate(
     training:Training,
@@ -294,6 +373,13 @@ def learning_rate(
     "Largest learning rate of the one-cycle schedule for this model."
     deconvolved = training.model.endswith("_deconv")
     return parameters.lr or getattr(training.recipe, "lr_deconv" if deconvolved else "lr")
+
+class _SmoothLoss(AvgSmoothLoss):
+    "fastai's, which would wait for the GPU at every step."
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 def make_learner(
     name:str | Training,  # of the model and the recipe, as for `config.find_training`
@@ -307,8 +393,10 @@ def make_learner(
     for module in model.modules():
         if isinstance(module, PhotometryBranch):
             module.to(dls.device).standardise(x for x, _ in dls.train)
-    return Learner(dls, model, loss_func=rmse, opt_func=_OPTIMIZERS[recipe.optimizer],
+    learn = Learner(dls, model, loss_func=rmse, opt_func=_OPTIMIZERS[recipe.optimizer],
         metrics=pooled_metrics(y.shape[1]), wd=recipe.weight_decay)
+    learn.recorder.smooth_loss = _SmoothLoss()
+    return learn
 
 class TrainedLearner(NamedTuple):
     "A learner after its last epoch, and one row an epoch of losses and metrics."
@@ -323,6 +411,7 @@ def train_model(
     seed:int,  # for weights, order and augmentation
     checkpoint:Path,  # where the state after each epoch goes
     progress:bool = True,
+    cbs = (),  # fastai callbacks besides the recipe's
 ) -> TrainedLearner:
     "Trains one model from its last checkpoint, or from the start."
     training = find_training(name)
@@ -336,7 +425,7 @@ def train_model(
         if not progress: quiet.enter_context(learn.no_logging())
         if start < parameters.epochs:
             learn.fit_one_cycle(parameters.epochs, learning_rate(training, parameters),
-                start_epoch=start, cbs=saver)
+                start_epoch=start, cbs=[saver, *cbs])
     return TrainedLearner(learn, pd.DataFrame(saver.history))
 
 # %% ../nbs/24_training.ipynb #5b35d0cc
