@@ -187,7 +187,7 @@ class Recipe(Settings):
 
 PUBLISHED = Recipe(name="published", optimizer="ranger", lr=3e-2, lr_deconv=3e-3, weight_decay=1e-2)
 SPECPRED = Recipe(name="specpred", optimizer="adamw", lr=2e-3, lr_deconv=2e-3, weight_decay=0.05,
-    photometry=True, symmetric=True)
+    width=0.5, photometry=True, symmetric=True)
 RECIPES = {recipe.name: recipe for recipe in (PUBLISHED, SPECPRED)}
 
 class Training(NamedTuple):

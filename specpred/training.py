@@ -24,10 +24,12 @@ from fastai.basics import (
     AccumMetric, Adam, AvgSmoothLoss, Callback, DataLoader, DataLoaders, Learner, Lookahead,
     Optimizer, RAdam, default_device, to_device)
 from fastai.optimizer import debias, radam_step
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import *  # noqa: F403  adds fit_one_cycle to Learner
 from fastai.vision.data import get_grid
 from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.imports import IN_NOTEBOOK
 
 from .config import (
     SPECPRED, InvalidInputError, Paths, Recipe, Training, TrainingParameters, find_training)
@@ -297,8 +299,16 @@ def plain(value):
     if isinstance(value, (list, tuple, L)): return [plain(part) for part in value]
     return value.item() if isinstance(value, np.generic) else value
 
+class _SmoothLoss(AvgSmoothLoss):
+    "fastai's, which would wait for the GPU at every step."
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
 @patch
 def after_epoch(self:EpochCheckpoint):
+    self.recorder.losses = [loss.cpu() for loss in self.recorder.losses]  # for fastai's plots
     if self.epoch < len(self.history): return  # skipped on the way to where training goes on
     losses, sizes = zip(*self.losses, strict=True)
     losses = torch.stack(losses).cpu()
@@ -374,13 +384,6 @@ def learning_rate(
     deconvolved = training.model.endswith("_deconv")
     return parameters.lr or getattr(training.recipe, "lr_deconv" if deconvolved else "lr")
 
-class _SmoothLoss(AvgSmoothLoss):
-    "fastai's, which would wait for the GPU at every step."
-    def accumulate(self, learn):
-        self.count += 1
-        loss = learn.loss.detach()
-        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
-
 def make_learner(
     name:str | Training,  # of the model and the recipe, as for `config.find_training`
     dls:DataLoaders,  # from `batch_loaders`, or any other of fastai
@@ -393,10 +396,8 @@ def make_learner(
     for module in model.modules():
         if isinstance(module, PhotometryBranch):
             module.to(dls.device).standardise(x for x, _ in dls.train)
-    learn = Learner(dls, model, loss_func=rmse, opt_func=_OPTIMIZERS[recipe.optimizer],
+    return Learner(dls, model, loss_func=rmse, opt_func=_OPTIMIZERS[recipe.optimizer],
         metrics=pooled_metrics(y.shape[1]), wd=recipe.weight_decay)
-    learn.recorder.smooth_loss = _SmoothLoss()
-    return learn
 
 class TrainedLearner(NamedTuple):
     "A learner after its last epoch, and one row an epoch of losses and metrics."
@@ -418,6 +419,8 @@ def train_model(
     seed = seed_everything(seed, "training", name)
     if isinstance(dls.train, BatchLoader): dls.train.dataset.seed = seed
     learn = make_learner(training, dls)
+    learn.recorder.smooth_loss = _SmoothLoss()
+    if progress and IN_NOTEBOOK: cbs = [ShowGraphCallback(), *cbs]
     saver = EpochCheckpoint(checkpoint, f"{training} {seed} {parameters!r}", seed)
     start = saver.resume(learn)
     with contextlib.ExitStack() as quiet:
