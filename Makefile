@@ -29,7 +29,7 @@ docs: $(STAMP)
 	@$(BIN)/python docs/build.py
 
 figures: $(STAMP)
-	@cp data/demo/figures/* figures/
+	@cp data/demo/figures/*.png figures/
 	@$(BIN)/python -c "from specpred import config as c, runner; runner.write_record(c.get_profile('demo'), c.get_paths('demo'))"
 	@$(BIN)/python docs/diagrams.py && ls -sh figures
 
