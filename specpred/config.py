@@ -228,6 +228,7 @@ class TrainingParameters(Settings):
     # of the pixels: linear as published; image: divided by its own brightness
     stretch: Literal["asinh", "linear", "image"] = "asinh"
     keep: bool | None = None  # images in memory; None: if they fill less than half of it
+    bf16: bool = False  # products and convolutions in bfloat16, where the device is faster so
 
 class EvaluationParameters(Settings):
     "The baselines that see magnitudes only, and the information ladder (25_evaluation)."

@@ -98,8 +98,8 @@ def make_sample(
 def published_protocol(
     sample:Sample,
 ) -> Sample:
-    """The sample in two parts: its test galaxies are valid ones, on which every epoch is judged, and
-    all others train. Source: Wu & Peek (2020), section 3."""
+    """The sample in two parts: its test galaxies are valid ones, on which every epoch is judged,
+    and all others train. Source: Wu & Peek (2020), section 3."""
     parts = dict(train="train", valid="train", calib="train", test="valid")
     table = sample.table.assign(split=sample.table.split.map(parts))
     return Sample(sample.images, table, sample.transform)
@@ -324,7 +324,8 @@ def after_epoch(self:EpochCheckpoint):
 class _Grouped(Optimizer):
     "An `Adam` or `RAdam` of fastai on all parameters at once."
     def zero_grad(self):
-        for parameter, *_ in self.all_params(): parameter.grad = None
+        grads = [p.grad.detach_() for p, *_ in self.all_params(with_grad=True)]
+        if grads: torch._foreach_zero_(grads)
 
     def step(self, closure=None):
         rectified = self.cbs[-1] is radam_step
@@ -363,7 +364,11 @@ def _rectified(step, sqr_mom):
     if known <= 5: return None
     return math.sqrt((known - 4)*(known - 2)*at_end/((at_end - 4)*(at_end - 2)*known))
 
-def _grouped(optimizer): return _Grouped(optimizer.param_lists, optimizer.cbs, **optimizer.hypers[0])
+def _grouped(optimizer):
+    return _Grouped(optimizer.param_lists, optimizer.cbs, **optimizer.hypers[0])
+
+class _GroupedLookahead(Lookahead):
+    def zero_grad(self): self.opt.zero_grad()  # not delegated by fastai
 
 def grouped_adam(params, lr, **kwargs) -> Optimizer:
     "fastai's `Adam`, which decouples the weight decay."
@@ -371,7 +376,7 @@ def grouped_adam(params, lr, **kwargs) -> Optimizer:
 
 def grouped_ranger(params, lr, mom=0.95, wd=0.01, eps=1e-6, **kwargs) -> Optimizer:
     "fastai's `ranger`."
-    return Lookahead(_grouped(RAdam(params, lr, mom=mom, wd=wd, eps=eps, **kwargs)))
+    return _GroupedLookahead(_grouped(RAdam(params, lr, mom=mom, wd=wd, eps=eps, **kwargs)))
 
 # %% ../nbs/24_training.ipynb #8b42e80b
 _OPTIMIZERS = dict(ranger=grouped_ranger, adamw=grouped_adam)
@@ -399,6 +404,16 @@ def make_learner(
     return Learner(dls, model, loss_func=rmse, opt_func=_OPTIMIZERS[recipe.optimizer],
         metrics=pooled_metrics(y.shape[1]), wd=recipe.weight_decay)
 
+@contextlib.contextmanager
+def _bf16(model, device):
+    "The model under autocast. Raises `InvalidInputError` for a GPU without bfloat16."
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InvalidInputError(f"training.bf16: {torch.cuda.get_device_name(device)} has no "
+            "bfloat16; leave it at False.")
+    model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    try: yield
+    finally: del model.forward
+
 class TrainedLearner(NamedTuple):
     "A learner after its last epoch, and one row an epoch of losses and metrics."
     learn: Learner
@@ -423,9 +438,10 @@ def train_model(
     if progress and IN_NOTEBOOK: cbs = [ShowGraphCallback(), *cbs]
     saver = EpochCheckpoint(checkpoint, f"{training} {seed} {parameters!r}", seed)
     start = saver.resume(learn)
-    with contextlib.ExitStack() as quiet:
-        if not progress: quiet.enter_context(learn.no_bar())
-        if not progress: quiet.enter_context(learn.no_logging())
+    with contextlib.ExitStack() as contexts:
+        if not progress: contexts.enter_context(learn.no_bar())
+        if not progress: contexts.enter_context(learn.no_logging())
+        if parameters.bf16: contexts.enter_context(_bf16(learn.model, dls.device))
         if start < parameters.epochs:
             learn.fit_one_cycle(parameters.epochs, learning_rate(training, parameters),
                 start_epoch=start, cbs=[saver, *cbs])

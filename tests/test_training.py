@@ -9,16 +9,26 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from fastai.basics import Callback, Learner, defaults
-from specpred.config import PUBLISHED, SPECPRED, InvalidInputError, Paths, TrainingParameters
+from fastai.basics import Adam, Callback, Learner, defaults, ranger
+from specpred import training
+from specpred.config import (
+    PUBLISHED,
+    SPECPRED,
+    InvalidInputError,
+    Paths,
+    TrainingParameters,
+    replace,
+)
 from specpred.images import Augmentation, open_images, pack_arrays, turn
-from specpred.models import MODELS, load, predict_batches
+from specpred.models import MODELS, load, n_params, predict_batches
 from specpred.photometry import ring_table
 from specpred.surveys import SDSS
 from specpred.training import (
     GalaxySet,
     batch_loaders,
     fit,
+    grouped_adam,
+    grouped_ranger,
     make_sample,
     memory_for,
     rmse,
@@ -120,9 +130,10 @@ class Interrupt(Callback):
         if self.epoch == 2: raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["conv3", "photometry", "xresnet18_hybrid-specpred"])
-def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path, name):
-    parameters = TrainingParameters(epochs=3, batch_size=7)
+@pytest.mark.parametrize("name, bf16", [("conv3", False), ("deconv3", True), ("photometry", False),
+    ("xresnet18_hybrid-specpred", False)])
+def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path, name, bf16):
+    parameters = TrainingParameters(epochs=3, batch_size=7, bf16=bf16)
     def train(checkpoint):
         dls = loaders(sample, augmentation=Augmentation(max_shift=1))
         return train_model(name, dls, parameters, 0, tmp_path/checkpoint, progress=False)
@@ -134,6 +145,32 @@ def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path, na
     assert same_weights(whole.learn.model.state_dict(), resumed.learn.model.state_dict())
     pd.testing.assert_frame_equal(
         whole.history.drop(columns="seconds"), resumed.history.drop(columns="seconds"))
+
+
+def test_bfloat16_wants_a_device_that_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
+    with pytest.raises(InvalidInputError, match="an old GPU has no bfloat16; leave it at False"):
+        with training._bf16(torch.nn.Linear(2, 2), torch.device("cuda")): pass
+
+
+@pytest.mark.parametrize("ours, theirs", [(grouped_adam, Adam), (grouped_ranger, ranger)])
+def test_optimizers_of_all_parameters_at_once_are_those_of_fastai(ours, theirs):
+    def trained(opt_func):
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)
+        x, parameters = torch.randn(16, 4), [*first.parameters(), *second.parameters()]
+        optimizer = opt_func(parameters, lr=0.05, wd=0.2)
+        optimizer.state[first.bias]["do_wd"] = False
+        for k in range(25):
+            # the second layer comes later, so that its count of steps is another one
+            y = first(x).mean(1) if k < 3 else second(first(x)).mean(1)
+            y.square().mean().backward()
+            optimizer.set_hypers(lr=0.05/(1 + k), mom=0.9)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for p in parameters])
+    assert torch.equal(trained(ours), trained(theirs))
 
 
 def test_a_checkpoint_of_another_training_is_not_taken_up(sample, tmp_path):
@@ -283,6 +320,18 @@ def test_fit_takes_any_model_and_recipe(pictures, model, recipe):
         batch_size=1000, progress=False)  # a batch larger than the sample is the sample
     assert trained.predict(pictures[0][:2]).shape == (2, 2)
     assert trained.provenance["recipe"] == recipe.name
+
+
+def test_fit_trains_narrow_networks(pictures, tmp_path):
+    def train(width):
+        recipe = replace(SPECPRED, width=width)
+        return fit(*pictures, survey=THREE, model="xresnet18", recipe=recipe, epochs=1,
+            folder=tmp_path/str(width), progress=False)
+    narrow, wide = train(0.125), train(1)
+    assert narrow.arguments["width"] == 0.125
+    assert 20*n_params(narrow.model.network) < n_params(wide.model.network)
+    again = load(tmp_path/"0.125"/"weights.safetensors")
+    np.testing.assert_array_equal(again.predict(pictures[0]), narrow.predict(pictures[0]))
 
 
 def test_fit_leaves_out_galaxies_without_pixels(pictures):
