@@ -16,10 +16,10 @@ from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fi
 
 # %% auto #0
 __all__ = ['IMAGE_MODELS', 'PUBLISHED', 'SPECPRED', 'RECIPES', 'PROFILES', 'SpecpredError', 'ProfileError', 'MissingInputError',
-           'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError', 'Settings', 'replace',
-           'MockParameters', 'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters', 'Recipe',
-           'Training', 'find_training', 'TrainingParameters', 'EvaluationParameters', 'Profile', 'get_profile',
-           'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths']
+           'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError', 'TrainingError', 'Settings',
+           'replace', 'MockParameters', 'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters',
+           'Recipe', 'Training', 'find_training', 'TrainingParameters', 'EvaluationParameters', 'Profile',
+           'get_profile', 'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
@@ -42,6 +42,9 @@ class ArchiveError(SpecpredError):
 
 class WeightsError(SpecpredError):
     "A weights file that does not belong to the model it is loaded into."
+
+class TrainingError(SpecpredError):
+    "A training that cannot go on: its loss is no number, or the device has too little memory."
 
 # %% ../nbs/00_config.ipynb #82398d5c
 class Settings(BaseModel):

@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,9 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 
-from .config import (
-    SPECPRED, InvalidInputError, Paths, Recipe, Training, TrainingParameters, find_training)
+from specpred.config import (
+    SPECPRED, InvalidInputError, Paths, Recipe, Training, TrainingError, TrainingParameters,
+    find_training)
 from .config import random_generator, seed_everything
 from .images import (
     Augmentation, Draws, GalaxyImage, ImageStore, ImageTransform, augment, fit_transform,
@@ -153,8 +155,11 @@ def read(self:GalaxySet, positions) -> torch.Tensor:
 
 @patch
 def _read_all(self:GalaxySet, memory:torch.device) -> torch.Tensor:
-    parts = np.array_split(np.arange(len(self)), len(self)//256 + 1)
-    return torch.cat([self.read(part).to(memory) for part in parts])
+    first = self.read([0])
+    values = first.new_empty(len(self), *first.shape[1:], device=memory)
+    for part in np.array_split(np.arange(len(self)), len(self)//256 + 1):
+        values[part[0]:part[-1] + 1] = self.read(part)
+    return values
 
 @patch
 def drawn(self:GalaxySet, epoch:int) -> Draws:
@@ -197,9 +202,15 @@ class BatchLoader(DataLoader):
 
     def create_batch(self, positions): return self.dataset.batch(positions, self.epoch)
 
-    def shuffle_fn(self, positions):
-        rng = random_generator(self.dataset.seed, "order", self.epoch)
-        return rng.permutation(self.n).tolist()
+    def order(self, epoch):
+        return random_generator(self.dataset.seed, "order", epoch).permutation(self.n)
+
+    def shuffle_fn(self, positions): return self.order(self.epoch).tolist()
+
+    def specobjids(self, epoch:int, batch:int) -> np.ndarray:
+        "Galaxies of a training batch, which is counted from 0, as the epoch is."
+        positions = self.order(epoch)[batch*self.bs:(batch + 1)*self.bs]
+        return self.dataset.images.specobjid[self.dataset.rows[positions]]
 
     def after_iter(self): self.epoch += 1
 
@@ -291,6 +302,22 @@ class EpochCheckpoint(Callback):
         if bar := getattr(getattr(self.learn, "progress", None), "pbar", None):
             rate = sum(n for _, n in self.losses)/(time.time() - self.started)
             bar.comment = f"{bar.comment.split(',')[0]}, {rate:.0f} images/s"
+        if len(self.losses) % 100 == 0: self.check_losses()
+
+    def after_train(self): self.check_losses()
+
+    def check_losses(self):
+        "Raises `TrainingError` where a loss of this epoch is no number."
+        losses = [loss for loss, _ in self.losses]
+        bad = ~torch.stack(losses).isfinite().cpu().numpy() if losses else np.zeros(0, bool)
+        if not bad.any(): return
+        batch, loader = int(bad.argmax()), self.dls.train
+        galaxies = ""
+        if isinstance(loader, BatchLoader):
+            galaxies = f" (specobjid {', '.join(map(str, loader.specobjids(self.epoch, batch)))})"
+        raise TrainingError(f"the loss of batch {batch + 1} of epoch {self.epoch + 1} is "
+            f"{losses[batch].item()}. Look at its galaxies{galaxies}, or lower training.lr. "
+            f"What was learned in {len(self.history)} epochs is kept in {self.path}.")
 
 # %% ../nbs/24_training.ipynb #eee93efa
 def plain(value):
@@ -400,7 +427,8 @@ def make_learner(
     model = MODELS[training.model](**arguments)
     for module in model.modules():
         if isinstance(module, PhotometryBranch):
-            module.to(dls.device).standardise(x for x, _ in dls.train)
+            some = islice(dls.train, 1 + 4000//dls.train.bs)  # are enough for mean and scatter
+            module.to(dls.device).standardise(x for x, _ in some)
     return Learner(dls, model, loss_func=rmse, opt_func=_OPTIMIZERS[recipe.optimizer],
         metrics=pooled_metrics(y.shape[1]), wd=recipe.weight_decay)
 
@@ -429,7 +457,8 @@ def train_model(
     progress:bool = True,
     cbs = (),  # fastai callbacks besides the recipe's
 ) -> TrainedLearner:
-    "Trains one model from its last checkpoint, or from the start."
+    """Trains one model from its last checkpoint, or from the start. Raises `TrainingError` for a
+    loss that is no number, and for a batch too large for the GPU."""
     training = find_training(name)
     seed = seed_everything(seed, "training", name)
     if isinstance(dls.train, BatchLoader): dls.train.dataset.seed = seed
@@ -442,10 +471,30 @@ def train_model(
         if not progress: contexts.enter_context(learn.no_bar())
         if not progress: contexts.enter_context(learn.no_logging())
         if parameters.bf16: contexts.enter_context(_bf16(learn.model, dls.device))
-        if start < parameters.epochs:
-            learn.fit_one_cycle(parameters.epochs, learning_rate(training, parameters),
-                start_epoch=start, cbs=[saver, *cbs])
+        fits = start == parameters.epochs or _fits(learn, parameters.epochs,
+            learning_rate(training, parameters), start_epoch=start, cbs=[saver, *cbs])
+        if not fits: raise TrainingError(_too_large(learn, parameters.batch_size))
     return TrainedLearner(learn, pd.DataFrame(saver.history))
+
+def _fits(learn, *arguments, **options) -> bool:
+    "Trains; whether the memory was enough. The exception would keep what it was filled with."
+    try: learn.fit_one_cycle(*arguments, **options)
+    except torch.OutOfMemoryError: return False
+    return True
+
+def _too_large(learn, batch_size):
+    "What to do about a batch that is too large, after steps of smaller ones."
+    x, y = learn.dls.one_batch()
+    learn.model.train()
+    n = len(x)//2
+    while n:
+        torch.cuda.empty_cache()
+        try:
+            learn.loss_func(learn.model(x[:n]), y[:n]).backward()
+            return (f"a batch of {batch_size} galaxies is too large for the memory of {x.device}; "
+                f"one of {n} fits: set training.batch_size={n}.")
+        except torch.OutOfMemoryError: n //= 2
+    return f"not one galaxy fits into the memory of {x.device}: set training.keep=False."
 
 # %% ../nbs/24_training.ipynb #5b35d0cc
 def train_models(

@@ -16,6 +16,7 @@ from specpred.config import (
     SPECPRED,
     InvalidInputError,
     Paths,
+    TrainingError,
     TrainingParameters,
     replace,
 )
@@ -171,6 +172,43 @@ def test_optimizers_of_all_parameters_at_once_are_those_of_fastai(ours, theirs):
             optimizer.zero_grad()
         return torch.cat([p.detach().flatten() for p in parameters])
     assert torch.equal(trained(ours), trained(theirs))
+
+
+class NoNumber(Callback):
+    def after_loss(self):
+        if self.training and self.epoch == 1 and self.iter == 1:
+            self.learn.loss_grad = torch.nan*self.loss_grad
+            self.learn.loss = self.loss_grad.detach()
+
+
+def test_a_loss_that_is_no_number_names_its_galaxies(sample, tmp_path):
+    parameters, seen = TrainingParameters(epochs=3, batch_size=7), []
+    class Watch(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 1 and self.iter == 1: seen.append(self.yb[0])
+    def train(cbs):
+        return train_model("conv3", loaders(sample), parameters, 0, tmp_path/"state",
+            progress=False, cbs=cbs)
+    with pytest.raises(TrainingError, match="batch 2 of epoch 2 is nan") as raised:
+        train([NoNumber(), Watch()])
+    named = raised.value.args[0].partition("specobjid ")[2].partition(")")[0].split(", ")
+    train_rows = sample.rows("train").set_index("specobjid")
+    expected = train_rows.loc[[int(n) for n in named], target_columns(train_rows)]
+    np.testing.assert_array_equal(np.float32(expected), seen[0])
+    resumed = train([])  # from the end of the first epoch
+    assert len(resumed.history) == 3 and np.isfinite(resumed.history.rmse).all()
+
+
+def test_a_batch_that_is_too_large_says_which_one_fits(sample, tmp_path, monkeypatch):
+    forward = torch.nn.Sequential.forward
+    def small(module, x):
+        if len(x) > 3: raise torch.OutOfMemoryError("full")
+        return forward(module, x)
+    dls = loaders(sample)
+    monkeypatch.setattr(torch.nn.Sequential, "forward", small)
+    with pytest.raises(TrainingError, match="one of 3 fits: set training.batch_size=3"):
+        train_model("conv3", dls, TrainingParameters(batch_size=7), 0, tmp_path/"state",
+            progress=False)
 
 
 def test_a_checkpoint_of_another_training_is_not_taken_up(sample, tmp_path):
