@@ -405,6 +405,7 @@ _FILES = dict(
     results="results",  # tables of 25_evaluation
     figures="figures",
     predicted_spectra="predicted_spectra",  # what 28_predict makes of a few cutouts
+    sweep="sweep",  # trainings of specpred sweep, a folder each
     manifests="manifests",
     runs="runs")  # executed notebooks, one folder a run
 

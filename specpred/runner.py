@@ -4,21 +4,26 @@
 
 # %% ../nbs/29_runner.ipynb #d33aac5b
 from __future__ import annotations
+import contextlib
+import io
+import itertools
 import json
+import os
 import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from .config import (PROFILES, Paths, Profile, ProfileError, SpecpredError, _nearest,
-    get_paths, get_profile, repo_root)
+from typing import NamedTuple
+from .config import (PROFILES, MissingInputError, Paths, Profile, ProfileError,
+    SpecpredError, _nearest, get_paths, get_profile, repo_root)
 from .stages import (
     STAGES, Stage, atomic_path, only_one, read_manifest, versions, why_outdated)
 
 # %% auto #0
-__all__ = ['find_stage', 'choose_stages', 'NotebookFailed', 'execute_notebook', 'last_executed', 'reproduce', 'summary',
-           'describe_device', 'describe_profiles', 'results_with_errors', 'record_path', 'write_record',
-           'NotReproduced', 'compare_with_record']
+__all__ = ['find_stage', 'choose_stages', 'NotebookFailed', 'execute_notebook', 'last_executed', 'reproduce', 'Combination',
+           'combinations', 'sweep', 'summary', 'describe_device', 'describe_profiles', 'results_with_errors',
+           'record_path', 'write_record', 'NotReproduced', 'compare_with_record']
 
 # %% ../nbs/29_runner.ipynb #760bd181
 def find_stage(
@@ -164,6 +169,115 @@ def reproduce(
             print(f"{stage.name:16} {result}", flush=True)
             _write_page(last_executed(paths)[stage.name])
     return folder
+
+# %% ../nbs/29_runner.ipynb #9c0d1f02
+class Combination(NamedTuple):
+    "One training of a sweep."
+    label: str  # also the name of its folder
+    settings: dict  # model, seed, and those that vary
+    overrides: tuple[str, ...]  # of the profile
+
+def combinations(
+    profile:Profile,
+    models,  # as in `training.models`
+    seeds,  # numbers that are added to the profile's seed
+    vary:dict | None = None,  # settings and their values, e.g. {"training.batch_size": [32, 64]}
+    overrides = (),  # changes to the profile, of all of them
+) -> list[Combination]:
+    "All that a sweep trains. Raises `ProfileError` for settings that do not exist."
+    vary, found = vary or {}, {}
+    for model, seed, *values in itertools.product(models, seeds, *vary.values()):
+        varied = dict(zip(vary, values, strict=True))
+        words = [model, str(seed), *(f"{name}={value}" for name, value in varied.items())]
+        own = (*overrides, *words[2:], f"training.models={model}", "training.seeds=1",
+            f"seed={profile.seed + seed}")
+        get_profile(profile, own)
+        label = re.sub(r"[^\w.=-]", "_", "-".join(words))
+        if label in found: raise ProfileError(f"{label} is asked for twice")
+        found[label] = Combination(label, dict(model=model, seed=seed) | varied, own)
+    return list(found.values())
+
+# %% ../nbs/29_runner.ipynb #9c0d1f05
+def _link_inputs(paths:Paths, own:Paths):
+    for name in find_stage("24_training").reads:
+        source, link = getattr(paths, name), getattr(own, name)
+        if not source.exists():
+            raise MissingInputError(f"a sweep needs {source}, which earlier stages make: "
+                "run specpred reproduce with the same profile first")
+        own.root.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink(): link.symlink_to(source)
+
+def _train(profile:str, overrides, data_dir) -> str:
+    "Runs the training stage; returns the error, if any."
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            reproduce(profile, only="24_training", overrides=overrides, data_dir=data_dir)
+    except SpecpredError as error: return str(error)
+    return ""
+
+@contextlib.contextmanager
+def _dask(scheduler, n_jobs):
+    "A Dask client of the scheduler, or of processes of this machine that share its cores."
+    from distributed import Client, LocalCluster
+    if scheduler:
+        try: client = Client(scheduler, timeout=10)
+        except (OSError, ValueError) as error:
+            raise SpecpredError(f"no Dask scheduler answers at {scheduler}: {error}") from error
+        with client: yield client
+        return
+    cores = os.cpu_count() or 1
+    n_jobs = n_jobs or max(1, cores//4)
+    threads = dict(OMP_NUM_THREADS=str(max(1, cores//n_jobs)))
+    with LocalCluster(n_jobs, threads_per_worker=1, dashboard_address=None, env=threads) as cluster:
+        with Client(cluster) as client: yield client
+
+# %% ../nbs/29_runner.ipynb #9c0d1f08
+def _row(combination:Combination, own:Paths, seed:int, error:str) -> dict:
+    import pandas as pd
+    row, manifest = dict(combination.settings), read_manifest("24_training", own)
+    history = own.history(combination.settings["model"], seed)
+    if manifest and history.is_file(): row |= pd.read_csv(history).iloc[-1].to_dict()
+    made = {name: manifest.get(name) for name in ("finished", "wall_time_s")}
+    version = " ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
+    return row | made | dict(versions=version, folder=str(own.root), error=error)
+
+# %% ../nbs/29_runner.ipynb #9c0d1f09
+def sweep(
+    profile:str = "demo",  # name of a profile, whose stages before 24_training have run
+    models = None,  # as in `training.models`; None: those of the profile
+    seeds = (0,),  # numbers that are added to the profile's seed
+    vary:dict | None = None,  # settings and their values
+    overrides = (),  # changes to the profile, of all of them
+    scheduler:str | None = None,  # address of a Dask scheduler; None: processes of this machine
+    n_jobs:int | None = None,  # of those at a time; None: one for four cores
+    data_dir = None,  # folder that holds <profile>/; for a cluster, one that all machines see
+    progress:bool = True,  # show a bar
+):
+    """Trains every combination and returns the table, which is also `sweep/results.parquet` of the
+    profile; what is done is not done again. A training that failed has its error in the table.
+    Raises `ProfileError`, `MissingInputError`, and `SpecpredError` for a scheduler that does not
+    answer."""
+    import pandas as pd
+    from distributed import as_completed
+    from tqdm.auto import tqdm
+    chosen = get_profile(profile, overrides)
+    paths = get_paths(chosen, data_dir)
+    wanted = combinations(chosen, models or chosen.training.models, seeds, vary, overrides)
+    own = {each.label: get_paths(chosen, paths.sweep/each.label) for each in wanted}
+    for each in wanted: _link_inputs(paths, own[each.label])
+    rows = {}
+    with only_one(paths.sweep, "sweep"), _dask(scheduler, n_jobs) as client:
+        futures = {client.submit(_train, chosen.name, each.overrides, paths.sweep/each.label,
+            pure=False): each for each in wanted}
+        bar = tqdm(as_completed(futures), "trainings", len(futures), disable=not progress)
+        for future in bar:
+            each, failed = futures[future], future.exception()  # e.g. of a worker that was killed
+            error = str(failed) if failed else future.result()
+            seed = chosen.seed + each.settings["seed"]
+            rows[each.label] = _row(each, own[each.label], seed, error)
+            table = pd.DataFrame([rows[e.label] for e in wanted if e.label in rows])
+            with atomic_path(paths.sweep/"results.parquet") as part: table.to_parquet(part)
+    return table
 
 # %% ../nbs/29_runner.ipynb #a8160732
 def summary(
