@@ -32,9 +32,9 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 
-from specpred.config import (
-    SPECPRED, InvalidInputError, Paths, Recipe, Training, TrainingError, TrainingParameters,
-    find_training)
+from .config import (
+    SPECPRED, InvalidInputError, Paths, Recipe, Training, TrainingError,
+    TrainingParameters, find_training)
 from .config import random_generator, seed_everything
 from .images import (
     Augmentation, Draws, GalaxyImage, ImageStore, ImageTransform, augment, fit_transform,
