@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'specpred.evaluation.Reference': ('evaluation.html#reference', 'specpred/evaluation.py'),
                                      'specpred.evaluation._bootstrap_rungs': ('evaluation.html#_bootstrap_rungs', 'specpred/evaluation.py'),
                                      'specpred.evaluation._concatenate': ('evaluation.html#_concatenate', 'specpred/evaluation.py'),
+                                     'specpred.evaluation._observe': ('evaluation.html#_observe', 'specpred/evaluation.py'),
                                      'specpred.evaluation._observe_block': ('evaluation.html#_observe_block', 'specpred/evaluation.py'),
                                      'specpred.evaluation._observed_by_fibre': ( 'evaluation.html#_observed_by_fibre',
                                                                                  'specpred/evaluation.py'),

@@ -318,7 +318,6 @@ class Observed(NamedTuple):
     missing: np.ndarray  # (N, n_bins) bool
     true: np.ndarray  # (N, n_bins) float32 noiseless, NaN where not covered
 
-@threadpool_limits.wrap(limits=1)  # products of several threads round differently
 def observe_galaxies(
     places:pd.DataFrame,  # rows of `draw_survey`
     survey:ImagingSurvey,
@@ -328,6 +327,10 @@ def observe_galaxies(
     seed:int,
 ) -> Observed:
     "Draws the galaxies of these places and observes them, in memory."
+    with threadpool_limits(limits=1):  # products of several threads round differently
+        return _observe(places, survey, size, parameters, couplings, seed)
+
+def _observe(places, survey, size, parameters, couplings, seed):
     library, first = stellar_library(), places.index[0]
     light = draw_light(
         library, len(places), seed, "ladder", first, couplings=couplings, survey=survey
@@ -350,8 +353,8 @@ def observe_galaxies(
 
 def _observe_block(places, survey, *arguments) -> LadderSample:
     "Photometry of the images in place of the images."
-    galaxies, images, *spectra = observe_galaxies(places, survey, *arguments)
     with threadpool_limits(limits=1):
+        galaxies, images, *spectra = _observe(places, survey, *arguments)
         photometry = measure_photometry(images, survey.bands, survey.pixel_scale)
         structure = measure_structure(images, survey.bands, survey.pixel_scale)
     return LadderSample(galaxies, photometry, structure, *spectra)
