@@ -192,7 +192,8 @@ def curve_table(rows, fits):
         ends = ["{:.3f} ± {:.3f}".format(*value) for value in
             (fitted.slope, fitted.at(16_000), fitted.at(64_000))] if fitted else ["", "", ""]
         lines.append([name, *("" if np.isnan(e) else f"{e:.3f}" for e in errors), *ends])
-    return markdown(("model", *(f"{n:,}" for n in sizes), "slope", "at 16,000", "at 64,000"), lines)
+    return markdown(("model", *(f"{n:,}" for n in sizes), "slope", "law at 16,000",
+        "law at 64,000"), lines)
 
 
 def trial_table(rows):
