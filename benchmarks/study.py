@@ -54,7 +54,7 @@ from specpred.vae import SpectrumModel
 RESULTS = Path(__file__).parent/"study"
 BASELINES = ("mean", "nearest neighbours", "boosting on magnitudes", "boosting on all photometry")
 CURVE = (500, 1000, 2000, 16_000)  # training galaxies, besides all of the profile
-TRIED = "xresnet18_hybrid-specpred"  # whose recipe the trials change
+TRIED = "xresnet18_hybrid-specpred", "photometry"  # whose recipe the trials change
 PROTOCOL = "published protocol"
 
 
@@ -99,7 +99,7 @@ class Loss(Callback):
 
 
 class Trial(NamedTuple):
-    "What differs from the recipe with its network at full width."
+    "What differs from the recipe, with a network at full width."
     recipe: dict = {}
     parameters: dict = {}
     callbacks: object = tuple  # makes them
@@ -114,6 +114,7 @@ TRIALS = {
     "shifts up to 2 pixels": Trial(dict(max_shift=2)),
     "learning rate 1e-3": Trial(dict(lr=1e-3)),
     "batches of 128": Trial(parameters=dict(batch_size=128)),
+    "photometry": Trial(),
     "averaged weights": Trial(callbacks=lambda: [AverageWeights()]),
     "noise": Trial(callbacks=lambda: [AddNoise()]),
     "Huber loss": Trial(callbacks=lambda: [Loss(smooth_l1_loss)]),
@@ -125,6 +126,8 @@ TRIALS = {
     "Ranger, 3e-2, decay 0.01": Trial(dict(optimizer="ranger", lr=3e-2, weight_decay=0.01)),
     "bfloat16": Trial(parameters=dict(bf16=True)),
 }
+
+N_OF_NETWORK = 8  # trials, the first, of the hybrid
 
 
 class Run(NamedTuple):
@@ -152,7 +155,9 @@ def plan():
     runs += [Run(name, seed, trial=PROTOCOL) for seed in range(3)
         for name in ("xresnet18_hybrid", "xresnet18")]
     runs += [Run(name, 0, far) for name in (*models[:3], *BASELINES[1:])]
-    return runs + [Run(TRIED, trial=trial) for trial in TRIALS]
+    hybrid, photometry = TRIED  # the quick one tries what is no matter of the network
+    return runs + [Run(hybrid if k < N_OF_NETWORK else photometry, trial=trial)
+        for k, trial in enumerate(TRIALS)]
 
 
 def paths_of(profile, data_dir): return get_paths(profile.name, data_dir)

@@ -197,15 +197,17 @@ def curve_table(rows, fits):
 
 
 def trial_table(rows):
-    trials = rows[rows.name == TRIED]
-    default = trials[(trials.trial == "width 1") & (trials.seed == 0)].rmse_valid.iloc[0]
     lines = []
-    for trial in TRIALS:
-        runs = trials[(trials.trial == trial) & (trials.seed == 0)]
-        for run in runs.itertuples():
-            lines.append([trial, f"{run.rmse_valid:.3f}", f"{run.rmse_valid - default:+.3f}",
-                f"{run.parameters:,.0f}", run.machine])
-    return markdown(("what differs", "RMSE, valid", "difference", "parameters", "on"), lines)
+    for name, default in zip(TRIED, ("width 1", "photometry"), strict=True):
+        trials = rows[(rows.name == name) & (rows.seed == 0) & rows.trial.isin(list(TRIALS))]
+        if trials.empty: continue
+        trials = trials.set_index("trial").reindex([t for t in TRIALS if t in set(trials.trial)])
+        for run in trials.itertuples():
+            difference = run.rmse_valid - trials.rmse_valid[default]
+            lines.append([name.removesuffix("-specpred"), run.Index, f"{run.rmse_valid:.3f}",
+                f"{difference:+.3f}", f"{run.parameters:,.0f}", run.machine])
+    head = "network", "what differs", "RMSE, valid", "difference", "parameters", "on"
+    return markdown(head, lines)
 
 
 def protocol_table(rows):
