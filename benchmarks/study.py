@@ -5,7 +5,7 @@ learning curve and trials of recipes, on the images and latents of a run of the 
     python benchmarks/study.py --more 60100
     python benchmarks/study_tables.py
 
-takes days on two cores and twenty minutes on a GPU with --jobs 8, run by run: each leaves a row in
+takes many hours on two cores, less on a GPU with --jobs 10, run by run: each leaves a row in
 study/runs.csv and its predictions of the test galaxies in study/, so that a later call goes on with
 those that are missing; one that was interrupted goes on after its last epoch. --more draws further
 galaxies, for the far end of the learning curve."""
@@ -54,12 +54,11 @@ from specpred.vae import SpectrumModel
 RESULTS = Path(__file__).parent/"study"
 BASELINES = ("mean", "nearest neighbours", "boosting on magnitudes", "boosting on all photometry")
 CURVE = (500, 1000, 2000, 16_000)  # training galaxies, besides all of the profile
-TRIED = "xresnet18_hybrid-specpred", "photometry"  # whose recipe the trials change
 PROTOCOL = "published protocol"
 
 
 class AverageWeights(Callback):
-    "Validates and ends with an exponential moving average of the weights."
+    "Ends with an exponential moving average of the weights."
     def before_fit(self):
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.99),
             use_buffers=False)
@@ -83,7 +82,7 @@ class AddNoise(Callback):
 
 
 class Blur(Callback):
-    "Mixes each training image with its mean over 3 x 3 pixels: a PSF up to a quarter wider."
+    "Mixes each training image with its mean over 3 x 3 pixels: seeing that differs."
     def before_batch(self):
         if not self.training: return
         x = self.xb[0]
@@ -105,7 +104,7 @@ class Trial(NamedTuple):
     callbacks: object = tuple  # makes them
 
 
-TRIALS = {
+NETWORK_TRIALS = {  # of the hybrid
     "width 1": Trial(),
     "width 1/2": Trial(dict(width=0.5)),
     "width 1/4": Trial(dict(width=0.25)),
@@ -114,6 +113,9 @@ TRIALS = {
     "shifts up to 2 pixels": Trial(dict(max_shift=2)),
     "learning rate 1e-3": Trial(dict(lr=1e-3)),
     "batches of 128": Trial(parameters=dict(batch_size=128)),
+}
+
+BRANCH_TRIALS = {  # of what is no matter of the network: quick
     "photometry": Trial(),
     "averaged weights": Trial(callbacks=lambda: [AverageWeights()]),
     "noise": Trial(callbacks=lambda: [AddNoise()]),
@@ -127,7 +129,7 @@ TRIALS = {
     "bfloat16": Trial(parameters=dict(bf16=True)),
 }
 
-N_OF_NETWORK = 8  # trials, the first, of the hybrid
+TRIALS = NETWORK_TRIALS | BRANCH_TRIALS
 
 
 class Run(NamedTuple):
@@ -155,21 +157,17 @@ def plan():
     runs += [Run(name, seed, trial=PROTOCOL) for seed in range(3)
         for name in ("xresnet18_hybrid", "xresnet18")]
     runs += [Run(name, 0, far) for name in (*models[:3], *BASELINES[1:])]
-    hybrid, photometry = TRIED  # the quick one tries what is no matter of the network
-    return runs + [Run(hybrid if k < N_OF_NETWORK else photometry, trial=trial)
-        for k, trial in enumerate(TRIALS)]
-
-
-def paths_of(profile, data_dir): return get_paths(profile.name, data_dir)
+    runs += [Run("xresnet18_hybrid-specpred", trial=trial) for trial in NETWORK_TRIALS]
+    return runs + [Run("photometry", trial=trial) for trial in BRANCH_TRIALS]
 
 
 def survey_sample(profile, data_dir):
-    paths = paths_of(profile, data_dir)
+    paths = get_paths(profile, data_dir)
     images, latents = open_images(paths.images), pd.read_parquet(paths.latents)
     return make_sample(images, latents, profile.training.stretch, profile.seed)
 
 
-def more_folder(profile, data_dir): return paths_of(profile, data_dir).root/"more"
+def more_folder(profile, data_dir): return get_paths(profile, data_dir).root/"more"
 
 
 def n_available(profile, data_dir):
@@ -181,7 +179,7 @@ def n_available(profile, data_dir):
 
 def observed_and_encoded(places, profile, data_dir, seed):
     "Images and targets of galaxies beyond those of the survey."
-    paths, survey = paths_of(profile, data_dir), SURVEYS[profile.images.survey]
+    paths, survey = get_paths(profile, data_dir), SURVEYS[profile.images.survey]
     observed = observe_galaxies(places, survey, profile.images.size, profile.spectra,
         profile.mock.couplings, seed)
     store, model = load_store(paths.spectra), SpectrumModel.load(paths.vae)
@@ -293,7 +291,7 @@ def do(run, profile, data_dir):
     if run.name in BASELINES:
         predictions = by_baseline(run.name, sample, profile.evaluation, seed)
     else:
-        root = paths_of(profile, data_dir).root
+        root = get_paths(profile, data_dir).root
         predictions, facts = by_training(run, sample, profile.training, seed, root)
     # trials are judged on the valid galaxies alone; the published protocol calls the test ones so
     if run.trial: predictions.pop("test", None)

@@ -8,7 +8,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from study import BASELINES, PROTOCOL, RESULTS, TRIALS, TRIED, plan, read_rows, survey_sample
+from study import (
+    BASELINES,
+    BRANCH_TRIALS,
+    NETWORK_TRIALS,
+    PROTOCOL,
+    RESULTS,
+    plan,
+    read_rows,
+    survey_sample,
+)
 from tqdm.auto import tqdm
 
 from specpred.config import get_paths, get_profile
@@ -198,12 +207,11 @@ def curve_table(rows, fits):
 
 def trial_table(rows):
     lines = []
-    for name, default in zip(TRIED, ("width 1", "photometry"), strict=True):
-        trials = rows[(rows.name == name) & (rows.seed == 0) & rows.trial.isin(list(TRIALS))]
-        if trials.empty: continue
-        trials = trials.set_index("trial").reindex([t for t in TRIALS if t in set(trials.trial)])
-        for run in trials.itertuples():
-            difference = run.rmse_valid - trials.rmse_valid[default]
+    for name, trials in ((BEST, NETWORK_TRIALS), ("photometry", BRANCH_TRIALS)):
+        runs = rows[(rows.name == name) & (rows.seed == 0)].set_index("trial")
+        runs = runs.loc[[trial for trial in trials if trial in runs.index]]
+        for run in runs.itertuples():
+            difference = run.rmse_valid - runs.rmse_valid.iloc[0]  # of the recipe as it is
             lines.append([name.removesuffix("-specpred"), run.Index, f"{run.rmse_valid:.3f}",
                 f"{difference:+.3f}", f"{run.parameters:,.0f}", run.machine])
     head = "network", "what differs", "RMSE, valid", "difference", "parameters", "on"
