@@ -21,8 +21,8 @@ from specpred.stages import STAGES, atomic_path
 TITLES = {
     "11_mock_survey": "mock survey", "14_download": "download", "15_images": "images",
     "18_eigenspectra": "spectra", "19_lines": "lines", "21_vae": "autoencoder",
-    "24_training": "training", "25_evaluation": "evaluation", "26_figures": "figures",
-    "28_predict": "prediction"}
+    "24_training": "training", "28_evaluation": "evaluation", "29_figures": "figures",
+    "31_predict": "prediction"}
 
 
 def box(ax, x, y, width, height, text, color, **kwargs):

@@ -234,7 +234,7 @@ class TrainingParameters(Settings):
     bf16: bool = False  # products and convolutions in bfloat16, where the device is faster so
 
 class EvaluationParameters(Settings):
-    "The baselines that see magnitudes only, and the information ladder (25_evaluation)."
+    "The baselines that see magnitudes only, and the information ladder (28_evaluation)."
     n_neighbors: int = Field(20, ge=1, le=10**6)  # of the k-nearest-neighbour regression
     boosting_iterations: int = Field(1000, ge=1, le=10**6)  # of the gradient boosting, at most
     # mock galaxies of the ladder, a seventh of them to test; 0: no ladder
@@ -402,9 +402,9 @@ _FILES = dict(
     latents="latents.parquet",
     models="models",
     predictions="predictions.parquet",
-    results="results",  # tables of 25_evaluation
+    results="results",  # tables of 28_evaluation
     figures="figures",
-    predicted_spectra="predicted_spectra",  # what 28_predict makes of a few cutouts
+    predicted_spectra="predicted_spectra",  # what 31_predict makes of a few cutouts
     sweep="sweep",  # trainings of specpred sweep, a folder each
     manifests="manifests",
     runs="runs")  # executed notebooks, one folder a run
