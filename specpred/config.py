@@ -18,8 +18,8 @@ from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fi
 __all__ = ['IMAGE_MODELS', 'PUBLISHED', 'SPECPRED', 'RECIPES', 'PROFILES', 'SpecpredError', 'ProfileError', 'MissingInputError',
            'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError', 'TrainingError', 'Settings',
            'replace', 'MockParameters', 'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters',
-           'Recipe', 'Training', 'find_training', 'TrainingParameters', 'EvaluationParameters', 'Profile',
-           'get_profile', 'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths']
+           'Recipe', 'Training', 'find_training', 'TrainingParameters', 'PosteriorParameters', 'EvaluationParameters',
+           'Profile', 'get_profile', 'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
@@ -233,6 +233,18 @@ class TrainingParameters(Settings):
     keep: bool | None = None  # images in memory; None: if they fill less than half of it
     bf16: bool = False  # products and convolutions in bfloat16, where the device is faster so
 
+class PosteriorParameters(Settings):
+    "The distribution of targets and spectra given an image (25_posterior)."
+    model: str | None = None  # whose features it depends on; None: the best on the valid galaxies
+    density: Literal["flow", "gaussian"] = "flow"
+    n_components: int = Field(16, ge=1, le=1000)  # principal components of the features
+    epochs: int = Field(60, ge=1, le=10**6)
+    batch_size: int = Field(128, ge=1, le=10**6)
+    lr: float = Field(6e-3, ge=1e-12, le=100)  # one-cycle's largest learning rate
+    dropout: float = Field(0.2, ge=0, lt=1)  # of the context
+    residual_components: int = Field(10, ge=1, le=1000)  # of what the autoencoder cannot draw
+    n_draws: int = Field(128, ge=16, le=10**5)  # of a galaxy, from which bands are calibrated
+
 class EvaluationParameters(Settings):
     "The baselines that see magnitudes only, and the information ladder (28_evaluation)."
     n_neighbors: int = Field(20, ge=1, le=10**6)  # of the k-nearest-neighbour regression
@@ -252,6 +264,7 @@ class Profile(Settings):
     spectra: SpectraParameters = SpectraParameters()
     vae: VAEParameters = VAEParameters()
     training: TrainingParameters = TrainingParameters()
+    posterior: PosteriorParameters = PosteriorParameters()
     evaluation: EvaluationParameters = EvaluationParameters()
 
     @model_validator(mode="after")
@@ -271,6 +284,7 @@ _SMOKE = Profile(
     images=ImageParameters(size=48),
     vae=VAEParameters(epochs=60, n_trials=3, trial_epochs=4),
     training=TrainingParameters(epochs=2, batch_size=32),
+    posterior=PosteriorParameters(epochs=10, n_components=4),
     evaluation=EvaluationParameters(boosting_iterations=30, ladder_galaxies=280))
 
 _DEMO = Profile(
@@ -401,6 +415,11 @@ _FILES = dict(
     vae_search="vae_search.csv",  # the settings that were tried
     latents="latents.parquet",
     models="models",
+    posterior="posterior.safetensors",
+    calibration_tables="calibration",  # of 26_calibration
+    calibration="calibration/calibration.safetensors",
+    domain_tables="domain",  # of 27_domain
+    domain="domain/domain.safetensors",
     predictions="predictions.parquet",
     results="results",  # tables of 28_evaluation
     figures="figures",

@@ -5,7 +5,6 @@
 # %% ../nbs/28_evaluation.ipynb #1ac3fccb
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import joblib
@@ -14,10 +13,10 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from .config import MockParameters, Paths, SpectraParameters, random_generator, replace
+from .calibration import Reference, load_reference
+from .config import MockParameters, SpectraParameters, random_generator, replace
 from .eigenspectra import SpectraStore, SpectrumBasis, fill, load_store
 from .formats import SDSSSpectrum
-from .images import find_rows
 from .lines import LINES, measure_spectra
 from .mock_light import PHYSICAL, SDSS_EXTINCTION, STRUCTURE, draw_light, spectrum_at
 from specpred.mock_survey import (
@@ -26,7 +25,6 @@ from specpred.mock_survey import (
     observe_fibre,
     observe_stamps,
     stellar_library,
-    true_spectra,
 )
 from .photometry import measure_photometry, measure_structure, ring_table
 from .populations import FineBasis
@@ -39,9 +37,9 @@ from .vae import SpectrumModel
 # %% auto #0
 __all__ = ['LINE_QUANTITIES', 'LADDER_QUANTITIES', 'RUNGS', 'rmse_per_target', 'pooled_rmse', 'core_rmse', 'bootstrap_error',
            'Difference', 'rmse_difference', 'fractional_error', 'reduced_chi2', 'magnitude_and_colours',
-           'predict_by_neighbors', 'predict_by_boosting', 'Reference', 'load_reference', 'score_spectra',
-           'predicted_targets', 'score', 'score_lines', 'LadderSample', 'Observed', 'observe_galaxies',
-           'make_ladder_sample', 'encode_spectra', 'ladder_quantities', 'ladder_rungs', 'climb', 'ladder_table']
+           'predict_by_neighbors', 'predict_by_boosting', 'score_spectra', 'predicted_targets', 'score', 'score_lines',
+           'LadderSample', 'Observed', 'observe_galaxies', 'make_ladder_sample', 'encode_spectra', 'ladder_quantities',
+           'ladder_rungs', 'climb', 'ladder_table']
 
 # %% ../nbs/28_evaluation.ipynb #c24f29c5
 def rmse_per_target(
@@ -163,43 +161,6 @@ def predict_by_boosting(
     )
     model.fit(train_features, train_targets)
     return model.predict(features)
-
-# %% ../nbs/28_evaluation.ipynb #19cffc18
-@dataclass
-class Reference:
-    "What is known of the spectra of a set of galaxies, on the rest-frame grid, normalised."
-    targets: np.ndarray  # (N, n_targets) standardised
-    observed: np.ndarray  # (N, n_bins)
-    error: np.ndarray  # (N, n_bins)
-    missing: np.ndarray  # (N, n_bins) bool
-    reconstructed: np.ndarray  # (N, n_bins), the targets decoded
-    true: np.ndarray | None  # (N, n_bins) noiseless, NaN where not covered
-
-# %% ../nbs/28_evaluation.ipynb #4ebf745b
-def load_reference(
-    specobjids,  # galaxies
-    paths:Paths,
-) -> Reference:
-    "Observed, reconstructed and, in a mock survey, true spectra of these galaxies."
-    store, model = load_store(paths.spectra), SpectrumModel.load(paths.vae)
-    rows = find_rows(store.specobjid, specobjids)
-    norm = store.norm[rows, None]
-    latents = pd.read_parquet(paths.latents).set_index("specobjid")
-    latents = latents.loc[np.asarray(specobjids, np.uint64)]
-    targets = latents[target_columns(latents)].to_numpy(np.float32)
-    return Reference(
-        targets, store.flux[rows]/norm, store.error[rows]/norm, store.missing[rows],
-        model.decode(targets), _true_rest_frame(store, rows, norm, paths))
-
-def _true_rest_frame(store, rows, norm, paths:Paths) -> np.ndarray | None:
-    "Noiseless spectra of these rows of the store on its grid, normalised; None for a real survey."
-    truth = true_spectra(paths.mock, store.specobjid[rows])
-    if truth is None: return None
-    loglam, flux = truth
-    grid_loglam = np.log10(store.wavelength)
-    grid = LogGrid(len(grid_loglam), grid_loglam[0], grid_loglam[1] - grid_loglam[0])
-    rest = rebin(flux, None, loglam[0], store.redshift[rows], grid)
-    return np.where(rest.missing, np.nan, rest.flux)/norm
 
 # %% ../nbs/28_evaluation.ipynb #46f124a6
 def score_spectra(

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .evaluation import LADDER_QUANTITIES, Reference, pooled_rmse
+from .calibration import Reference
+from .evaluation import LADDER_QUANTITIES, pooled_rmse
 from .images import composite
 from .plotting import COLOURS, RED, mark_lines
 from .stages import atomic_path

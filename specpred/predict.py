@@ -20,130 +20,215 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from . import models
+from .calibration import (
+    CLASSES, QUANTITIES, WHOLE, Bands, Calibration, Described, class_probabilities,
+    describe, grid_of, observed_columns)
 from .config import (
-    ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError,
-    random_generator)
+    ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError)
 from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
+from .domain import Domain, constant_bands, has_source, image_faults
 from .formats import damage_reported
 from specpred.images import (
-    Galaxy, aperture_magnitudes, combine_bands, composite, masked_fraction, signal_to_noise,
+    Galaxy, aperture_magnitudes, central_crop, combine_bands, composite, masked_fraction,
     sky_statistics)
 from .plotting import RED, mark_lines
+from .posterior import (
+    GaussianErrors, SpectrumPosterior, SpectrumResidual, find_weights, with_features)
 from .resample import resample_galaxy
-from .spectra import list_few
 from .stages import atomic_path
 from .surveys import ImagingSurvey
 from .vae import SpectrumModel
+from .weights import read_weights
 
 # %% auto #0
-__all__ = ['GaussianErrors', 'PredictedSpectra', 'Predictor', 'has_source', 'constant_bands', 'write_cube', 'name_galaxies',
-           'ReadImage', 'read_image', 'write_table', 'plot_prediction', 'find_weights', 'predict_files',
+__all__ = ['PredictedSpectra', 'Predictor', 'tabulate_quantities', 'ObservedSpectra', 'normalise', 'recalibrate', 'write_cube',
+           'name_galaxies', 'ReadImage', 'read_image', 'write_table', 'plot_prediction', 'predict_files',
            'write_predictions', 'read_summary']
-
-# %% ../nbs/31_predict.ipynb #ebc03724
-@dataclass(frozen=True)
-class GaussianErrors:
-    "Errors of predicted targets, the same for every galaxy: a normal distribution."
-    bias: np.ndarray  # (n_targets,) mean of predicted minus true targets
-    covariance: np.ndarray  # (n_targets, n_targets)
-    seed: int  # of the draws
-
-    @classmethod
-    def of(cls, trained:models.TrainedModel) -> "GaussianErrors":
-        """The errors of the calib galaxies. Raises `WeightsError` where the weights file does not
-        have them."""
-        known = trained.provenance
-        try:
-            return cls(
-                np.array(known["residual_mean"]),
-                np.array(known["residual_covariance"]),
-                int(known["seed"]),
-            )
-        except KeyError as error:
-            raise WeightsError(
-                f"The weights of {trained.name} do not say their {error}, which an error band "
-                "needs: they are not from 24_training. Without a decoder, `Predictor` gives "
-                "the targets."
-            ) from None
-
-    def draw(self, targets:np.ndarray, n:int) -> np.ndarray:
-        """(n, n_targets) draws of the true targets of one galaxy, from its predicted `targets`
-        (n_targets,)."""
-        # the same draws for every galaxy: its band does not depend on the other galaxies
-        rng = random_generator(self.seed, "band")
-        errors = rng.multivariate_normal(self.bias, self.covariance, n, method="eigh")
-        return targets - errors
 
 # %% ../nbs/31_predict.ipynb #40e98df2
 @dataclass
 class PredictedSpectra:
     """Targets and, where there is a decoder, rest-frame spectra of N galaxies. The unit is that of
-    the training spectra, whose L2 norm is 1 (a decoded one's is 1 to a few percent)."""
+    the training spectra, whose L2 norm is 1."""
     targets: np.ndarray  # (N, n_targets) predicted, standardised
+    reasons: list[str]  # why a galaxy is flagged, "" where it is not
     wavelength: np.ndarray | None = None  # (n_bins,) vacuum Angstrom
-    flux: np.ndarray | None = None  # (N, n_bins) decoded from the predicted targets
-    lower: np.ndarray | None = None  # (N, n_bins) 16th percentile of the decoded draws
-    upper: np.ndarray | None = None  # (N, n_bins) 84th percentile
+    flux: np.ndarray | None = None  # (N, n_bins) median
+    lower: np.ndarray | None = None  # (N, n_bins) ends of the 68 % band
+    upper: np.ndarray | None = None
+    lower_95: np.ndarray | None = None  # (N, n_bins) ends of the 95 % band
+    upper_95: np.ndarray | None = None
+    whole_lower: np.ndarray | None = None  # (N, n_bins) the whole spectrum is inside with 95 %
+    whole_upper: np.ndarray | None = None
+    quantities: pd.DataFrame | None = None  # of lines, indices, classes, if asked for
+    draws: Described | None = None  # what all of this comes from
 
 # %% ../nbs/31_predict.ipynb #a757e608
 class Predictor:
-    "A trained network and, for spectra, the decoder that belongs to it."
+    "A trained network and what belongs to it."
     def __init__(self,
         model:models.TrainedModel,
         decoder:SpectrumModel | None = None,  # None: targets only
-        posterior = None,  # object with `draw(targets, n)`; None: the errors of the calib galaxies
+        posterior:SpectrumPosterior | None = None,  # None: the errors of the calib galaxies
+        calibration:Calibration | None = None,  # of the posterior; None: bands are as drawn
+        domain:Domain | None = None,  # None: images get the checks that need no sample
     ):
-        self.model, self.decoder, self.posterior = model, decoder, posterior
-        if decoder is not None and posterior is None: self.posterior = GaussianErrors.of(model)
+        self.model, self.decoder, self.calibration = model, decoder, calibration
+        self.network, self.posterior, self.domain = with_features(model), posterior, domain
+        if decoder is not None and posterior is None:
+            residual = SpectrumResidual.none(len(decoder.wavelength))
+            seed = int(model.provenance.get("seed", 0))
+            self.posterior = SpectrumPosterior(GaussianErrors.of(model), residual, decoder, seed)
 
     @classmethod
     def load(cls,
         weights:str | Path,  # of 24_training
         vae:str | Path | None = None,  # of 21_vae; None: targets only
+        posterior:str | Path | None = None,  # of 25_posterior
+        calibration:str | Path | None = None,  # of 26_calibration
+        domain:str | Path | None = None,  # of 27_domain
     ) -> "Predictor":
-        "Raises `MissingInputError`, `DamagedFileError` or `WeightsError`."
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        """Raises `MissingInputError`, `DamagedFileError`, and `WeightsError` for files that do not
+        belong together."""
+        model = models.load(weights, "cuda" if torch.cuda.is_available() else "cpu")
         decoder = None if vae is None else SpectrumModel.load(vae)
-        return cls(models.load(weights, device), decoder)
+        if posterior is not None: posterior = SpectrumPosterior.load(posterior, model, decoder)
+        if calibration is not None: calibration = Calibration.load(calibration)
+        return cls(model, decoder, posterior, calibration, domain and Domain.load(domain))
+
+# %% ../nbs/31_predict.ipynb #31ofrun0
+@patch(cls_method=True)
+def of_run(cls:Predictor,
+    paths:Paths,  # of a profile
+    model:str | None = None,  # name of a trained model; None: that with the smallest RMSE on valid
+) -> Predictor:
+    "What a run has made. Raises as `load`; a model without a posterior is warned of."
+    weights, files = find_weights(paths, model), {}
+    if paths.domain.is_file(): files["domain"] = paths.domain
+    if paths.posterior.is_file() and paths.calibration.is_file():
+        owner = read_weights(paths.posterior).metadata.get("provenance", {}).get("model")
+        if owner == weights.stem:
+            files |= dict(posterior=paths.posterior, calibration=paths.calibration)
+        else: warnings.warn(f"The posterior of {paths.root.name} is that of {owner}; the band of "
+            f"{weights.stem} is that of one covariance for all galaxies.", stacklevel=2)
+    return cls.load(weights, paths.vae, **files)
 
 # %% ../nbs/31_predict.ipynb #54219e16
 @patch
 def predict(self:Predictor,
     flux,  # (N, bands, height, width) nJy, bands and pixel scale of the model's survey, centred
-    n_draws:int = 128,  # of the band
+    n_draws:int = 128,  # of the posterior
+    quantities:bool = False,  # lines, indices and classes too: 60 ms a galaxy
 ) -> PredictedSpectra:
-    """Spectra with 68 % bands. Raises `InvalidInputError` for other shapes, smaller images, NaN,
-    and images without a source in their middle."""
-    targets = self.model.predict_targets(flux)
-    flux = np.asarray(flux)
-    empty = ~has_source(flux, self.model.survey) | constant_bands(flux).any(1)
-    if empty.any():
-        raise InvalidInputError("no source in the middle, or a constant band: "
-            + list_few(np.flatnonzero(empty), "image"))
-    if self.decoder is None: return PredictedSpectra(targets)
-    bands = np.zeros((2, len(targets), len(self.decoder.wavelength)), np.float32)
-    for k, one in enumerate(targets):
-        draws = self.decoder.decode(self.posterior.draw(one, n_draws).astype(np.float32))
-        bands[:, k] = np.percentile(draws, (16, 84), axis=0)
-    return PredictedSpectra(targets, self.decoder.wavelength, self.decoder.decode(targets), *bands)
+    """Spectra with bands. Raises `InvalidInputError` for other shapes, smaller images and NaN; what
+    looks wrong is flagged, and has bands no narrower than the spread of all galaxies."""
+    outputs = self.network.predict_targets(flux)
+    flux = central_crop(np.asarray(flux, np.float32), self.image_size(flux))
+    targets, reasons = outputs[:, :self.model.arguments["n_out"]], self.flag(flux)
+    if self.decoder is None: return PredictedSpectra(targets, reasons)
+    draws = describe(self.posterior, outputs, n_draws, n_draws//2 if quantities else 0)
+    bands, whole = self.calibrated(draws, flux, np.array([bool(words) for words in reasons]))
+    n_bins = len(self.decoder.wavelength)
+    lower, upper = (ends[..., :n_bins] for ends in bands.ends())
+    whole_lower, whole_upper = (None, None) if whole is None else (e[-1] for e in whole.ends())
+    table = tabulate_quantities(bands, draws, n_bins) if quantities else None
+    return PredictedSpectra(targets, reasons, self.decoder.wavelength, bands.median[:, :n_bins],
+        lower[WHOLE], upper[WHOLE], lower[-1], upper[-1], whole_lower, whole_upper, table, draws)
 
-# %% ../nbs/31_predict.ipynb #c75a64c6
-def has_source(
-    flux:np.ndarray,  # (..., bands, height, width) nJy
-    survey:ImagingSurvey,
-    mask = False,  # bool, broadcast against `flux`, True where there are no data
-) -> np.ndarray:
-    "Whether something is detected at 5 sigma in the middle of an image in any band, (...) bool."
-    return (signal_to_noise(flux, survey.pixel_scale, mask) > 5).any(-1)
+@patch
+def image_size(self:Predictor, flux) -> int:
+    "Side of the part that the network looks at, pixels."
+    return self.model.provenance.get("image_size", min(np.shape(flux)[2:]))
 
-def constant_bands(
-    flux:np.ndarray,  # (..., bands, height, width)
-    mask = False,  # bool, broadcast against `flux`, True where there are no data
-) -> np.ndarray:
-    "Which bands have the same value everywhere, (..., bands) bool."
-    mask = np.broadcast_to(mask, flux.shape)
-    low, high = np.where(mask, np.inf, flux), np.where(mask, -np.inf, flux)
-    return low.min((-2, -1)) >= high.max((-2, -1))
+@patch
+def flag(self:Predictor, flux:np.ndarray) -> list[str]:
+    "Why each image is not to be believed; \"\" for one that is."
+    if self.domain is not None: return self.domain.judge(flux, self.model.survey).reasons
+    return ["; ".join(words) for words in image_faults(flux, self.model.survey)]
+
+# %% ../nbs/31_predict.ipynb #31calib0
+@patch
+def calibrated(self:Predictor,
+    draws:Described,
+    flux:np.ndarray,  # (N, bands, size, size) nJy
+    flagged = False,  # (N,) bool
+) -> tuple[Bands, Bands | None]:
+    "Bands of all columns, and those that hold whole spectra; without a calibration as drawn."
+    if self.calibration is None: return draws.bands, None
+    magnitude = aperture_magnitudes(flux, self.model.survey.pixel_scale)[:, 1]
+    place = draws.bands, magnitude, draws.spread
+    return (self.calibration(*place, flagged),
+        self.calibration.whole_bands(*place, len(self.decoder.wavelength)))
+
+def tabulate_quantities(
+    bands:Bands,  # of all columns
+    draws:Described,
+    n_bins:int,  # columns before those of the quantities
+) -> pd.DataFrame:
+    """A row a galaxy: median of each of `QUANTITIES`, ends of its 68 % band (`_lower`, `_upper`),
+    and the probabilities of `CLASSES`. Line fluxes are those of a spectrum whose L2 norm is 1."""
+    lower, upper = bands.ends()
+    table = {}
+    for k, name in enumerate(QUANTITIES, n_bins):
+        table |= {name: bands.median[:, k], f"{name}_lower": lower[WHOLE, :, k],
+            f"{name}_upper": upper[WHOLE, :, k]}
+    shares = class_probabilities(draws.quantities)
+    return pd.DataFrame(table | {f"p_{name}": shares[:, k] for k, name in enumerate(CLASSES)})
+
+# %% ../nbs/31_predict.ipynb #31recal1
+class ObservedSpectra(NamedTuple):
+    "Rest-frame spectra of N galaxies on the decoder's bins."
+    flux: np.ndarray  # (N, n_bins)
+    ivar: np.ndarray  # (N, n_bins) inverse variances, 0 where nothing was measured
+
+def normalise(
+    spectra:ObservedSpectra,
+    predicted:np.ndarray,  # (N, n_bins) medians, which fill the gaps
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flux and error (N, n_bins) of spectra whose L2 norm is 1 with their gaps filled, and what is
+    missing, bool."""
+    missing = ~(np.isfinite(spectra.flux) & (spectra.ivar > 0))
+    flux, known = np.where(missing, 0, spectra.flux), np.where(missing, 0, predicted)
+    scale = (flux*known).sum(1)/np.maximum((known**2).sum(1), 1e-30)
+    norm = np.linalg.norm(np.where(missing, scale[:, None]*predicted, flux), axis=1)[:, None]
+    error = np.where(missing, 0, np.where(missing, 1, spectra.ivar)**-0.5)
+    return flux/norm, error/norm, missing
+
+# %% ../nbs/31_predict.ipynb #31recal2
+def recalibrate(
+    predictor:Predictor,  # with a calibration
+    images,  # (N, bands, height, width) nJy
+    spectra:ObservedSpectra,
+    n_draws:int = 128,
+    progress:bool = True,  # show a bar
+) -> Predictor:
+    """A predictor with bands for the sky that these are from; flagged images and spectra of which
+    more than half is missing do not count. Raises `InvalidInputError` for arrays that do not belong
+    together, and fewer than 100 galaxies that count."""
+    if predictor.calibration is None:
+        raise InvalidInputError("the predictor has no calibration to start from; run "
+            "26_calibration with at least 100 calib galaxies")
+    shape = (len(images), len(predictor.decoder.wavelength))
+    spectra = ObservedSpectra(*(np.asarray(part, np.float32) for part in spectra))
+    for name, part in spectra._asdict().items():
+        if part.shape != shape:
+            raise InvalidInputError(f"{name} of the spectra must have the shape {shape} of images "
+                f"and bins, got {part.shape}")
+    outputs = predictor.network.predict_targets(images)
+    flux = central_crop(np.asarray(images, np.float32), predictor.image_size(images))
+    usable = np.array([not words for words in predictor.flag(flux)], bool)
+    usable &= (np.isfinite(spectra.flux) & (spectra.ivar > 0)).mean(1) > 0.5
+    outputs, flux = outputs[usable], flux[usable]
+    spectra = ObservedSpectra(*(part[usable] for part in spectra))
+    draws = describe(predictor.posterior, outputs, n_draws, n_draws//2, -1, progress)
+    n_bins, n_targets = shape[1], predictor.decoder.n_targets
+    observed = normalise(spectra, draws.bands.median[:, :n_bins])
+    unknown = np.full((len(outputs), n_targets), np.nan)
+    columns = observed_columns(*observed, unknown, grid_of(predictor.decoder.wavelength))
+    magnitude = aperture_magnitudes(flux, predictor.model.survey.pixel_scale)[:, 1]
+    calibration = predictor.calibration.recalibrated(draws, *columns, magnitude, n_bins)
+    return Predictor(predictor.model, predictor.decoder, predictor.posterior, calibration,
+        predictor.domain)
 
 # %% ../nbs/31_predict.ipynb #9c0e94f9
 def write_cube(
@@ -281,12 +366,20 @@ def write_table(
     from astropy import units as u
     from astropy.table import Table
     columns = {"wavelength": spectra.wavelength*u.AA}
-    columns |= {name: getattr(spectra, name)[row] for name in ("flux", "lower", "upper")}
+    names = ("flux", "lower", "upper", "lower_95", "upper_95", "whole_lower", "whole_upper")
+    columns |= {name: getattr(spectra, name)[row] for name in names
+        if getattr(spectra, name) is not None}
+    if spectra.quantities is not None:
+        measured = spectra.quantities.iloc[row]
+        known = {k: float(f"{v:.4g}") for k, v in measured.items() if np.isfinite(v)}
+        facts = facts | dict(quantities=known)
     facts = facts | {
+        "flag": spectra.reasons[row],
         "targets": [round(float(t), 5) for t in spectra.targets[row]],
         "wavelengths": "vacuum, rest frame",
         "flux": "F_lambda, normalised over the rest-frame grid",
-        "band": "lower to upper holds 68 % on average over galaxies and bins",
+        "band": "lower to upper holds 68 %, lower_95 to upper_95 95 % of galaxies in each bin, "
+            "whole_lower to whole_upper 95 % of whole spectra",
     }
     with atomic_path(path) as part: Table(columns, meta=facts).write(part, format="ascii.ecsv")
 
@@ -305,8 +398,11 @@ def plot_prediction(
     left.set(xticks=[], yticks=[])
     left.set_title(title, fontsize=8)
     band = spectra.lower[row], spectra.upper[row]
+    wide = spectra.lower_95[row], spectra.upper_95[row]
+    right.fill_between(spectra.wavelength, *wide, color=RED, alpha=0.15, lw=0, label="95 % band")
     right.fill_between(spectra.wavelength, *band, color=RED, alpha=0.3, lw=0, label="68 % band")
-    right.plot(spectra.wavelength, spectra.flux[row], color=RED, lw=1, label="predicted")
+    right.plot(spectra.wavelength, spectra.flux[row], color=RED, lw=0.8, label="predicted")
+    if spectra.reasons[row]: right.set_title(f"flagged: {spectra.reasons[row]}", fontsize=8)
     right.set(
         xlabel=r"rest-frame wavelength ($\mathrm{\AA}$, vacuum)",
         ylabel=r"$F_\lambda$ (normalised)",
@@ -315,28 +411,6 @@ def plot_prediction(
     mark_lines(right)
     right.legend(frameon=False, fontsize=8)
     return figure
-
-# %% ../nbs/31_predict.ipynb #0a4e56d4
-def find_weights(
-    paths:Paths,  # where the trained models are
-    model:str | None = None,  # name of a model; None: that with the smallest RMSE on valid
-) -> Path:
-    """Weights of a trained model, of its first seed where there are several. Raises
-    `MissingInputError`."""
-    trained = sorted(paths.models.glob("*.safetensors"))
-    by_name = {path.stem.rpartition("-")[0]: path for path in reversed(trained)}
-    if model is not None and model not in by_name:
-        raise MissingInputError(
-            f"There is no trained {model!r} in {paths.models}; "
-            f"there is {', '.join(by_name) or 'none'}."
-        )
-    if model is not None: return by_name[model]
-    if not trained:
-        raise MissingInputError(
-            f"There is no trained model in {paths.models}; "
-            f"run specpred reproduce --profile {paths.root.name}."
-        )
-    return min(trained, key=lambda path: pd.read_csv(path.with_suffix(".csv")).rmse.iloc[-1])
 
 # %% ../nbs/31_predict.ipynb #1612d422
 def predict_files(
@@ -351,7 +425,7 @@ def predict_files(
     """Predicts the spectra of some galaxies; writes `<name>.ecsv` and `<name>.png` for each and
     `summary.csv` with a row for each, and returns their paths. Raises, after all others are done,
     the error of a galaxy that cannot be read, or one that lists several."""
-    predictor = Predictor.load(find_weights(paths, model), paths.vae)
+    predictor = Predictor.of_run(paths, model)
     galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
     if not galaxies: raise InvalidInputError("No cutouts were given.")
     out, names = Path(out), list(galaxies)
@@ -365,8 +439,8 @@ def predict_files(
                     with damage_reported(galaxies[name][0]):
                         images[name] = read_image(galaxies[name], predictor.model, resample, stated)
                 except SpecpredError as error: errors[name] = error
-                summary.append(_summary(name, images.get(name), errors.get(name)))
             if images: written += write_predictions(predictor, images, out)
+            summary += [_summary(name, images.get(name), errors.get(name)) for name in batch]
             with atomic_path(out/"summary.csv") as part:
                 others = earlier[~earlier.galaxy.isin(names[:len(summary)])]
                 pd.concat([others, pd.DataFrame(summary)]).to_csv(part, index=False)
@@ -382,8 +456,11 @@ def write_predictions(
     out:Path,  # folder
 ) -> list[Path]:
     "Table and plot of each galaxy of a batch."
-    spectra, written = predictor.predict(np.stack([one.flux for one in images.values()])), []
+    flux, written = np.stack([one.flux for one in images.values()]), []
+    narrow = grid_of(predictor.decoder.wavelength)["dloglam"] < 7e-4  # or lines are lost in bins
+    spectra = predictor.predict(flux, quantities=narrow)
     for row, (name, image) in enumerate(images.items()):
+        if spectra.reasons[row]: image.notes.append(spectra.reasons[row])
         table, plot = out/f"{name}.ecsv", out/f"{name}.png"
         facts = dict(galaxy=name, model=predictor.model.name, mask_fraction=image.mask_fraction,
             notes=image.notes)

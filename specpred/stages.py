@@ -92,10 +92,15 @@ STAGES = {stage.name: stage for stage in (
     Stage("22_deconv", ("images.survey",), ("images",)),
     Stage("23_models", ("training", "images")),
     Stage("24_training", ("training",), ("images", "vae", "latents"), ("models",)),
+    Stage("25_posterior", ("posterior", "training"), _TRAINED[:-1], ("posterior",)),
+    Stage("26_calibration", ("posterior", "training", "spectra"), (*_TRAINED, "posterior"),
+        ("calibration_tables",)),
+    Stage("27_domain", ("training",), ("catalogue", "images", "latents"), ("domain_tables",)),
     Stage("28_evaluation", ("evaluation", "training", "spectra", "mock"), (*_TRAINED, "lines"),
         ("predictions", "results")),
     Stage("29_figures", ("training", "vae"), (*_TRAINED, "predictions", "results"), ("figures",)),
-    Stage("31_predict", (), (*_TRAINED, "raw_cutouts"), ("predicted_spectra",)))}
+    Stage("31_predict", (), (*_TRAINED, "raw_cutouts", "posterior", "calibration_tables",
+        "domain_tables"), ("predicted_spectra",)))}
 
 # %% ../nbs/01_stages.ipynb #b10fd08b
 def _read_json(path:Path) -> dict:
