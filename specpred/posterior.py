@@ -66,8 +66,8 @@ def with_features(
 
 # %% ../nbs/25_posterior.ipynb #eb7bc815
 class TargetPosterior(nn.Module):
-    """Distribution of standardised targets given the output of `WithFeatures`. Source: Durkan et al.
-    (2019) for the density "flow"; a Gaussian with full covariance for "gaussian"."""
+    """Distribution of standardised targets given the output of `WithFeatures`. Source: Durkan et
+    al. (2019) for the density "flow"; a Gaussian with full covariance for "gaussian"."""
     def __init__(self,
         n_targets:int,
         n_features:int,
@@ -341,24 +341,22 @@ class SpectrumPosterior:
     decoder: SpectrumModel
     seed: int  # of the draws
 
-# %% ../nbs/25_posterior.ipynb #d511f861
-@patch
-def draw(self:SpectrumPosterior,
-    outputs:np.ndarray,  # (N, n_targets + n_features)
-    n_draws:int = 128,  # a power of two is best
-) -> Draws:
-    """Draws of targets and spectra; those of a galaxy do not depend on the others. Raises
-    `InvalidInputError` for outputs that are not finite."""
-    outputs = torch.as_tensor(np.asarray(outputs, np.float32))
-    bad = ~outputs.isfinite().all(1)
-    if bad.any():
-        raise InvalidInputError(f"the network's output for {int(bad.sum())} images is not finite")
-    normal = torch.from_numpy(even_normal(n_draws, self.decoder.n_targets, self.seed))
-    targets = self.targets.draw(outputs, normal).numpy()
-    spectra = self.decoder.decode(targets.reshape(-1, targets.shape[-1]))
-    spectra = spectra.reshape(*targets.shape[:2], -1)
-    spectra += self.residual.scale(targets)[..., None]*self.residual.unit_draws(n_draws, self.seed)
-    return Draws(targets, spectra)
+    def draw(self,
+        outputs:np.ndarray,  # (N, n_targets + n_features)
+        n_draws:int = 128,  # a power of two is best
+    ) -> Draws:
+        """Draws of targets and spectra; those of a galaxy do not depend on the others. Raises
+        `InvalidInputError` for outputs that are not finite."""
+        outputs = torch.as_tensor(np.asarray(outputs, np.float32))
+        bad = int((~outputs.isfinite().all(1)).sum())
+        if bad: raise InvalidInputError(f"the network's output for {bad} images is not finite")
+        normal = torch.from_numpy(even_normal(n_draws, self.decoder.n_targets, self.seed))
+        targets = self.targets.draw(outputs, normal).numpy()
+        spectra = self.decoder.decode(targets.reshape(-1, targets.shape[-1]))
+        spectra = spectra.reshape(*targets.shape[:2], -1)
+        residual = self.residual.unit_draws(n_draws, self.seed)
+        spectra += self.residual.scale(targets)[..., None]*residual
+        return Draws(targets, spectra)
 
 # %% ../nbs/25_posterior.ipynb #b28d2f50
 def _fingerprint(module:nn.Module) -> str:
