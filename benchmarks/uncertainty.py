@@ -2,7 +2,8 @@
 recalibration from noisy spectra; with the tables of 26_calibration and 27_domain: uncertainty.md.
 
     for stage in 11 14 15 18 21; do specpred reproduce --profile study --only $stage; done
-    specpred reproduce --profile study --only 24 --set training.models=photometry --set training.seeds=5
+    specpred reproduce --profile study --only 24_training --set training.models=photometry \
+        --set training.seeds=5
     for stage in 25 26 27; do specpred reproduce --profile study --only $stage; done
     python benchmarks/uncertainty.py
 
@@ -10,22 +11,22 @@ takes half an hour on two cores."""
 import argparse
 import platform
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import kstest
+from sklearn.metrics import roc_auc_score
 
 from specpred import config, models
 from specpred.calibration import (
     LEVELS,
     QUANTITIES,
+    WHOLE,
     Bands,
     Calibration,
-    Reference,
-    bands_of_draws,
     describe,
     grid_of,
     known_columns,
@@ -37,7 +38,12 @@ from specpred.calibration import (
     stretch_scores,
     tarp,
 )
+from specpred.domain import Domain
 from specpred.images import aperture_magnitudes, open_images
+from specpred.mock_galaxies import COSMOLOGY, draw_parameters
+from specpred.mock_light import make_light
+from specpred.mock_survey import observe_stamps, stellar_library
+from specpred.plotting import COLOURS, RED
 from specpred.posterior import (
     GaussianErrors,
     SpectrumPosterior,
@@ -154,7 +160,7 @@ def speed(study) -> dict:
     return found
 
 
-def spoiled(described) -> "Described":
+def spoiled(described):
     "Bands that are too short and off their place."
     bands = described.bands
     step = STEP*(bands.below[1] + bands.above[1])/2
@@ -195,6 +201,93 @@ def recalibration(study, n) -> pd.DataFrame:
     return table.rename_axis(["posterior", "recalibration"]).reset_index()
 
 
+SIZES = "radius", "half_light_radius", "bulge_radius", "disk_scale", "clump_size"
+
+
+def far_away(study, n=300) -> float:
+    "AUC of the domain's score for massive galaxies that are moved to redshifts of 0.4 to 0.5."
+    rng = config.random_generator(study.profile.seed, "far")
+    table = draw_parameters(4*n, rng, "all").nlargest(n, "log_mass").reset_index(drop=True)
+    redshift = rng.uniform(0.4, 0.5, n)
+    scale = [COSMOLOGY.kpc_proper_per_arcmin(z).value for z in (table.redshift, redshift)]
+    table[[*SIZES]] *= (scale[0]/scale[1])[:, None]
+    survey, size = study.images.survey, study.images.shape[-1]
+    light = make_light(stellar_library(), table.assign(redshift=redshift), survey)
+    domain, ids = Domain.load(study.paths.domain), study.sample.rows("test").specobjid[:n]
+    usual = np.concatenate(list(study.images.batches(ids)))
+    far = np.nan_to_num(observe_stamps(light, survey, size, study.profile.seed))
+    score = [domain.judge(flux, survey).score for flux in (usual, far)]
+    return roc_auc_score(np.repeat([0, 1], n), np.concatenate(score))
+
+
+def describe_test(study):
+    "What the figure shows: bands, truth, draws, flags."
+    network, seed = study.network(0), study.profile.seed
+    flow = SpectrumPosterior.load(study.paths.posterior, network, study.decoder)
+    calibration = Calibration.load(study.paths.calibration)
+    outputs, targets = study.parts(0)["test"]
+    described = describe(flow, outputs, n_jobs=-1)
+    ids = study.sample.rows("test").specobjid
+    flux = np.concatenate(list(study.images.batches(ids)))
+    domain = Domain.load(study.paths.domain)
+    reasons = domain.judge(flux, study.images.survey).reasons
+    flagged = np.array([bool(words) for words in reasons])
+    bands = calibration(described.bands, study.magnitude("test"), described.spread, flagged)
+    truth, _ = known_columns(load_reference(ids, study.paths), grid_of(study.decoder.wavelength))
+    assert seed == flow.seed and len(targets) == len(truth)
+    return bands, truth, described, reasons
+
+
+def draw_figure(study, out):
+    bands, truth, described, reasons = describe_test(study)
+    wave, coverage = study.decoder.wavelength, pd.read_csv(out/"coverage.csv")
+    n_bins, k = len(wave), len(wave) + QUANTITIES.index("halpha_ew")
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 1.3))
+    flagged = np.flatnonzero([bool(words) for words in reasons])
+    order = np.argsort(described.spread)
+    order = order[~np.isin(order, flagged)]
+    rows = dict(narrow=order[len(order)//20], wide=order[-len(order)//20])
+    if len(flagged): rows["flagged"] = flagged[0]
+    lower, upper = (ends[..., :n_bins] for ends in bands.ends())
+    for ax, (name, row) in zip(top.subplots(len(rows), 1, sharex=True), rows.items(), strict=True):
+        for level, alpha in ((3, 0.2), (1, 0.35)):
+            ax.fill_between(wave, lower[level, row], upper[level, row], color=RED, alpha=alpha,
+                lw=0, label=f"{LEVELS[level]:.0%} band")
+        ax.plot(wave, truth[row, :n_bins], "k", lw=0.6, label="true spectrum")
+        words = f": {reasons[row]}" if reasons[row] else " band"
+        ax.set_title(name + words, fontsize=9)
+        ax.set(ylabel="normalised flux", xlim=wave[[0, -1]],
+            ylim=(0, 1.5*np.nanquantile(truth[row, :n_bins], 0.98)))
+    ax.set_xlabel("rest-frame wavelength (Å)")
+    top.axes[0].legend(frameon=False, fontsize=8, ncols=3, loc="lower right")
+    left, middle, right = bottom.subplots(1, 3)
+    for which, style in dict(flow="-", constant=":").items():
+        table = coverage[(coverage.posterior == which) & coverage.cell.str.startswith("spread")]
+        means = table.groupby(["cell", "level"]).coverage.mean().unstack("cell")
+        for (cell, line), colour in zip(means.items(), COLOURS, strict=False):
+            label = cell.replace("spread", "fifth") if which == "flow" else None
+            left.plot(means.index, line, style, marker=".", color=colour, label=label)
+    left.plot([0.5, 0.95], [0.5, 0.95], "k", lw=0.6)
+    left.set(xlabel="level", ylabel="coverage",
+        title="by predicted spread (dotted: constant)")
+    left.legend(frameon=False, fontsize=7)
+    for ax in (left, middle, right): ax.title.set_fontsize(9)
+    found = ranks(described.targets, truth[:, -described.targets.shape[-1]:])
+    middle.hist(found, np.linspace(0, 1, 13), density=True, histtype="step",
+        color=COLOURS[:found.shape[1]])
+    middle.axhline(1, color="k", lw=0.6)
+    middle.set(xlabel="rank of the true target among draws", ylabel="density", ylim=(0, 2),
+        title="six targets, before calibration")
+    width = (bands.below[WHOLE] + bands.above[WHOLE])[:, k]/2
+    error = np.abs(truth - bands.median)[:, k]
+    right.loglog(width, error, ".", ms=2, color=RED)
+    right.loglog(*2*[np.quantile(width, (0.01, 0.99))], "k", lw=0.8)
+    right.set(xlabel="half-width of the 68 % band (Å)", ylabel="|error| (Å)",
+        ylim=(1e-2, None), title="Hα equivalent width")
+    figure.savefig(HERE.parent/"figures"/"uncertainty.png", dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", help="folder that holds study/")
@@ -209,7 +302,10 @@ def main():
     for name in ("coverage", "wavelengths", "sharpness", "classes"):
         table = pd.read_csv(study.paths.calibration_tables/f"{name}.csv")
         table.round(4).to_csv(out/f"{name}.csv", index=False)
-    pd.read_csv(study.paths.domain_tables/"auc.csv").round(4).to_csv(out/"auc.csv", index=False)
+    auc = pd.read_csv(study.paths.domain_tables/"auc.csv").round(4)
+    auc.loc[len(auc)] = dict(damage="redshift 0.4 to 0.5", strength="", score=far_away(study))
+    auc.round(4).to_csv(out/"auc.csv", index=False)
+    draw_figure(study, out)
 
 
 if __name__ == "__main__": main()

@@ -21,7 +21,8 @@ from specpred.stages import STAGES, atomic_path
 TITLES = {
     "11_mock_survey": "mock survey", "14_download": "download", "15_images": "images",
     "18_eigenspectra": "spectra", "19_lines": "lines", "21_vae": "autoencoder",
-    "24_training": "training", "28_evaluation": "evaluation", "29_figures": "figures",
+    "24_training": "training", "25_posterior": "posterior", "26_calibration": "calibration",
+    "27_domain": "domain", "28_evaluation": "evaluation", "29_figures": "figures",
     "31_predict": "prediction"}
 
 

@@ -20,21 +20,23 @@ from tqdm.auto import tqdm
 
 from .config import InvalidInputError, Paths, WeightsError
 from .eigenspectra import load_store
-from .images import find_rows
+from .images import aperture_magnitudes, find_rows
 from .lines import LINES, measure_spectra
 from .mock_survey import true_spectra
 from .posterior import SpectrumPosterior
 from .spectra import LogGrid, rebin
+from .surveys import ImagingSurvey
 from .training import target_columns
 from .vae import SpectrumModel
 from .weights import read_weights, write_weights
 
 # %% auto #0
 __all__ = ['LEVELS', 'QUANTITIES', 'WHOLE', 'FLUX_CALIBRATION', 'CLASSES', 'Bands', 'bands_of_draws', 'measured_quantities',
-           'grid_of', 'Described', 'describe', 'stretch_scores', 'Groups', 'conformal_factors', 'grouped_factors',
-           'whole_scores', 'Calibration', 'calibrate', 'pooled_factors', 'Reference', 'load_reference',
-           'observed_columns', 'known_columns', 'quintiles', 'coverage_by_cell', 'ranks', 'points_near', 'tarp', 'crps',
-           'interval_score', 'MeanDifference', 'mean_difference', 'spectral_class', 'class_probabilities']
+           'grid_of', 'Described', 'describe', 'stretch_scores', 'Groups', 'reference_magnitude', 'conformal_factors',
+           'grouped_factors', 'whole_scores', 'Calibration', 'widened', 'calibrate', 'pooled_factors', 'Reference',
+           'load_reference', 'observed_columns', 'known_columns', 'quintiles', 'coverage_by_cell', 'ranks',
+           'points_near', 'tarp', 'crps', 'interval_score', 'MeanDifference', 'mean_difference', 'spectral_class',
+           'class_probabilities']
 
 # %% ../nbs/26_calibration.ipynb #85472567
 LEVELS = (0.5, 0.68, 0.9, 0.95)
@@ -63,7 +65,7 @@ def bands_of_draws(
         ends = (np.take_along_axis(draws, k[:, None], 1)[:, 0]
             for k in (low, np.minimum(low + 1, n - 1)))
         first, second = ends
-        return first + (place - low)*np.where(place > low, second - first, 0)
+        return (first + (place - low)*np.where(place > low, second - first, 0)).astype(np.float32)
     median, tails = quantile(0.5), [(1 - level)/2 for level in levels]
     below = np.stack([median - quantile(p) for p in tails])
     return Bands(median, below, np.stack([quantile(1 - p) - median for p in tails]))
@@ -170,6 +172,14 @@ class Groups:
         part, n = np.searchsorted(self.magnitude, magnitude), self.spread.shape[1] + 1
         return part*n + (spread[:, None] > self.spread[part]).sum(1)
 
+# %% ../nbs/26_calibration.ipynb #8e28597f
+def reference_magnitude(
+    flux:np.ndarray,  # (N, bands, height, width) nJy
+    survey:ImagingSurvey,
+) -> np.ndarray:
+    "(N,) aperture magnitudes in the second band, r of grizy."
+    return aperture_magnitudes(flux[:, min(1, flux.shape[1] - 1)], survey.pixel_scale)
+
 # %% ../nbs/26_calibration.ipynb #79bb4fc6
 def conformal_factors(
     scores:np.ndarray,  # (L, n, M), NaN where unknown
@@ -235,11 +245,23 @@ class Calibration:
         length = (bands.below[WHOLE] + bands.above[WHOLE])/2
         return bands._replace(median=bands.median + self.shift*length)
 
+# %% ../nbs/26_calibration.ipynb #48bcd01f
+def widened(
+    bands:Bands,
+    sample:np.ndarray,  # (2, L, M) ends of a band of the sample
+    flagged,  # (N,) bool, or one for all
+) -> Bands:
+    "Bands that reach to the ends of the sample's for galaxies that are flagged."
+    wide, (low, high) = np.reshape(flagged, (-1, 1)), sample[:, :, None]
+    below, above = bands.median - low, high - bands.median
+    return bands._replace(below=np.where(wide, np.maximum(bands.below, below), bands.below),
+        above=np.where(wide, np.maximum(bands.above, above), bands.above))
+
 # %% ../nbs/26_calibration.ipynb #cb828905
 @patch
 def __call__(self:Calibration,
     bands:Bands,
-    magnitude:np.ndarray,  # (N,) of the second band, r of grizy, in the aperture
+    magnitude:np.ndarray,  # (N,) see `reference_magnitude`
     spread:np.ndarray,  # (N,) see `Described`
     flagged = False,  # (N,) bool: these get bands that are no narrower than the sample's
 ) -> Bands:
@@ -247,9 +269,7 @@ def __call__(self:Calibration,
     group, bands = self.groups(magnitude, spread), self.shifted(bands)
     below, above = (np.maximum.accumulate(length*self.factors[:, group], 0)
         for length in (bands.below, bands.above))
-    wide, (low, high) = np.reshape(flagged, (-1, 1)), self.sample[:, :, None]
-    return Bands(bands.median, np.where(wide, np.maximum(below, bands.median - low), below),
-        np.where(wide, np.maximum(above, high - bands.median), above))
+    return widened(Bands(bands.median, below, above), self.sample, flagged)
 
 @patch
 def whole_bands(self:Calibration,
@@ -257,12 +277,15 @@ def whole_bands(self:Calibration,
     magnitude:np.ndarray,  # (N,)
     spread:np.ndarray,  # (N,)
     n_bins:int,
+    flagged = False,  # (N,) bool
 ) -> Bands:
     "Bands of the spectra alone, which hold whole spectra."
     group, bands = self.groups(magnitude, spread), self.shifted(bands)
     lengths = (length[WHOLE, :, :n_bins]*self.whole[:, group, None]
         for length in (bands.below, bands.above))
-    return Bands(bands.median[:, :n_bins], *(np.maximum.accumulate(each, 0) for each in lengths))
+    lengths = (np.maximum.accumulate(each, 0) for each in lengths)
+    bands = Bands(bands.median[:, :n_bins], *lengths)
+    return widened(bands, self.sample[..., :n_bins], flagged)
 
 # %% ../nbs/26_calibration.ipynb #8af99ff0
 def calibrate(

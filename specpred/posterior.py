@@ -44,7 +44,7 @@ def last_layers(
     return [model[-1]]
 
 class WithFeatures(nn.Module):
-    "A network whose output (N, n_targets) is followed by its features: (N, n_targets + n_features)."
+    "A network that gives targets and, behind them, its features: (N, n_targets + n_features)."
     def __init__(self, model:nn.Module):
         super().__init__()
         self.model = model

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from . import models
 from .calibration import (
     CLASSES, QUANTITIES, WHOLE, Bands, Calibration, Described, class_probabilities,
-    describe, grid_of, observed_columns)
+    describe, grid_of, observed_columns, reference_magnitude, widened)
 from .config import (
     ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError)
 from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
@@ -92,6 +92,8 @@ class Predictor:
         belong together."""
         model = models.load(weights, "cuda" if torch.cuda.is_available() else "cpu")
         decoder = None if vae is None else SpectrumModel.load(vae)
+        if posterior is not None and decoder is None:
+            raise InvalidInputError("a posterior needs the decoder, too: give `vae`")
         if posterior is not None: posterior = SpectrumPosterior.load(posterior, model, decoder)
         if calibration is not None: calibration = Calibration.load(calibration)
         return cls(model, decoder, posterior, calibration, domain and Domain.load(domain))
@@ -154,11 +156,18 @@ def calibrated(self:Predictor,
     flagged = False,  # (N,) bool
 ) -> tuple[Bands, Bands | None]:
     "Bands of all columns, and those that hold whole spectra; without a calibration as drawn."
-    if self.calibration is None: return draws.bands, None
-    magnitude = aperture_magnitudes(flux, self.model.survey.pixel_scale)[:, 1]
-    place = draws.bands, magnitude, draws.spread
+    if self.calibration is None: return self._as_drawn(draws.bands, flagged), None
+    place = draws.bands, reference_magnitude(flux, self.model.survey), draws.spread
     return (self.calibration(*place, flagged),
-        self.calibration.whole_bands(*place, len(self.decoder.wavelength)))
+        self.calibration.whole_bands(*place, len(self.decoder.wavelength), flagged))
+
+@patch
+def _as_drawn(self:Predictor, bands, flagged):
+    if not np.any(flagged): return bands
+    n = self.decoder.n_targets  # whose standard deviation over the sample is 1
+    any_galaxy = replace(self.posterior, targets=GaussianErrors(np.zeros(n), np.eye(n)))
+    sample = describe(any_galaxy, np.zeros((1, n)), n_measured=0).bands
+    return widened(bands, np.stack(sample.ends())[:, :, 0], flagged)
 
 def tabulate_quantities(
     bands:Bands,  # of all columns
@@ -225,7 +234,7 @@ def recalibrate(
     observed = normalise(spectra, draws.bands.median[:, :n_bins])
     unknown = np.full((len(outputs), n_targets), np.nan)
     columns = observed_columns(*observed, unknown, grid_of(predictor.decoder.wavelength))
-    magnitude = aperture_magnitudes(flux, predictor.model.survey.pixel_scale)[:, 1]
+    magnitude = reference_magnitude(flux, predictor.model.survey)
     calibration = predictor.calibration.recalibrated(draws, *columns, magnitude, n_bins)
     return Predictor(predictor.model, predictor.decoder, predictor.posterior, calibration,
         predictor.domain)
