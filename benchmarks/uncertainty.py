@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import kstest
 from sklearn.metrics import roc_auc_score
+from study_tables import markdown
 
 from specpred import config, models
 from specpred.calibration import (
@@ -52,6 +53,7 @@ from specpred.posterior import (
     fit_posterior,
     with_features,
 )
+from specpred.stages import read_manifest
 from specpred.training import make_sample, target_columns
 from specpred.vae import SpectrumModel
 
@@ -288,6 +290,33 @@ def draw_figure(study, out):
     figure.savefig(HERE.parent/"figures"/"uncertainty.png", dpi=100)
 
 
+def shown(table, digits=3) -> str:
+    "A table for the page."
+    lines = [[f"{v:.{digits}f}" if isinstance(v, float) else v for v in row]
+        for row in table.itertuples(index=False)]
+    return "\n".join(markdown(list(table.columns), lines))
+
+
+def summed_coverage(table) -> pd.DataFrame:
+    "One row a posterior and level."
+    table = table.assign(deviation=(table.coverage - table.level).abs())
+    grouped = table.groupby(["posterior", "level"], sort=False)
+    return grouped.agg(cells=("beyond", "size"), beyond=("beyond", lambda b: int((b > 0).sum())),
+        median_deviation=("deviation", "median"), largest_deviation=("deviation", "max"),
+        half_width=("within", "median")).reset_index()
+
+
+def write_page(study, out):
+    tables = {path.stem: pd.read_csv(path) for path in out.glob("*.csv")}
+    tables["coverage"] = summed_coverage(tables["coverage"])
+    tables["auc"] = tables["auc"].astype(dict(strength=str)).fillna("").replace("nan", "")
+    facts = read_manifest("27_domain", study.paths)["facts"]
+    machine = f"{platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
+    text = (HERE/"uncertainty_text.md").read_text().format(machine=machine,
+        auc_of_agn=facts["auc_of_agn"], **{name: shown(table) for name, table in tables.items()})
+    (HERE/"uncertainty.md").write_text(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", help="folder that holds study/")
@@ -296,9 +325,8 @@ def main():
     out.mkdir(exist_ok=True)
     compare(study).to_csv(out/"posteriors.csv", index=False)
     recalibration(study, 300).to_csv(out/"recalibration.csv", index=False)
-    times = pd.Series(speed(study), name="ms a galaxy")
-    times.rename_axis(f"{platform.machine()}, {torch.get_num_threads()} cores").to_csv(
-        out/"speed.csv")
+    times = pd.Series(speed(study), name="ms a galaxy").rename_axis("on one core each")
+    times.to_csv(out/"speed.csv")
     for name in ("coverage", "wavelengths", "sharpness", "classes"):
         table = pd.read_csv(study.paths.calibration_tables/f"{name}.csv")
         table.round(4).to_csv(out/f"{name}.csv", index=False)
@@ -306,6 +334,7 @@ def main():
     auc.loc[len(auc)] = dict(damage="redshift 0.4 to 0.5", strength="", score=far_away(study))
     auc.round(4).to_csv(out/"auc.csv", index=False)
     draw_figure(study, out)
+    write_page(study, out)
 
 
 if __name__ == "__main__": main()

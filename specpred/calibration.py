@@ -493,10 +493,12 @@ def coverage_by_cell(
         coverage(rng.integers(0, n, n), rng.multinomial(m, np.full(m, 1/m)))
         for _ in range(n_draws)
     ])
-    error = draws.std(0) + 1e-9
+    counts = np.repeat((weight @ known)[:, None], len(LEVELS), 1).astype(int)
+    levels = np.array(LEVELS)[:, None]
+    # where all draws are alike: no less than among as many galaxies of an honest posterior
+    error = np.maximum(draws.std(0), np.sqrt(levels*(1 - levels)/np.maximum(counts, 1)))
     reach = np.quantile(np.max(np.abs(draws - found)/error, (1, 2, 3)), 0.95)
     index = pd.MultiIndex.from_product([cells, LEVELS, columns], names=["cell", "level", "column"])
-    counts = np.repeat((weight @ known)[:, None], len(LEVELS), 1).astype(int)
     facts = dict(coverage=found, error=error, within=reach*error, n=counts)
     return pd.DataFrame({k: v.ravel() for k, v in facts.items()}, index).reset_index()
 

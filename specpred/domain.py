@@ -146,9 +146,11 @@ class Judgement(NamedTuple):
 def judge(self:Domain,
     flux:np.ndarray,  # (N, bands, size, size) nJy, of the size that it was fitted on
     survey:ImagingSurvey,
+    features:np.ndarray | None = None,  # `image_features` of them, where known
 ) -> Judgement:
     "How unlike the training images these are, and why they are flagged."
-    distance = self.distance(image_features(flux, survey.bands))/self.limit
+    if features is None: features = image_features(flux, survey.bands)
+    distance = self.distance(features)/self.limit
     faults = image_faults(flux, survey)
     for words, far in zip(faults, distance, strict=True):
         if far > 1: words.append(f"unlike the training images ({far:.1f}; 1 is the limit)")
