@@ -259,6 +259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specpred.domain.Domain.place': ('domain.html#domain.place', 'specpred/domain.py'),
                                  'specpred.domain.Domain.save': ('domain.html#domain.save', 'specpred/domain.py'),
                                  'specpred.domain.Judgement': ('domain.html#judgement', 'specpred/domain.py'),
+                                 'specpred.domain.band_fluxes': ('domain.html#band_fluxes', 'specpred/domain.py'),
+                                 'specpred.domain.colour_mismatch': ('domain.html#colour_mismatch', 'specpred/domain.py'),
                                  'specpred.domain.constant_bands': ('domain.html#constant_bands', 'specpred/domain.py'),
                                  'specpred.domain.fit_domain': ('domain.html#fit_domain', 'specpred/domain.py'),
                                  'specpred.domain.has_source': ('domain.html#has_source', 'specpred/domain.py'),

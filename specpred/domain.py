@@ -14,14 +14,14 @@ import torch
 from fastcore.basics import patch
 
 from .config import InvalidInputError, WeightsError, random_generator
-from .images import signal_to_noise, sky_statistics
+from .images import aperture_magnitudes, signal_to_noise, sky_statistics
 from .photometry import find_centres, ring_table
 from .surveys import ImagingSurvey
 from .weights import read_weights, write_weights
 
 # %% auto #0
-__all__ = ['OFF_CENTRE', 'has_source', 'constant_bands', 'saturated_bands', 'off_centre', 'image_faults', 'Domain',
-           'image_features', 'fit_domain', 'Judgement']
+__all__ = ['OFF_CENTRE', 'COLOURS_APART', 'has_source', 'constant_bands', 'saturated_bands', 'off_centre', 'image_faults',
+           'band_fluxes', 'colour_mismatch', 'Domain', 'image_features', 'fit_domain', 'Judgement']
 
 # %% ../nbs/27_domain.ipynb #cbd61e99
 def has_source(
@@ -67,6 +67,7 @@ OFF_CENTRE = 1.5  # arcsec that the centroid may be from the middle
 def image_faults(
     flux:np.ndarray,  # (N, bands, height, width) nJy
     survey:ImagingSurvey,
+    mismatch:np.ndarray | None = None,  # (N,) see `colour_mismatch`
 ) -> list[list[str]]:
     "What is wrong with each image, in words."
     empty, offset = ~has_source(flux, survey), off_centre(flux, survey)
@@ -76,7 +77,50 @@ def image_faults(
         for b in np.flatnonzero(constant[k]): yield f"the band {survey.bands[b]} is constant"
         for b in np.flatnonzero(flat[k]): yield f"the band {survey.bands[b]} is saturated"
         if offset[k] > OFF_CENTRE: yield f"the source is {offset[k]:.1f} arcsec off centre"
+        if mismatch is not None and mismatch[k] > COLOURS_APART:
+            yield f"its colours are {mismatch[k]:.2f} mag from those of the predicted spectrum"
     return [list(faults(k)) for k in range(len(flux))]
+
+# %% ../nbs/27_domain.ipynb #069c4b58
+COLOURS_APART = 0.15  # mag, root mean square, of the colours of spectrum and image
+_REDSHIFTS = np.arange(0, 0.37, 0.01)
+
+def band_fluxes(
+    spectra:np.ndarray,  # (N, n_bins) F_lambda
+    wavelength:np.ndarray,  # (n_bins,) rest frame, Angstrom
+    redshift,  # (Z,)
+    survey:ImagingSurvey,
+) -> np.ndarray:
+    "(N, Z, bands) F_nu of redshifted spectra in arbitrary units; NaN for bands they do not cover."
+    from speclite.filters import load_filter
+    observed = wavelength*(1 + np.reshape(redshift, (-1, 1)))
+    width = np.gradient(observed, axis=1)
+    fluxes = np.empty((len(spectra), len(observed), len(survey.bands)))
+    for k, band in enumerate(survey.bands):
+        curve = load_filter(f"{survey.filters}-{band}")
+        photons = np.interp(observed, curve.wavelength, curve.response, left=0, right=0)*observed
+        inside = (photons*width).sum(1)/np.trapezoid(
+            curve.response*curve.wavelength, curve.wavelength)
+        norm = np.trapezoid(curve.response/curve.wavelength, curve.wavelength)
+        fluxes[..., k] = np.where(inside > 0.97, spectra @ (photons*width).T/norm, np.nan)
+    return fluxes
+
+def colour_mismatch(
+    spectra:np.ndarray,  # (N, n_bins) F_lambda, rest frame
+    wavelength:np.ndarray,  # (n_bins,) Angstrom
+    flux:np.ndarray,  # (N, bands, height, width) nJy
+    survey:ImagingSurvey,
+) -> np.ndarray:
+    """(N,) mag, root mean square over colours, at the best redshift up to 0.36; 0 where no redshift
+    has two colours."""
+    fluxes = band_fluxes(spectra, wavelength, _REDSHIFTS, survey)
+    synthetic = -2.5*np.log10(np.maximum(fluxes, 1e-12))
+    image = aperture_magnitudes(flux, survey.pixel_scale, radius=1.5)
+    apart = np.diff(synthetic - image[:, None], axis=-1)
+    known = np.isfinite(apart)
+    squares = np.where(known, apart**2, 0).sum(-1)/np.maximum(known.sum(-1), 1)
+    best = np.where(known.sum(-1) >= 2, squares, np.inf).min(1)
+    return np.sqrt(np.where(np.isfinite(best), best, 0))
 
 # %% ../nbs/27_domain.ipynb #98a3b28d
 @dataclass(frozen=True)
@@ -147,11 +191,12 @@ def judge(self:Domain,
     flux:np.ndarray,  # (N, bands, size, size) nJy, of the size that it was fitted on
     survey:ImagingSurvey,
     features:np.ndarray | None = None,  # `image_features` of them, where known
+    mismatch:np.ndarray | None = None,  # (N,) `colour_mismatch` of their predicted spectra
 ) -> Judgement:
     "How unlike the training images these are, and why they are flagged."
     if features is None: features = image_features(flux, survey.bands)
     distance = self.distance(features)/self.limit
-    faults = image_faults(flux, survey)
+    faults = image_faults(flux, survey, mismatch)
     for words, far in zip(faults, distance, strict=True):
         if far > 1: words.append(f"unlike the training images ({far:.1f}; 1 is the limit)")
     score = np.maximum(distance, off_centre(flux, survey)/OFF_CENTRE)

@@ -26,7 +26,8 @@ from .calibration import (
 from .config import (
     ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError)
 from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
-from .domain import Domain, constant_bands, has_source, image_faults
+from .domain import (
+    Domain, colour_mismatch, constant_bands, has_source, image_faults)
 from .formats import damage_reported
 from specpred.images import (
     Galaxy, aperture_magnitudes, central_crop, combine_bands, composite, masked_fraction,
@@ -126,9 +127,10 @@ def predict(self:Predictor,
     looks wrong is flagged, and has bands no narrower than the spread of all galaxies."""
     outputs = self.network.predict_targets(flux)
     flux = central_crop(np.asarray(flux, np.float32), self.image_size(flux))
-    targets, reasons = outputs[:, :self.model.arguments["n_out"]], self.flag(flux)
-    if self.decoder is None: return PredictedSpectra(targets, reasons)
+    targets = outputs[:, :self.model.arguments["n_out"]]
+    if self.decoder is None: return PredictedSpectra(targets, self.flag(flux))
     draws = describe(self.posterior, outputs, n_draws, n_draws//2 if quantities else 0)
+    reasons = self.flag(flux, draws.bands.median[:, :len(self.decoder.wavelength)])
     bands, whole = self.calibrated(draws, flux, np.array([bool(words) for words in reasons]))
     n_bins = len(self.decoder.wavelength)
     lower, upper = (ends[..., :n_bins] for ends in bands.ends())
@@ -143,10 +145,16 @@ def image_size(self:Predictor, flux) -> int:
     return self.model.provenance.get("image_size", min(np.shape(flux)[2:]))
 
 @patch
-def flag(self:Predictor, flux:np.ndarray) -> list[str]:
-    "Why each image is not to be believed; \"\" for one that is."
-    if self.domain is not None: return self.domain.judge(flux, self.model.survey).reasons
-    return ["; ".join(words) for words in image_faults(flux, self.model.survey)]
+def flag(self:Predictor,
+    flux:np.ndarray,  # (N, bands, size, size) nJy
+    spectra:np.ndarray | None = None,  # (N, n_bins) predicted, whose colours are compared
+) -> list[str]:
+    "Why each image is not to be believed; an empty text for one that is."
+    survey, apart = self.model.survey, None
+    if spectra is not None:
+        apart = colour_mismatch(spectra, self.decoder.wavelength, flux, survey)
+    if self.domain is not None: return self.domain.judge(flux, survey, mismatch=apart).reasons
+    return ["; ".join(words) for words in image_faults(flux, survey, apart)]
 
 # %% ../nbs/31_predict.ipynb #31calib0
 @patch
@@ -225,7 +233,7 @@ def recalibrate(
                 f"and bins, got {part.shape}")
     outputs = predictor.network.predict_targets(images)
     flux = central_crop(np.asarray(images, np.float32), predictor.image_size(images))
-    usable = np.array([not words for words in predictor.flag(flux)], bool)
+    usable = np.array([not words for words in predictor.flag(flux)])
     usable &= (np.isfinite(spectra.flux) & (spectra.ivar > 0)).mean(1) > 0.5
     outputs, flux = outputs[usable], flux[usable]
     spectra = ObservedSpectra(*(part[usable] for part in spectra))
