@@ -18,7 +18,7 @@ from scipy.stats import norm
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from .config import InvalidInputError, Paths, WeightsError
+from .config import InvalidInputError, Paths, WeightsError, random_generator
 from .eigenspectra import load_store
 from .images import aperture_magnitudes, find_rows
 from .lines import LINES, measure_spectra
@@ -105,7 +105,9 @@ def describe(
     progress:bool = False,  # show a bar
     block:int = 32,  # galaxies in memory at once
 ) -> Described:
-    "Draws, measures the draws and keeps their bands. Numbers do not depend on `n_jobs`."
+    """Draws, measures the draws and keeps their bands. Numbers do not depend on `n_jobs`. Raises
+    `InvalidInputError` for no galaxies."""
+    if not len(outputs): raise InvalidInputError("there are no galaxies to describe")
     starts = range(0, len(outputs), block)
     if len(starts) < 8: n_jobs = 1  # other processes take longer to start
     describing = joblib.Parallel(n_jobs, return_as="generator")(
@@ -163,7 +165,9 @@ class Groups:
         ends = np.quantile(magnitude, np.arange(1, a)/a)
         part = np.searchsorted(ends, magnitude)
         shares = np.arange(1, b)/b
-        return cls(ends, np.stack([np.quantile(spread[part == k], shares) for k in range(a)]))
+        parts = [spread[part == k] for k in range(a)]
+        parts = [own if len(own) else spread for own in parts]  # many may have one magnitude
+        return cls(ends, np.stack([np.quantile(own, shares) for own in parts]))
 
     def __len__(self): return len(self.spread)*(self.spread.shape[1] + 1)
 
@@ -297,12 +301,16 @@ def calibrate(
     least:int = 200,  # galaxies in a group
 ) -> Calibration | None:
     """Factors from galaxies that nothing was fitted to; None, with a warning, for fewer than 100 of
-    them. From noisy values all bins of a group get the same factor, see `pooled_factors`."""
+    them. From noisy values all bins of a group get the same factor, see `pooled_factors`. Raises
+    `InvalidInputError` for values of another shape."""
     n, bands = len(values), described.bands
     if n < 100:
         warnings.warn(f"{n} galaxies are too few to calibrate on: 100 are the least. Bands are "
             "those of one covariance for all galaxies.", stacklevel=2)
         return None
+    if values.shape != bands.median.shape:
+        raise InvalidInputError(f"values must have the shape {bands.median.shape} of the bands, "
+            f"got {values.shape}")
     groups = Groups.of(magnitude, described.spread, least)
     group, known_noise = groups(magnitude, described.spread), 0*values if noise is None else noise
     scores = stretch_scores(bands, values, known_noise)
@@ -314,7 +322,9 @@ def calibrate(
     whole = whole_scores(spectra, values[:, :n_bins], known_noise[:, :n_bins])
     whole = grouped_factors(whole[..., None], group, len(groups))[..., 0]
     tails = [(1 + sign*level)/2 for sign in (-1, 1) for level in LEVELS]
-    sample = np.nan_to_num(np.nanquantile(values, tails, axis=0)).reshape(2, len(LEVELS), -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # columns that are unknown for all
+        sample = np.nan_to_num(np.nanquantile(values, tails, axis=0)).reshape(2, len(LEVELS), -1)
     shift = np.zeros(values.shape[1])
     return Calibration(groups, *map(np.float32, (factors, whole, shift, sample)), n)
 
@@ -355,14 +365,16 @@ def recalibrated(self:Calibration,
     length = (raw.below[WHOLE] + raw.above[WHOLE])/2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # columns that are unknown for all
-        shift = np.nan_to_num(np.nanmedian((values - raw.median)/length, 0))
+        steps = (values - raw.median)/np.where(length > 0, length, np.nan)
+        shift = np.nan_to_num(np.nanmedian(steps, 0))
     moved = replace(self, shift=np.float32(shift))
     bands = moved(raw, magnitude, described.spread)
     scores, factors = stretch_scores(bands, values, noise), self.factors.copy()
     stretch = pooled_factors(scores[..., :n_bins], group, len(self.groups))
     factors[..., :n_bins] *= stretch[..., None]
     own = grouped_factors(scores[..., n_bins:], group, len(self.groups))
-    factors[..., n_bins:] *= np.where(np.isfinite(own), own, 1)
+    known = np.isfinite(scores[0, :, n_bins:]).sum(0) >= 20  # other columns keep their factors
+    factors[..., n_bins:] *= np.where(known & np.isfinite(own), own, 1)
     return replace(moved, factors=np.float32(factors), whole=np.float32(self.whole*stretch),
         n=len(values))
 
@@ -509,7 +521,8 @@ def ranks(
 ) -> np.ndarray:
     "Shares of the draws below the truth, (N, ...), between 0 and 1; NaN where it is unknown."
     below = (draws < np.expand_dims(truth, 1)).sum(1)
-    return np.where(np.isfinite(truth), (below + 0.5)/(draws.shape[1] + 1), np.nan)
+    place = random_generator(0, "ranks").uniform(size=below.shape)  # between two draws
+    return np.where(np.isfinite(truth), (below + place)/(draws.shape[1] + 1), np.nan)
 
 def points_near(
     predicted:np.ndarray,  # (N, n_targets) by the network

@@ -167,6 +167,7 @@ def fit_domain(
     if min(len(train), len(held_out)) < 10:
         raise InvalidInputError(f"{len(train)} and {len(held_out)} galaxies are too few to say "
             "what is usual: 10 are the least")
+    train, held_out = np.nan_to_num(train), np.nan_to_num(held_out)
     mean, std = train.mean(0), train.std(0) + 1e-3
     centred = np.clip((train - mean)/std, -30, 30)
     _, lengths, axes = np.linalg.svd(centred, full_matrices=False)
@@ -194,6 +195,7 @@ def judge(self:Domain,
     mismatch:np.ndarray | None = None,  # (N,) `colour_mismatch` of their predicted spectra
 ) -> Judgement:
     "How unlike the training images these are, and why they are flagged."
+    if not len(flux): return Judgement(np.zeros(0), [])
     if features is None: features = image_features(flux, survey.bands)
     distance = self.distance(features)/self.limit
     faults = image_faults(flux, survey, mismatch)

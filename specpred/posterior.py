@@ -25,7 +25,7 @@ from .config import (
     InvalidInputError, MissingInputError, Paths, PosteriorParameters, WeightsError,
     random_generator)
 from .models import PhotometryBranch, TrainedModel, WithPhotometry
-from .vae import SpectrumModel
+from .vae import DECODER_ARRAYS, SpectrumModel
 from .weights import fingerprint, load_state, read_weights, write_weights
 
 # %% auto #0
@@ -168,6 +168,11 @@ def fit_posterior(
     """The distribution of the targets given the outputs of a network, from its training galaxies.
     Raises `InvalidInputError` for numbers that are not finite and shapes that do not fit."""
     train, valid = _checked(*train), _checked(*valid)
+    shapes = [[part.shape[1] for part in pair] for pair in (train, valid)]
+    if shapes[0] != shapes[1] or len(train[0]) < 2:
+        raise InvalidInputError(f"{len(train[0])} training galaxies with {shapes[0]} columns of "
+            f"outputs and targets, and valid ones with {shapes[1]}: expected two or more and the "
+            "same columns")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # networks are small; numbers do not depend on the cores
     try:
@@ -346,14 +351,19 @@ class SpectrumPosterior:
         n_draws:int = 128,  # a power of two is best
     ) -> Draws:
         """Draws of targets and spectra; those of a galaxy do not depend on the others. Raises
-        `InvalidInputError` for outputs that are not finite."""
+        `InvalidInputError` for outputs of another shape or not finite."""
         outputs = torch.as_tensor(np.asarray(outputs, np.float32))
+        n_targets = self.decoder.n_targets
+        known = getattr(self.targets, "arguments", dict(n_features=0))["n_features"]
+        if outputs.ndim != 2 or outputs.shape[1] < n_targets + known or n_draws < 1:
+            raise InvalidInputError(f"expected outputs (N, {n_targets} targets + {known} features) "
+                f"and a draw or more, got {tuple(outputs.shape)} and {n_draws}")
         bad = int((~outputs.isfinite().all(1)).sum())
         if bad: raise InvalidInputError(f"the network's output for {bad} images is not finite")
-        normal = torch.from_numpy(even_normal(n_draws, self.decoder.n_targets, self.seed))
+        normal = torch.from_numpy(even_normal(n_draws, n_targets, self.seed))
         targets = self.targets.draw(outputs, normal).numpy()
-        spectra = self.decoder.decode(targets.reshape(-1, targets.shape[-1]))
-        spectra = spectra.reshape(*targets.shape[:2], -1)
+        spectra = self.decoder.decode(targets.reshape(-1, n_targets))
+        spectra = spectra.reshape(*targets.shape[:2], len(self.decoder.wavelength))
         residual = self.residual.unit_draws(n_draws, self.seed)
         spectra += self.residual.scale(targets)[..., None]*residual
         return Draws(targets, spectra)
@@ -366,7 +376,10 @@ def _fingerprint(module:nn.Module) -> str:
 def _belongs_to(network:TrainedModel, decoder:SpectrumModel) -> dict:
     model = network.model
     if isinstance(model, WithFeatures): model = model.model
-    return dict(network=_fingerprint(model), decoder=_fingerprint(decoder.vae))
+    facts = [network.image_stats, network.channels, network.transform.model_dump(mode="json")]
+    arrays = (getattr(decoder, name) for name in DECODER_ARRAYS)
+    return dict(network=fingerprint({"facts": facts, "weights": _fingerprint(model)}),
+        decoder=fingerprint({"weights": _fingerprint(decoder.vae)}, *arrays))
 
 _RESIDUAL = "residual.loadings", "residual.variance", "residual.growth"
 
@@ -376,7 +389,9 @@ def save(self:SpectrumPosterior,
     network:TrainedModel,  # whose outputs it was fitted on
     **provenance,  # anything that JSON can hold
 ):
-    "Writes one weights file."
+    "Writes one weights file. Raises `InvalidInputError` for constant errors, which have none."
+    if isinstance(self.targets, GaussianErrors):
+        raise InvalidInputError("constant errors are in the network's own file: nothing to save")
     tensors = {f"targets.{name}": value for name, value in self.targets.state_dict().items()}
     tensors |= {name: torch.tensor(getattr(self.residual, name.removeprefix("residual.")))
         for name in _RESIDUAL}
@@ -392,6 +407,7 @@ def load(cls:SpectrumPosterior,
 ) -> SpectrumPosterior:
     """Reads a posterior. Raises `MissingInputError`, `DamagedFileError`, and `WeightsError` for one
     of another network or decoder."""
+    if decoder is None: raise InvalidInputError("a posterior needs the decoder, too")
     metadata, tensors = read_weights(path, "SpectrumPosterior")
     for what, found in _belongs_to(network, decoder).items():
         if metadata.get("belongs_to", {}).get(what) != found:

@@ -93,8 +93,6 @@ class Predictor:
         belong together."""
         model = models.load(weights, "cuda" if torch.cuda.is_available() else "cpu")
         decoder = None if vae is None else SpectrumModel.load(vae)
-        if posterior is not None and decoder is None:
-            raise InvalidInputError("a posterior needs the decoder, too: give `vae`")
         if posterior is not None: posterior = SpectrumPosterior.load(posterior, model, decoder)
         if calibration is not None: calibration = Calibration.load(calibration)
         return cls(model, decoder, posterior, calibration, domain and Domain.load(domain))
@@ -222,11 +220,11 @@ def recalibrate(
     """A predictor with bands for the sky that these are from; flagged images and spectra of which
     more than half is missing do not count. Raises `InvalidInputError` for arrays that do not belong
     together, and fewer than 100 galaxies that count."""
-    if predictor.calibration is None:
-        raise InvalidInputError("the predictor has no calibration to start from; run "
-            "26_calibration with at least 100 calib galaxies")
+    if predictor.calibration is None or predictor.decoder is None:
+        raise InvalidInputError("the predictor has no decoder, or no calibration to start from; "
+            "run 26_calibration with at least 100 calib galaxies")
     shape = (len(images), len(predictor.decoder.wavelength))
-    spectra = ObservedSpectra(*(np.asarray(part, np.float32) for part in spectra))
+    spectra = ObservedSpectra(*(np.asarray(part, float) for part in spectra))
     for name, part in spectra._asdict().items():
         if part.shape != shape:
             raise InvalidInputError(f"{name} of the spectra must have the shape {shape} of images "
@@ -235,6 +233,9 @@ def recalibrate(
     flux = central_crop(np.asarray(images, np.float32), predictor.image_size(images))
     usable = np.array([not words for words in predictor.flag(flux)])
     usable &= (np.isfinite(spectra.flux) & (spectra.ivar > 0)).mean(1) > 0.5
+    if usable.sum() < 100:
+        raise InvalidInputError(f"{usable.sum()} of {len(usable)} galaxies have an image that is "
+            "not flagged and half a spectrum; 100 are the least, and 300 are good")
     outputs, flux = outputs[usable], flux[usable]
     spectra = ObservedSpectra(*(part[usable] for part in spectra))
     draws = describe(predictor.posterior, outputs, n_draws, n_draws//2, -1, progress)

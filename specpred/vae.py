@@ -26,7 +26,7 @@ from .weights import (LatentAxes, Stats, fingerprint, load_checkpoint, load_stat
     published_pca, published_vae_tensors, read_weights, save_checkpoint, write_weights)
 
 # %% auto #0
-__all__ = ['InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit',
+__all__ = ['DECODER_ARRAYS', 'InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit',
            'random_configurations', 'Trial', 'search', 'latent_pca', 'SpectrumModel', 'load_published', 'target_stats',
            'plot_traversals']
 
@@ -446,7 +446,7 @@ def fit(cls:SpectrumModel,
     return cls(vae, wavelength, mean, axes.components, axes.centre, *scale), axes.fraction
 
 # %% ../nbs/21_vae.ipynb #fd20eaf4
-_ARRAYS = ("wavelength", "mean", "components", "centre", "target_mean", "target_std")
+DECODER_ARRAYS = ("wavelength", "mean", "components", "centre", "target_mean", "target_std")
 
 @patch
 def save(self:SpectrumModel,
@@ -455,7 +455,7 @@ def save(self:SpectrumModel,
 ):
     "Writes the model as one weights file, see `weights.write_weights`."
     tensors = {f"vae.{name}": value for name, value in self.vae.state_dict().items()}
-    tensors |= {name: torch.tensor(getattr(self, name)) for name in _ARRAYS}
+    tensors |= {name: torch.tensor(getattr(self, name)) for name in DECODER_ARRAYS}
     sizes = dict(n_bins=self.vae.n_bins, n_latents=self.vae.n_latents, hidden=self.vae.hidden)
     metadata = dict(kind="SpectrumModel", arguments=sizes, provenance=provenance)
     write_weights(path, tensors, metadata)
@@ -470,7 +470,7 @@ def load(cls:SpectrumModel,
     metadata, tensors = read_weights(path, "SpectrumModel")
     try:
         with torch.device("meta"): vae = InfoVAE(**metadata["arguments"])
-        arrays = {name: tensors.pop(name).numpy() for name in _ARRAYS}
+        arrays = {name: tensors.pop(name).numpy() for name in DECODER_ARRAYS}
         load_state(vae, {name.removeprefix("vae."): value for name, value in tensors.items()},
             f"the weights in {path}")
         return cls(vae, **arrays)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -56,3 +57,9 @@ def mock(tmp_path_factory):
     numbers = MockParameters(n_galaxies=40, n_spectra_only=6, galaxies_per_side=2, stamp_size=40)
     make_survey(numbers, folder, seed=1, n_jobs=1, progress=False)
     return folder
+
+
+@pytest.fixture
+def any_colours(monkeypatch):
+    "The spectra of an untrained decoder have no galaxy's colours."
+    monkeypatch.setattr("specpred.domain.COLOURS_APART", np.inf)

@@ -17,6 +17,7 @@ from specpred.surveys import PS1
 from specpred.vae import InfoVAE, SpectrumModel
 
 SIZE = 32
+pytestmark = pytest.mark.usefixtures("any_colours")
 
 
 @pytest.fixture(scope="module")
