@@ -18,12 +18,14 @@ from specpred.models import xresnet18_hybrid
 from specpred.plotting import BLUE, GREEN, ORANGE, SKY
 from specpred.stages import STAGES, atomic_path
 
+# title and height of each stage: arrows must not cross the boxes of others
 TITLES = {
-    "11_mock_survey": "mock survey", "14_download": "download", "15_images": "images",
-    "18_eigenspectra": "spectra", "19_lines": "lines", "21_vae": "autoencoder",
-    "24_training": "training", "25_posterior": "posterior", "26_calibration": "calibration",
-    "27_domain": "domain", "28_evaluation": "evaluation", "29_figures": "figures",
-    "31_predict": "prediction"}
+    "11_mock_survey": ("mock survey", 0), "14_download": ("download", 0), "15_images": ("images", 0),
+    "18_eigenspectra": ("spectra", -1), "19_lines": ("lines", -2), "21_vae": ("autoencoder", -1),
+    "24_training": ("training", 0), "25_posterior": ("posterior", 0),
+    "26_calibration": ("calibration", 0), "27_domain": ("domain", 1),
+    "28_evaluation": ("evaluation", -1), "29_figures": ("figures", -1),
+    "31_predict": ("prediction", 0.5)}
 
 
 def box(ax, x, y, width, height, text, color, **kwargs):
@@ -61,15 +63,11 @@ def draw_pipeline():
     needs, column = needed_stages(), {}
     for name, direct in needs.items():
         column[name] = 1 + max((column[n] for n in direct), default=-1)
-    rows = {name: [n for n in column if column[n] == column[name]] for name in column}
-    place = {}
-    for name in column:
-        height = len(rows[name]) - 1
-        place[name] = 1.7*column[name], height/2 - rows[name].index(name)
-    figure = Figure(figsize=(11, 2.2), layout="constrained")
+    place = {name: (1.7*column[name], 0.8*TITLES[name][1]) for name in column}
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
     ax = figure.subplots()
     for name, (x, y) in place.items():
-        box(ax, x, y, 1.3, 0.5, TITLES.get(name, name[3:]), BLUE, fontsize=11)
+        box(ax, x, y, 1.3, 0.5, TITLES[name][0], BLUE, fontsize=11)
         for other in needs[name]:
             start = place[other][0] + 0.68, place[other][1]
             ax.add_patch(
@@ -77,7 +75,7 @@ def draw_pipeline():
                     start, (x - 0.68, y), arrowstyle="-|>", mutation_scale=11, color="0.4"
                 )
             )
-    ax.set(xlim=(-0.8, 1.7*max(column.values()) + 0.8), ylim=(-1, 1), aspect="equal")
+    ax.set(xlim=(-0.8, 1.7*max(column.values()) + 0.8), ylim=(-2, 1.2), aspect="equal")
     ax.axis("off")
     return figure
 
