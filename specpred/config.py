@@ -226,6 +226,7 @@ class TrainingParameters(Settings):
     models: _Models = ("photometry", "xresnet18", "xresnet18_hybrid", "xresnet18_hybrid-specpred")
     seeds: int = Field(1, ge=1, le=1000)  # independent trainings of each model
     epochs: int = Field(10, ge=1, le=10**6)  # one-cycle epochs
+    epoch_size: int | None = Field(None, ge=1)  # galaxies at most, then a checkpoint; None: all
     batch_size: int = Field(128, ge=1, le=10**6)
     lr: float | None = Field(None, ge=1e-12, le=100)  # of any model; None: the recipe's
     # of the pixels: linear as published; image: divided by its own brightness

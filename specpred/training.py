@@ -194,16 +194,23 @@ class BatchLoader(DataLoader):
     def __init__(self,
         dataset:GalaxySet,
         bs:int = 64,  # galaxies in a batch
+        epoch_size:int | None = None,  # galaxies of an epoch, at most; None: all
         **kwargs,  # of fastai's `DataLoader`, e.g. shuffle, drop_last, num_workers, device
     ):
-        super().__init__(dataset, bs=bs, **kwargs)
+        n = min(epoch_size or len(dataset), len(dataset))
+        super().__init__(dataset, bs=min(bs, n), n=n, **kwargs)
 
     def create_item(self, position): return position
 
     def create_batch(self, positions): return self.dataset.batch(positions, self.epoch)
 
     def order(self, epoch):
-        return random_generator(self.dataset.seed, "order", epoch).permutation(self.n)
+        "Galaxies of an epoch, which go on where the last one's ended."
+        total, start = len(self.dataset), epoch*self.n
+        rounds = range(start//total, (start + self.n - 1)//total + 1)
+        rngs = (random_generator(self.dataset.seed, "order", k) for k in rounds)
+        all_of_them = np.concatenate([rng.permutation(total) for rng in rngs])
+        return all_of_them[start - rounds[0]*total:][:self.n]
 
     def shuffle_fn(self, positions): return self.order(self.epoch).tolist()
 
@@ -234,6 +241,7 @@ def batch_loaders(
     device = None,  # default: a GPU if there is one
     keep:bool | None = None,  # images in memory, see `memory_for`
     num_workers:int = 0,  # processes that read batches
+    epoch_size:int | None = None,  # training galaxies of an epoch, at most; None: all
 ) -> DataLoaders:
     """fastai `DataLoaders` over the train and valid galaxies. Raises `InvalidInputError` for an
     empty split or batch."""
@@ -246,7 +254,8 @@ def batch_loaders(
     return DataLoaders(
         BatchLoader(
             train,
-            bs=min(batch_size, len(train)),
+            bs=batch_size,
+            epoch_size=epoch_size,
             shuffle=True,
             drop_last=True,
             num_workers=num_workers,
@@ -521,7 +530,8 @@ def train_models(
 def _train_and_save(sample, name, target_stats, parameters, seed, weights, history_path, checkpoint,
         progress):
     augmentation = Augmentation(max_shift=find_training(name).recipe.max_shift)
-    dls = batch_loaders(sample, parameters.batch_size, augmentation, keep=parameters.keep)
+    dls = batch_loaders(sample, parameters.batch_size, augmentation, keep=parameters.keep,
+        epoch_size=parameters.epoch_size)
     learn, history = train_model(name, dls, parameters, seed, checkpoint, progress)
     with atomic_path(history_path) as part: history.to_csv(part, index=False)
     save_trained(

@@ -83,6 +83,21 @@ def test_every_training_galaxy_comes_once_an_epoch_turned_exactly(sample):
     assert sorted(seen) == list(range(21)) and seen != sorted(seen)
 
 
+def test_short_epochs_go_through_all_galaxies(sample):
+    "Three epochs of eight galaxies of 21 see each once, and the next ones begin anew."
+    train = loaders(sample, batch_size=4, epoch_size=8).train
+    whole = loaders(sample).train
+    assert (len(train), train.n, len(whole), whole.n) == (2, 8, 3, 21)
+    seen = np.concatenate([train.order(epoch) for epoch in range(6)])
+    assert len(seen) == 48
+    for k in range(2): assert sorted(seen[21*k:21*k + 21]) == list(range(21))
+    np.testing.assert_array_equal(seen[:21], whole.order(0))
+    first = train.specobjids(1, 1)
+    np.testing.assert_array_equal(first, train.dataset.images.specobjid[
+        train.dataset.rows[seen[12:16]]])
+    assert loaders(sample, batch_size=32, epoch_size=5).train.bs == 5
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_epoch_follows_from_seed_and_number(sample, keep):
     ahead, direct = loaders(sample, seed=3), loaders(sample, seed=3, keep=keep)
