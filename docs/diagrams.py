@@ -20,7 +20,8 @@ from specpred.stages import STAGES, atomic_path
 
 # title and height of each stage: arrows must not cross the boxes of others
 TITLES = {
-    "11_mock_survey": ("mock survey", 0), "14_download": ("download", 0), "15_images": ("images", 0),
+    "11_mock_survey": ("mock survey", 0), "14_download": ("download", 0),
+    "15_images": ("images", 0),
     "18_eigenspectra": ("spectra", -1), "19_lines": ("lines", -2), "21_vae": ("autoencoder", -1),
     "24_training": ("training", 0), "25_posterior": ("posterior", 0),
     "26_calibration": ("calibration", 0), "27_domain": ("domain", 1),
