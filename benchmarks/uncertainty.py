@@ -206,8 +206,8 @@ def recalibration(study, n) -> pd.DataFrame:
 SIZES = "radius", "half_light_radius", "bulge_radius", "disk_scale", "clump_size"
 
 
-def far_away(study, n=300) -> float:
-    "AUC of the domain's score for massive galaxies that are moved to redshifts of 0.4 to 0.5."
+def far_away(study, n=300) -> dict:
+    "A row of the table, of massive galaxies that are moved to redshifts of 0.4 to 0.5."
     rng = config.random_generator(study.profile.seed, "far")
     table = draw_parameters(4*n, rng, "all").nlargest(n, "log_mass").reset_index(drop=True)
     redshift = rng.uniform(0.4, 0.5, n)
@@ -219,7 +219,8 @@ def far_away(study, n=300) -> float:
     usual = np.concatenate(list(study.images.batches(ids)))
     far = np.nan_to_num(observe_stamps(light, survey, size, study.profile.seed))
     score = [domain.judge(flux, survey).score for flux in (usual, far)]
-    return roc_auc_score(np.repeat([0, 1], n), np.concatenate(score))
+    return dict(damage="redshift 0.4 to 0.5", flagged=(score[1] > 1).mean(),
+        score=roc_auc_score(np.repeat([0, 1], n), np.concatenate(score)))
 
 
 def describe_test(study):
@@ -274,7 +275,6 @@ def draw_figure(study, out):
     left.set(xlabel="level", ylabel="coverage",
         title="by predicted spread (dotted: constant)")
     left.legend(frameon=False, fontsize=7)
-    for ax in (left, middle, right): ax.title.set_fontsize(9)
     found = ranks(described.targets, truth[:, -described.targets.shape[-1]:])
     middle.hist(found, np.linspace(0, 1, 13), density=True, histtype="step",
         color=COLOURS[:found.shape[1]])
@@ -287,6 +287,7 @@ def draw_figure(study, out):
     right.loglog(*2*[np.quantile(width, (0.01, 0.99))], "k", lw=0.8)
     right.set(xlabel="half-width of the 68 % band (Å)", ylabel="|error| (Å)",
         ylim=(1e-2, None), title="Hα equivalent width")
+    for ax in (left, middle, right): ax.title.set_fontsize(9)
     figure.savefig(HERE.parent/"figures"/"uncertainty.png", dpi=100)
 
 
@@ -309,7 +310,7 @@ def summed_coverage(table) -> pd.DataFrame:
 def write_page(study, out):
     tables = {path.stem: pd.read_csv(path) for path in out.glob("*.csv")}
     tables["coverage"] = summed_coverage(tables["coverage"])
-    tables["auc"] = tables["auc"].astype(dict(strength=str)).fillna("").replace("nan", "")
+    tables["auc"] = tables["auc"].astype(object).where(tables["auc"].notna(), "")
     facts = read_manifest("27_domain", study.paths)["facts"]
     machine = f"{platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
     text = (HERE/"uncertainty_text.md").read_text().format(machine=machine,
@@ -331,7 +332,7 @@ def main():
         table = pd.read_csv(study.paths.calibration_tables/f"{name}.csv")
         table.round(4).to_csv(out/f"{name}.csv", index=False)
     auc = pd.read_csv(study.paths.domain_tables/"auc.csv").round(4)
-    auc.loc[len(auc)] = dict(damage="redshift 0.4 to 0.5", strength="", score=far_away(study))
+    auc = pd.concat([auc, pd.DataFrame([far_away(study)])], ignore_index=True)
     auc.round(4).to_csv(out/"auc.csv", index=False)
     draw_figure(study, out)
     write_page(study, out)

@@ -263,6 +263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specpred.domain.colour_mismatch': ('domain.html#colour_mismatch', 'specpred/domain.py'),
                                  'specpred.domain.constant_bands': ('domain.html#constant_bands', 'specpred/domain.py'),
                                  'specpred.domain.fit_domain': ('domain.html#fit_domain', 'specpred/domain.py'),
+                                 'specpred.domain.half_light_radius': ('domain.html#half_light_radius', 'specpred/domain.py'),
                                  'specpred.domain.has_source': ('domain.html#has_source', 'specpred/domain.py'),
                                  'specpred.domain.image_faults': ('domain.html#image_faults', 'specpred/domain.py'),
                                  'specpred.domain.image_features': ('domain.html#image_features', 'specpred/domain.py'),

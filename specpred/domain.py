@@ -20,8 +20,9 @@ from .surveys import ImagingSurvey
 from .weights import read_weights, write_weights
 
 # %% auto #0
-__all__ = ['OFF_CENTRE', 'COLOURS_APART', 'has_source', 'constant_bands', 'saturated_bands', 'off_centre', 'image_faults',
-           'band_fluxes', 'colour_mismatch', 'Domain', 'image_features', 'fit_domain', 'Judgement']
+__all__ = ['OFF_CENTRE', 'POINT', 'COLOURS_APART', 'has_source', 'constant_bands', 'saturated_bands', 'off_centre',
+           'half_light_radius', 'image_faults', 'band_fluxes', 'colour_mismatch', 'Domain', 'image_features',
+           'fit_domain', 'Judgement']
 
 # %% ../nbs/27_domain.ipynb #cbd61e99
 def has_source(
@@ -61,8 +62,20 @@ def off_centre(
     detected = np.where(image - level > 3*noise, image - level, 0).astype(np.float32)
     return np.hypot(*find_centres(detected, 1/survey.pixel_scale).T)*survey.pixel_scale
 
+# %% ../nbs/27_domain.ipynb #23768644
+def half_light_radius(
+    flux:np.ndarray,  # (N, bands, size, size) nJy
+    survey:ImagingSurvey,
+) -> np.ndarray:
+    "(N,) in the second band, in units of the seeing's full width at half maximum there."
+    b = min(1, flux.shape[1] - 1)
+    image = flux[:, [b]] - sky_statistics(flux[:, [b]])[0][..., None, None]
+    table = ring_table(image, ["r"])
+    return np.exp(table["radius_r"].to_numpy())*survey.pixel_scale/survey.seeing[b]
+
 # %% ../nbs/27_domain.ipynb #bd155df3
 OFF_CENTRE = 1.5  # arcsec that the centroid may be from the middle
+POINT = 0.75  # widths of the seeing that half of the light is within, of a star
 
 def image_faults(
     flux:np.ndarray,  # (N, bands, height, width) nJy
@@ -72,11 +85,13 @@ def image_faults(
     "What is wrong with each image, in words."
     empty, offset = ~has_source(flux, survey), off_centre(flux, survey)
     constant, flat = constant_bands(flux), saturated_bands(flux)
+    radius = half_light_radius(flux, survey)
     def faults(k):
         if empty[k]: yield "no source in the middle"
         for b in np.flatnonzero(constant[k]): yield f"the band {survey.bands[b]} is constant"
         for b in np.flatnonzero(flat[k]): yield f"the band {survey.bands[b]} is saturated"
         if offset[k] > OFF_CENTRE: yield f"the source is {offset[k]:.1f} arcsec off centre"
+        if radius[k] < POINT and not empty[k]: yield "a point source"
         if mismatch is not None and mismatch[k] > COLOURS_APART:
             yield f"its colours are {mismatch[k]:.2f} mag from those of the predicted spectrum"
     return [list(faults(k)) for k in range(len(flux))]

@@ -866,7 +866,7 @@ def toy_galaxies(n, size=48, seed=0):
     r = np.hypot(*np.mgrid[:size, :size] - (size - 1)/2)
     colours = 0.2*np.arange(5) + rng.normal(0, 0.05, (n, 5))
     light = 10**rng.uniform(3, 4, n)[:, None]*10**colours
-    shape = np.exp(-r/rng.uniform(2, 5, (n, 1, 1, 1)))
+    shape = np.exp(-r/rng.uniform(3, 6, (n, 1, 1, 1)))
     noise = rng.normal(0, 30, (n, 5, size, size))
     return np.float32(light[..., None, None]*shape + noise)
 
