@@ -138,7 +138,8 @@ def predict(
         help="Of the pixels, e.g. nanomaggy or uJy, where the headers do not say it.")] = None,
     data_dir: _DataDir = None,
 ):
-    """Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each.
+    """Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each,
+    with 68 and 95 % bands, lines and indices, and a flag where it should not be believed.
 
     Images must be those of the survey that the model learned from; what their headers say is
     checked."""

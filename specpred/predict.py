@@ -374,6 +374,10 @@ def _check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
         raise InvalidInputError("no source in the middle of the image")
 
 # %% ../nbs/31_predict.ipynb #0367d1f4
+_CALIBRATED = ("lower to upper holds 68 %, lower_95 to upper_95 95 % of galaxies like the calib "
+    "ones in each bin, whole_lower to whole_upper 95 % of their whole spectra")
+_AS_DRAWN = "not calibrated: 68 and 95 % by one covariance of the errors for all galaxies"
+
 def write_table(
     path,  # the .ecsv to make
     spectra:PredictedSpectra,
@@ -396,8 +400,7 @@ def write_table(
         "targets": [round(float(t), 5) for t in spectra.targets[row]],
         "wavelengths": "vacuum, rest frame",
         "flux": "F_lambda, normalised over the rest-frame grid",
-        "band": "lower to upper holds 68 %, lower_95 to upper_95 95 % of galaxies in each bin, "
-            "whole_lower to whole_upper 95 % of whole spectra",
+        "band": _CALIBRATED if spectra.whole_lower is not None else _AS_DRAWN,
     }
     with atomic_path(path) as part: Table(columns, meta=facts).write(part, format="ascii.ecsv")
 
