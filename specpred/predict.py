@@ -423,12 +423,14 @@ def plot_prediction(
     right.fill_between(spectra.wavelength, *wide, color=RED, alpha=0.15, lw=0, label="95 % band")
     right.fill_between(spectra.wavelength, *band, color=RED, alpha=0.3, lw=0, label="68 % band")
     right.plot(spectra.wavelength, spectra.flux[row], color=RED, lw=0.8, label="predicted")
-    if spectra.reasons[row]: right.set_title(f"flagged: {spectra.reasons[row]}", fontsize=8)
+    if spectra.reasons[row]: figure.suptitle(f"flagged: {spectra.reasons[row]}", fontsize=9)
     right.set(
         xlabel=r"rest-frame wavelength ($\mathrm{\AA}$, vacuum)",
         ylabel=r"$F_\lambda$ (normalised)",
         xlim=spectra.wavelength[[0, -1]],
     )
+    highest = max(spectra.flux[row].max(), np.quantile(spectra.upper_95[row], 0.99))
+    right.set_ylim(top=1.3*highest)  # bands of lines may be much higher
     mark_lines(right)
     right.legend(frameon=False, fontsize=8)
     return figure
