@@ -23,23 +23,26 @@ from .eigenspectra import load_store
 from .images import aperture_magnitudes, find_rows
 from .lines import LINES, measure_spectra
 from .mock_survey import true_spectra
+from .plotting import RED
 from .posterior import SpectrumPosterior
 from .spectra import LogGrid, rebin
 from .surveys import ImagingSurvey
 from .training import target_columns
-from .vae import SpectrumModel
+from .vae import SpectrumModel, one_thread
 from .weights import read_weights, write_weights
 
 # %% auto #0
-__all__ = ['LEVELS', 'QUANTITIES', 'WHOLE', 'FLUX_CALIBRATION', 'CLASSES', 'Bands', 'bands_of_draws', 'measured_quantities',
-           'grid_of', 'Described', 'describe', 'stretch_scores', 'Groups', 'reference_magnitude', 'conformal_factors',
-           'grouped_factors', 'whole_scores', 'Calibration', 'widened', 'calibrate', 'pooled_factors', 'Reference',
-           'load_reference', 'observed_columns', 'known_columns', 'quintiles', 'coverage_by_cell', 'ranks',
-           'points_near', 'tarp', 'crps', 'interval_score', 'MeanDifference', 'mean_difference', 'spectral_class',
-           'class_probabilities']
+__all__ = ['LEVELS', 'WHOLE', 'LEAST', 'QUANTITIES', 'FLUX_CALIBRATION', 'ALLOWED', 'CLASSES', 'Bands', 'bands_of_draws',
+           'plot_bands', 'measured_quantities', 'grid_of', 'Described', 'describe', 'stretch_scores', 'Groups',
+           'reference_magnitude', 'conformal_factors', 'grouped_factors', 'whole_scores', 'Calibration', 'widened',
+           'calibrate', 'pooled_factors', 'Reference', 'load_reference', 'observed_columns', 'known_columns',
+           'quintiles', 'coverage_by_cell', 'judge_coverage', 'summarise_coverage', 'ranks', 'points_near', 'tarp',
+           'crps', 'interval_score', 'MeanDifference', 'mean_difference', 'spectral_class', 'class_probabilities']
 
-# %% ../nbs/26_calibration.ipynb #85472567
+# %% ../nbs/26_calibration.ipynb #ad3cfe1b
 LEVELS = (0.5, 0.68, 0.9, 0.95)
+WHOLE = 1  # position of 68 %, the band that is stretched to hold whole spectra
+LEAST = 100  # galaxies, to calibrate on
 
 class Bands(NamedTuple):
     "Medians of M columns for N galaxies, and how far bands of L levels reach from there."
@@ -50,6 +53,18 @@ class Bands(NamedTuple):
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         "Lower and upper ends, (L, N, M) each."
         return self.median - self.below, self.median + self.above
+
+    def half_width(self) -> np.ndarray:
+        "Of the 68 % bands, (N, M)."
+        return (self.below[WHOLE] + self.above[WHOLE])/2
+
+    def first(self, n:int) -> "Bands":
+        "Those of the first n columns."
+        return Bands(*(part[..., :n] for part in self))
+
+    def only(self, level:int) -> "Bands":
+        "Those of one level, by its position."
+        return Bands(self.median, self.below[[level]], self.above[[level]])
 
 def bands_of_draws(
     draws:np.ndarray,  # (N, n_draws, M)
@@ -70,6 +85,23 @@ def bands_of_draws(
     below = np.stack([median - quantile(p) for p in tails])
     return Bands(median, below, np.stack([quantile(1 - p) - median for p in tails]))
 
+# %% ../nbs/26_calibration.ipynb #b3c0c468
+def plot_bands(
+    ax,  # of matplotlib
+    wavelength:np.ndarray,  # (n_bins,)
+    bands:Bands,  # whose first columns are bins
+    row:int,  # galaxy
+    true:np.ndarray,  # (n_bins,) its spectrum, NaN where unknown
+):
+    "68 and 95 % bands of one galaxy, and its spectrum in front."
+    lower, upper = (ends[:, row] for ends in bands.first(len(wavelength)).ends())
+    for level, alpha in ((-1, 0.2), (WHOLE, 0.35)):
+        ax.fill_between(wavelength, lower[level], upper[level], color=RED, alpha=alpha, lw=0,
+            label=f"{LEVELS[level]:.0%} band")
+    ax.plot(wavelength, true, color="k", lw=0.6, label="true spectrum")
+    ax.set(ylabel="normalised flux", xlim=wavelength[[0, -1]],
+        ylim=(0, 1.5*np.nanquantile(true, 0.98)))
+
 # %% ../nbs/26_calibration.ipynb #e2c3f2b8
 _OF_LINES = (f"{line}_{what}" for line in LINES for what in ("ew", "flux"))
 QUANTITIES = ("dn4000", "hdelta_a", *_OF_LINES)
@@ -86,7 +118,7 @@ def measured_quantities(
 def grid_of(wavelength:np.ndarray) -> dict:
     "loglam0 and dloglam of wavelengths at equal steps of their logarithm."
     loglam = np.log10(wavelength)
-    return dict(loglam0=float(loglam[0]), dloglam=float((loglam[-1] - loglam[0])/(len(loglam) - 1)))
+    return dict(loglam0=loglam[0], dloglam=loglam[1] - loglam[0])
 
 # %% ../nbs/26_calibration.ipynb #962d1569
 class Described(NamedTuple):
@@ -120,10 +152,8 @@ def describe(
     return Described(Bands(np.concatenate(median), *lengths), *map(np.concatenate, others))
 
 def _describe_block(posterior, outputs, n_draws, n_measured):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(limits=1): targets, spectra = posterior.draw(outputs, n_draws)
-    torch.set_num_threads(threads)
+    with one_thread(), threadpool_limits(limits=1):
+        targets, spectra = posterior.draw(outputs, n_draws)
     measured = np.full((len(outputs), max(n_measured, 1), len(QUANTITIES)), np.nan, np.float32)
     if n_measured:
         grid = grid_of(posterior.decoder.wavelength)
@@ -202,7 +232,7 @@ def grouped_factors(
     group:np.ndarray,  # (n,)
     n_groups:int,
     levels = LEVELS,
-    least:int = 100,  # known scores of a group
+    least:int = LEAST,  # known scores of a group
 ) -> np.ndarray:
     "(L, groups, M) factors."
     of_all = conformal_factors(scores, levels)
@@ -216,9 +246,7 @@ def grouped_factors(
         factors[:, k] = np.where(enough & np.isfinite(found), found, factors[:, k])
     return factors
 
-# %% ../nbs/26_calibration.ipynb #04ccb9e5
-WHOLE = 1  # position in `LEVELS` of the band that is stretched: 68 %
-
+# %% ../nbs/26_calibration.ipynb #89b5e566
 def whole_scores(
     bands:Bands,  # of the bins of spectra
     values:np.ndarray,  # (N, n_bins), NaN where unknown
@@ -226,7 +254,7 @@ def whole_scores(
     levels = LEVELS,
 ) -> np.ndarray:
     "(L, N) factors by which the 68 % band would just hold the whole spectrum."
-    one = Bands(bands.median, bands.below[WHOLE:WHOLE + 1], bands.above[WHOLE:WHOLE + 1])
+    one = bands.only(WHOLE)
     n = np.median(np.isfinite(values).sum(1))
     def of_level(level):
         def tail(_): return norm.ppf((1 + level**(1/n))/2)
@@ -246,8 +274,7 @@ class Calibration:
 
     def shifted(self, bands:Bands) -> Bands:
         "Bands about corrected medians."
-        length = (bands.below[WHOLE] + bands.above[WHOLE])/2
-        return bands._replace(median=bands.median + self.shift*length)
+        return bands._replace(median=bands.median + self.shift*bands.half_width())
 
 # %% ../nbs/26_calibration.ipynb #48bcd01f
 def widened(
@@ -261,6 +288,11 @@ def widened(
     return bands._replace(below=np.where(wide, np.maximum(bands.below, below), bands.below),
         above=np.where(wide, np.maximum(bands.above, above), bands.above))
 
+def _stretched(bands, factors, sample, flagged) -> Bands:
+    "Bands with their lengths times factors, a wider level no shorter than a narrower one."
+    below, above = (np.maximum.accumulate(length*factors, 0) for length in bands[1:])
+    return widened(Bands(bands.median, below, above), sample, flagged)
+
 # %% ../nbs/26_calibration.ipynb #cb828905
 @patch
 def __call__(self:Calibration,
@@ -270,10 +302,8 @@ def __call__(self:Calibration,
     flagged = False,  # (N,) bool: these get bands that are no narrower than the sample's
 ) -> Bands:
     "Calibrated bands; a wider level holds a narrower one."
-    group, bands = self.groups(magnitude, spread), self.shifted(bands)
-    below, above = (np.maximum.accumulate(length*self.factors[:, group], 0)
-        for length in (bands.below, bands.above))
-    return widened(Bands(bands.median, below, above), self.sample, flagged)
+    factors = self.factors[:, self.groups(magnitude, spread)]
+    return _stretched(self.shifted(bands), factors, self.sample, flagged)
 
 @patch
 def whole_bands(self:Calibration,
@@ -284,12 +314,9 @@ def whole_bands(self:Calibration,
     flagged = False,  # (N,) bool
 ) -> Bands:
     "Bands of the spectra alone, which hold whole spectra."
-    group, bands = self.groups(magnitude, spread), self.shifted(bands)
-    lengths = (length[WHOLE, :, :n_bins]*self.whole[:, group, None]
-        for length in (bands.below, bands.above))
-    lengths = (np.maximum.accumulate(each, 0) for each in lengths)
-    bands = Bands(bands.median[:, :n_bins], *lengths)
-    return widened(bands, self.sample[..., :n_bins], flagged)
+    factors = self.whole[:, self.groups(magnitude, spread), None]
+    bands = self.shifted(bands).first(n_bins).only(WHOLE)
+    return _stretched(bands, factors, self.sample[..., :n_bins], flagged)
 
 # %% ../nbs/26_calibration.ipynb #8af99ff0
 def calibrate(
@@ -304,8 +331,8 @@ def calibrate(
     them. From noisy values all bins of a group get the same factor, see `pooled_factors`. Raises
     `InvalidInputError` for values of another shape."""
     n, bands = len(values), described.bands
-    if n < 100:
-        warnings.warn(f"{n} galaxies are too few to calibrate on: 100 are the least. Bands are "
+    if n < LEAST:
+        warnings.warn(f"{n} galaxies are too few to calibrate on: {LEAST} are the least. Bands are "
             "those of one covariance for all galaxies.", stacklevel=2)
         return None
     if values.shape != bands.median.shape:
@@ -318,8 +345,7 @@ def calibrate(
     if noise is not None:
         pooled = pooled_factors(scores[..., :n_bins], group, len(groups))
         factors[..., :n_bins] = pooled[..., None]
-    spectra = Bands(*(part[..., :n_bins] for part in bands))
-    whole = whole_scores(spectra, values[:, :n_bins], known_noise[:, :n_bins])
+    whole = whole_scores(bands.first(n_bins), values[:, :n_bins], known_noise[:, :n_bins])
     whole = grouped_factors(whole[..., None], group, len(groups))[..., 0]
     tails = [(1 + sign*level)/2 for sign in (-1, 1) for level in LEVELS]
     with warnings.catch_warnings():
@@ -336,7 +362,7 @@ def pooled_factors(
     group:np.ndarray,  # (n,)
     n_groups:int,
     levels = LEVELS,
-    least:int = 100,  # galaxies of a group; fewer get the factor of all
+    least:int = LEAST,  # galaxies of a group; fewer get the factor of all
 ) -> np.ndarray:
     "(L, groups) factors of all bins together."
     factors = np.empty((len(levels), n_groups))
@@ -358,11 +384,11 @@ def recalibrated(self:Calibration,
     n_bins:int,
 ) -> Calibration:
     "A calibration for another sky. Raises `InvalidInputError` for fewer than 100 galaxies."
-    if len(values) < 100:
-        raise InvalidInputError(f"{len(values)} galaxies are too few to calibrate on; 100 are the "
-            "least, and 300 are good")
+    if len(values) < LEAST:
+        raise InvalidInputError(f"{len(values)} galaxies are too few to calibrate on; {LEAST} are "
+            "the least, and 300 are good")
     raw, group = described.bands, self.groups(magnitude, described.spread)
-    length = (raw.below[WHOLE] + raw.above[WHOLE])/2
+    length = raw.half_width()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # columns that are unknown for all
         steps = (values - raw.median)/np.where(length > 0, length, np.nan)
@@ -433,8 +459,7 @@ def _true_rest_frame(store, rows, norm, paths:Paths) -> np.ndarray | None:
     truth = true_spectra(paths.mock, store.specobjid[rows])
     if truth is None: return None
     loglam, flux = truth
-    grid_loglam = np.log10(store.wavelength)
-    grid = LogGrid(len(grid_loglam), grid_loglam[0], grid_loglam[1] - grid_loglam[0])
+    grid = LogGrid(len(store.wavelength), **grid_of(store.wavelength))
     rest = rebin(flux, None, loglam[0], store.redshift[rows], grid)
     return np.where(rest.missing, np.nan, rest.flux)/norm
 
@@ -513,6 +538,26 @@ def coverage_by_cell(
     index = pd.MultiIndex.from_product([cells, LEVELS, columns], names=["cell", "level", "column"])
     facts = dict(coverage=found, error=error, within=reach*error, n=counts)
     return pd.DataFrame({k: v.ravel() for k, v in facts.items()}, index).reset_index()
+
+# %% ../nbs/26_calibration.ipynb #18be2c57
+ALLOWED = {0.5: 0.03, 0.68: 0.03, 0.9: 0.02, 0.95: 0.015}  # by level
+
+def judge_coverage(
+    table:pd.DataFrame,  # of `coverage_by_cell`
+) -> pd.DataFrame:
+    "The table with `deviation` from the level, and by how much that is `beyond`."
+    deviation = (table.coverage - table.level).abs()
+    beyond = (deviation - table.within - table.level.map(ALLOWED)).clip(lower=0)
+    return table.assign(deviation=deviation, beyond=beyond)
+
+def summarise_coverage(
+    table:pd.DataFrame,  # of `judge_coverage`, with a column `posterior`
+) -> pd.DataFrame:
+    "One row a posterior and level."
+    return table.groupby(["posterior", "level"], sort=False).agg(
+        cells=("beyond", "size"), beyond=("beyond", lambda beyond: int((beyond > 0).sum())),
+        median_deviation=("deviation", "median"), largest_deviation=("deviation", "max"),
+        half_width=("within", "median")).reset_index()
 
 # %% ../nbs/26_calibration.ipynb #c3324e5d
 def ranks(

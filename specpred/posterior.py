@@ -25,7 +25,7 @@ from .config import (
     InvalidInputError, MissingInputError, Paths, PosteriorParameters, WeightsError,
     random_generator)
 from .models import PhotometryBranch, TrainedModel, WithPhotometry
-from .vae import DECODER_ARRAYS, SpectrumModel
+from .vae import DECODER_ARRAYS, SpectrumModel, one_thread
 from .weights import fingerprint, load_state, read_weights, write_weights
 
 # %% auto #0
@@ -76,6 +76,7 @@ class TargetPosterior(nn.Module):
         hidden:int = 64,  # size of the two hidden layers of each network
     ):
         super().__init__()
+        self.n_features = n_features
         self.arguments = dict(n_targets=n_targets, n_features=n_features, density=density,
             n_components=n_components, hidden=hidden)
         n_context, sizes = n_targets + n_components, dict(hidden_features=(hidden, hidden))
@@ -173,13 +174,9 @@ def fit_posterior(
         raise InvalidInputError(f"{len(train[0])} training galaxies with {shapes[0]} columns of "
             f"outputs and targets, and valid ones with {shapes[1]}: expected two or more and the "
             "same columns")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks are small; numbers do not depend on the cores
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(random_generator(seed, "posterior").integers(2**31)))
-            return _fit(train, valid, parameters, progress)
-    finally: torch.set_num_threads(threads)
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_generator(seed, "posterior").integers(2**31)))
+        return _fit(train, valid, parameters, progress)
 
 def _checked(outputs, targets) -> tuple[Tensor, Tensor]:
     outputs, targets = (torch.as_tensor(np.asarray(a, np.float32)) for a in (outputs, targets))
@@ -251,6 +248,7 @@ class GaussianErrors:
     "Errors of predicted targets, the same for every galaxy: a normal distribution."
     bias: np.ndarray  # (n_targets,) mean of predicted minus true targets
     covariance: np.ndarray  # (n_targets, n_targets)
+    n_features = 0  # that it depends on
 
     @classmethod
     def of(cls, trained:TrainedModel) -> "GaussianErrors":
@@ -354,10 +352,10 @@ class SpectrumPosterior:
         `InvalidInputError` for outputs of another shape or not finite."""
         outputs = torch.as_tensor(np.asarray(outputs, np.float32))
         n_targets = self.decoder.n_targets
-        known = getattr(self.targets, "arguments", dict(n_features=0))["n_features"]
-        if outputs.ndim != 2 or outputs.shape[1] < n_targets + known or n_draws < 1:
-            raise InvalidInputError(f"expected outputs (N, {n_targets} targets + {known} features) "
-                f"and a draw or more, got {tuple(outputs.shape)} and {n_draws}")
+        n_features = self.targets.n_features
+        if outputs.ndim != 2 or outputs.shape[1] < n_targets + n_features or n_draws < 1:
+            raise InvalidInputError(f"expected outputs (N, {n_targets} targets + {n_features} "
+                f"features) and a draw or more, got {tuple(outputs.shape)} and {n_draws}")
         bad = int((~outputs.isfinite().all(1)).sum())
         if bad: raise InvalidInputError(f"the network's output for {bad} images is not finite")
         normal = torch.from_numpy(even_normal(n_draws, n_targets, self.seed))

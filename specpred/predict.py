@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from . import models
 from .calibration import (
-    CLASSES, QUANTITIES, WHOLE, Bands, Calibration, Described, class_probabilities,
+    CLASSES, LEAST, QUANTITIES, WHOLE, Bands, Calibration, Described, class_probabilities,
     describe, grid_of, observed_columns, reference_magnitude, widened)
 from .config import (
     ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError)
@@ -123,24 +123,25 @@ def predict(self:Predictor,
 ) -> PredictedSpectra:
     """Spectra with bands. Raises `InvalidInputError` for other shapes, smaller images and NaN; what
     looks wrong is flagged, and has bands no narrower than the spread of all galaxies."""
-    outputs = self.network.predict_targets(flux)
-    flux = central_crop(np.asarray(flux, np.float32), self.image_size(flux))
+    outputs, flux = self.network.predict_targets(flux), self.crop(flux)
     targets = outputs[:, :self.model.arguments["n_out"]]
     if self.decoder is None: return PredictedSpectra(targets, self.flag(flux))
     draws = describe(self.posterior, outputs, n_draws, n_draws//2 if quantities else 0)
-    reasons = self.flag(flux, draws.bands.median[:, :len(self.decoder.wavelength)])
-    bands, whole = self.calibrated(draws, flux, np.array([bool(words) for words in reasons]))
     n_bins = len(self.decoder.wavelength)
-    lower, upper = (ends[..., :n_bins] for ends in bands.ends())
+    reasons = self.flag(flux, draws.bands.median[:, :n_bins])
+    bands, whole = self.calibrated(draws, flux, np.array([bool(words) for words in reasons]))
+    spectra = bands.first(n_bins)
+    lower, upper = spectra.ends()
     whole_lower, whole_upper = (None, None) if whole is None else (e[-1] for e in whole.ends())
     table = tabulate_quantities(bands, draws, n_bins) if quantities else None
-    return PredictedSpectra(targets, reasons, self.decoder.wavelength, bands.median[:, :n_bins],
+    return PredictedSpectra(targets, reasons, self.decoder.wavelength, spectra.median,
         lower[WHOLE], upper[WHOLE], lower[-1], upper[-1], whole_lower, whole_upper, table, draws)
 
 @patch
-def image_size(self:Predictor, flux) -> int:
-    "Side of the part that the network looks at, pixels."
-    return self.model.provenance.get("image_size", min(np.shape(flux)[2:]))
+def crop(self:Predictor, flux) -> np.ndarray:
+    "The part of images (N, bands, height, width) that the network looks at, float32."
+    size = self.model.provenance.get("image_size", min(np.shape(flux)[2:]))
+    return central_crop(np.asarray(flux, np.float32), size)
 
 @patch
 def flag(self:Predictor,
@@ -196,13 +197,18 @@ class ObservedSpectra(NamedTuple):
     flux: np.ndarray  # (N, n_bins)
     ivar: np.ndarray  # (N, n_bins) inverse variances, 0 where nothing was measured
 
+    @property
+    def known(self) -> np.ndarray:
+        "Which bins were measured, (N, n_bins) bool."
+        return np.isfinite(self.flux) & (self.ivar > 0)
+
 def normalise(
     spectra:ObservedSpectra,
     predicted:np.ndarray,  # (N, n_bins) medians, which fill the gaps
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Flux and error (N, n_bins) of spectra whose L2 norm is 1 with their gaps filled, and what is
     missing, bool."""
-    missing = ~(np.isfinite(spectra.flux) & (spectra.ivar > 0))
+    missing = ~spectra.known
     flux, known = np.where(missing, 0, spectra.flux), np.where(missing, 0, predicted)
     scale = (flux*known).sum(1)/np.maximum((known**2).sum(1), 1e-30)
     norm = np.linalg.norm(np.where(missing, scale[:, None]*predicted, flux), axis=1)[:, None]
@@ -222,20 +228,19 @@ def recalibrate(
     together, and fewer than 100 galaxies that count."""
     if predictor.calibration is None or predictor.decoder is None:
         raise InvalidInputError("the predictor has no decoder, or no calibration to start from; "
-            "run 26_calibration with at least 100 calib galaxies")
+            f"run 26_calibration with at least {LEAST} calib galaxies")
     shape = (len(images), len(predictor.decoder.wavelength))
     spectra = ObservedSpectra(*(np.asarray(part, float) for part in spectra))
     for name, part in spectra._asdict().items():
         if part.shape != shape:
             raise InvalidInputError(f"{name} of the spectra must have the shape {shape} of images "
                 f"and bins, got {part.shape}")
-    outputs = predictor.network.predict_targets(images)
-    flux = central_crop(np.asarray(images, np.float32), predictor.image_size(images))
+    outputs, flux = predictor.network.predict_targets(images), predictor.crop(images)
     usable = np.array([not words for words in predictor.flag(flux)])
-    usable &= (np.isfinite(spectra.flux) & (spectra.ivar > 0)).mean(1) > 0.5
-    if usable.sum() < 100:
+    usable &= spectra.known.mean(1) > 0.5
+    if usable.sum() < LEAST:
         raise InvalidInputError(f"{usable.sum()} of {len(usable)} galaxies have an image that is "
-            "not flagged and half a spectrum; 100 are the least, and 300 are good")
+            f"not flagged and half a spectrum; {LEAST} are the least, and 300 are good")
     outputs, flux = outputs[usable], flux[usable]
     spectra = ObservedSpectra(*(part[usable] for part in spectra))
     draws = describe(predictor.posterior, outputs, n_draws, n_draws//2, -1, progress)

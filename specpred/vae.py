@@ -26,9 +26,9 @@ from .weights import (LatentAxes, Stats, fingerprint, load_checkpoint, load_stat
     published_pca, published_vae_tensors, read_weights, save_checkpoint, write_weights)
 
 # %% auto #0
-__all__ = ['DECODER_ARRAYS', 'InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'new_vae', 'Training', 'fit',
-           'random_configurations', 'Trial', 'search', 'latent_pca', 'SpectrumModel', 'load_published', 'target_stats',
-           'plot_traversals']
+__all__ = ['DECODER_ARRAYS', 'InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'one_thread', 'new_vae',
+           'Training', 'fit', 'random_configurations', 'Trial', 'search', 'latent_pca', 'SpectrumModel',
+           'load_published', 'target_stats', 'plot_traversals']
 
 # %% ../nbs/21_vae.ipynb #f924770e
 class InfoVAE(nn.Module):
@@ -135,7 +135,7 @@ def _torch_seed(seed, *purpose) -> int:
     return int(random_generator(seed, "vae", *purpose).integers(2**31))
 
 @contextlib.contextmanager
-def _one_thread():
+def one_thread():
     "Small layers gain little from more; with one, numbers do not depend on the number of cores."
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -254,7 +254,7 @@ def restore(self:Training, path):
     for name in _RECORD: setattr(self, name, state[name])
 
 # %% ../nbs/21_vae.ipynb #c4336849
-@_one_thread()
+@one_thread()
 def fit(
     vae:InfoVAE,  # trained in place; ends with the weights that are kept
     x,  # (N, n_bins) normalised training spectra, mean subtracted
