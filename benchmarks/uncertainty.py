@@ -4,13 +4,15 @@ recalibration from noisy spectra; with the tables of 26_calibration and 27_domai
     for stage in 11 14 15 18 21; do specpred reproduce --profile study --only $stage; done
     specpred reproduce --profile study --only 24_training --set training.models=photometry \
         --set training.seeds=5
-    for stage in 25 26 27; do specpred reproduce --profile study --only $stage; done
+    for stage in 25 26 27; do
+        specpred reproduce --profile study --only $stage --set posterior.model=photometry; done
     python benchmarks/uncertainty.py
 
 takes half an hour on two cores."""
 import argparse
 import platform
 import time
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,6 @@ from specpred import config, models
 from specpred.calibration import (
     LEVELS,
     QUANTITIES,
-    WHOLE,
     Bands,
     Calibration,
     describe,
@@ -34,13 +35,16 @@ from specpred.calibration import (
     load_reference,
     mean_difference,
     observed_columns,
+    plot_bands,
     points_near,
     ranks,
+    reference_magnitude,
     stretch_scores,
+    summarise_coverage,
     tarp,
 )
 from specpred.domain import Domain
-from specpred.images import aperture_magnitudes, open_images
+from specpred.images import open_images
 from specpred.mock_galaxies import COSMOLOGY, draw_parameters
 from specpred.mock_light import make_light
 from specpred.mock_survey import observe_stamps, stellar_library
@@ -69,41 +73,56 @@ class Study:
         self.profile = config.get_profile("study")
         self.paths = config.get_paths(self.profile, data_dir)
         self.decoder = SpectrumModel.load(self.paths.vae)
+        self.grid = grid_of(self.decoder.wavelength)
         self.images = open_images(self.paths.images)
         latents = pd.read_parquet(self.paths.latents)
         self.sample = make_sample(
             self.images, latents, self.profile.training.stretch, self.profile.seed)
+        self.networks = [with_features(models.load(self.paths.weights(NETWORK, seed)))
+            for seed in range(self.profile.seed, self.profile.seed + MEMBERS)]
+        self.posterior = SpectrumPosterior.load(
+            self.paths.posterior, self.networks[0], self.decoder)
+        self.calibration = Calibration.load(self.paths.calibration)
+        self.domain = Domain.load(self.paths.domain)
 
-    def parts(self, seed):
-        "Outputs of the network with features, and targets, by split."
-        network, parts = self.network(seed), {}
-        for split in ("train", "valid", "calib", "test"):
-            rows = self.sample.rows(split)
-            batches = self.images.batches(rows.specobjid)
-            outputs = models.predict_batches(
-                network.model, batches, network.transform, network.symmetric)
-            parts[split] = outputs, rows[target_columns(rows)].to_numpy(np.float32)
-        return parts
+    def ids(self, split): return self.sample.rows(split).specobjid
 
-    def network(self, seed):
-        return with_features(models.load(self.paths.weights(NETWORK, self.profile.seed + seed)))
+    def outputs(self, network, split):
+        "Of a network with features."
+        batches = self.images.batches(self.ids(split))
+        return models.predict_batches(
+            network.model, batches, network.transform, network.symmetric)
+
+    def targets(self, split):
+        rows = self.sample.rows(split)
+        return rows[target_columns(rows)].to_numpy(np.float32)
 
     def magnitude(self, split):
-        batches = self.images.batches(self.sample.rows(split).specobjid)
-        scale = self.images.survey.pixel_scale
-        return np.concatenate([aperture_magnitudes(flux, scale)[:, 1] for flux in batches])
+        batches = self.images.batches(self.ids(split))
+        return np.concatenate([reference_magnitude(flux, self.images.survey) for flux in batches])
+
+    @cached_property
+    def test(self):
+        "What the posterior says of the test galaxies."
+        return describe(self.posterior, self.outputs(self.networks[0], "test"), n_jobs=-1)
+
+    @cached_property
+    def truth(self):
+        "True columns of the test galaxies."
+        return known_columns(load_reference(self.ids("test"), self.paths), self.grid)[0]
 
 
 def compare(study) -> pd.DataFrame:
     "One row a posterior."
     settings, seed = study.profile.posterior, study.profile.seed
-    parts = [study.parts(k) for k in range(MEMBERS)]
+    parts = [{split: (study.outputs(network, split), study.targets(split))
+        for split in ("train", "valid", "test")} for network in study.networks]
     outputs, truth = map(torch.as_tensor, parts[0]["test"])
     normal = torch.from_numpy(even_normal(settings.n_draws, truth.shape[1], seed))
     log_density, draws, seconds = {}, {}, {}
 
     def fitted(density, part, seed):
-        chosen = settings.model_copy(update=dict(density=density))
+        chosen = config.replace(settings, density=density)
         began = time.time()
         posterior = fit_posterior(part["train"], part["valid"], chosen, seed, False).posterior
         return posterior, time.time() - began
@@ -123,7 +142,7 @@ def compare(study) -> pd.DataFrame:
         some = [m.draw(x, normal[k::MEMBERS]) for k, ((m, _), x) in
             enumerate(zip(members, own, strict=True))]
         draws[name] = torch.cat(some, 1).numpy()
-    constant = GaussianErrors.of(study.network(0))
+    constant = GaussianErrors.of(study.networks[0])
     errors = torch.distributions.MultivariateNormal(
         torch.tensor(constant.bias), torch.tensor(constant.covariance))
     log_density["constant"] = errors.log_prob(outputs[:, :truth.shape[1]] - truth).numpy()
@@ -149,15 +168,13 @@ def _table(draws, log_density, seconds, outputs, truth, seed):
 
 def speed(study) -> dict:
     "Milliseconds a galaxy for 128 draws, without and with lines, network not included."
-    network = study.network(0)
-    posterior = SpectrumPosterior.load(study.paths.posterior, network, study.decoder)
-    outputs, found = study.parts(0)["test"][0][:256], {}
+    outputs, found = study.outputs(study.networks[0], "valid")[:256], {}
     for name, options in {"one process": dict(n_measured=0),
             "two processes": dict(n_measured=0, n_jobs=2),
             "with lines of 64 draws, one process": dict()}.items():
-        describe(posterior, outputs, **options)  # processes start
+        describe(study.posterior, outputs, **options)  # processes start
         began = time.time()
-        describe(posterior, outputs, **options)
+        describe(study.posterior, outputs, **options)
         found[name] = 1e3*(time.time() - began)/len(outputs)
     return found
 
@@ -165,29 +182,20 @@ def speed(study) -> dict:
 def spoiled(described):
     "Bands that are too short and off their place."
     bands = described.bands
-    step = STEP*(bands.below[1] + bands.above[1])/2
     return described._replace(
-        bands=Bands(bands.median + step, FACTOR*bands.below, FACTOR*bands.above))
+        bands=Bands(bands.median + STEP*bands.half_width(), FACTOR*bands.below, FACTOR*bands.above))
 
 
 def recalibration(study, n) -> pd.DataFrame:
     """Coverage of the true test spectra by bands that were spoiled, and recalibrated on n noisy
     spectra of valid galaxies."""
-    network, parts = study.network(0), study.parts(0)
-    posterior = SpectrumPosterior.load(study.paths.posterior, network, study.decoder)
-    base, grid = Calibration.load(study.paths.calibration), grid_of(study.decoder.wavelength)
-    n_bins, rows = len(study.decoder.wavelength), {}
-    described, reference, magnitude = {}, {}, {}
-    for split in ("valid", "test"):
-        count = n if split == "valid" else None
-        described[split] = describe(posterior, parts[split][0][:count], n_jobs=-1)
-        ids = study.sample.rows(split).specobjid[:count]
-        reference[split], magnitude[split] = load_reference(ids, study.paths), \
-            study.magnitude(split)[:count]
-    noisy = reference["valid"]
+    base, n_bins, rows = study.calibration, len(study.decoder.wavelength), {}
+    outputs = study.outputs(study.networks[0], "valid")[:n]
+    described = dict(valid=describe(study.posterior, outputs, n_jobs=-1), test=study.test)
+    magnitude = dict(valid=study.magnitude("valid")[:n], test=study.magnitude("test"))
+    noisy, truth = load_reference(study.ids("valid")[:n], study.paths), study.truth
     columns = observed_columns(
-        noisy.observed, noisy.error, noisy.missing, noisy.targets, grid)
-    truth, _ = known_columns(reference["test"], grid)
+        noisy.observed, noisy.error, noisy.missing, noisy.targets, study.grid)
     for name, change in dict(unchanged=lambda d: d, spoiled=spoiled).items():
         test = change(described["test"])
         new = base.recalibrated(change(described["valid"]), *columns, magnitude["valid"], n_bins)
@@ -215,53 +223,32 @@ def far_away(study, n=300) -> dict:
     table[[*SIZES]] *= (scale[0]/scale[1])[:, None]
     survey, size = study.images.survey, study.images.shape[-1]
     light = make_light(stellar_library(), table.assign(redshift=redshift), survey)
-    domain, ids = Domain.load(study.paths.domain), study.sample.rows("test").specobjid[:n]
-    usual = np.concatenate(list(study.images.batches(ids)))
+    usual = np.concatenate(list(study.images.batches(study.ids("test")[:n])))
     far = np.nan_to_num(observe_stamps(light, survey, size, study.profile.seed))
-    score = [domain.judge(flux, survey).score for flux in (usual, far)]
+    score = [study.domain.judge(flux, survey).score for flux in (usual, far)]
     return dict(damage="redshift 0.4 to 0.5", flagged=(score[1] > 1).mean(),
         score=roc_auc_score(np.repeat([0, 1], n), np.concatenate(score)))
 
 
-def describe_test(study):
-    "What the figure shows: bands, truth, draws, flags."
-    network, seed = study.network(0), study.profile.seed
-    flow = SpectrumPosterior.load(study.paths.posterior, network, study.decoder)
-    calibration = Calibration.load(study.paths.calibration)
-    outputs, targets = study.parts(0)["test"]
-    described = describe(flow, outputs, n_jobs=-1)
-    ids = study.sample.rows("test").specobjid
-    flux = np.concatenate(list(study.images.batches(ids)))
-    domain = Domain.load(study.paths.domain)
-    reasons = domain.judge(flux, study.images.survey).reasons
-    flagged = np.array([bool(words) for words in reasons])
-    bands = calibration(described.bands, study.magnitude("test"), described.spread, flagged)
-    truth, _ = known_columns(load_reference(ids, study.paths), grid_of(study.decoder.wavelength))
-    assert seed == flow.seed and len(targets) == len(truth)
-    return bands, truth, described, reasons
-
-
 def draw_figure(study, out):
-    bands, truth, described, reasons = describe_test(study)
+    described, truth = study.test, study.truth
+    flux = np.concatenate(list(study.images.batches(study.ids("test"))))
+    reasons = study.domain.judge(flux, study.images.survey).reasons
+    flagged = np.array([bool(words) for words in reasons])
+    place = study.magnitude("test"), described.spread
+    bands = study.calibration(described.bands, *place, flagged)
     wave, coverage = study.decoder.wavelength, pd.read_csv(out/"coverage.csv")
     n_bins, k = len(wave), len(wave) + QUANTITIES.index("halpha_ew")
     figure = Figure(figsize=(11, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 1.3))
-    flagged = np.flatnonzero([bool(words) for words in reasons])
     order = np.argsort(described.spread)
-    order = order[~np.isin(order, flagged)]
+    order = order[~flagged[order]]
     rows = dict(narrow=order[len(order)//20], wide=order[-len(order)//20])
-    if len(flagged): rows["flagged"] = flagged[0]
-    lower, upper = (ends[..., :n_bins] for ends in bands.ends())
+    if flagged.any(): rows["flagged"] = flagged.argmax()
     for ax, (name, row) in zip(top.subplots(len(rows), 1, sharex=True), rows.items(), strict=True):
-        for level, alpha in ((3, 0.2), (1, 0.35)):
-            ax.fill_between(wave, lower[level, row], upper[level, row], color=RED, alpha=alpha,
-                lw=0, label=f"{LEVELS[level]:.0%} band")
-        ax.plot(wave, truth[row, :n_bins], "k", lw=0.6, label="true spectrum")
+        plot_bands(ax, wave, bands, row, truth[row, :n_bins])
         words = f": {reasons[row]}" if reasons[row] else " band"
         ax.set_title(name + words, fontsize=9)
-        ax.set(ylabel="normalised flux", xlim=wave[[0, -1]],
-            ylim=(0, 1.5*np.nanquantile(truth[row, :n_bins], 0.98)))
     ax.set_xlabel("rest-frame wavelength (Å)")
     top.axes[0].legend(frameon=False, fontsize=8, ncols=3, loc="lower right")
     left, middle, right = bottom.subplots(1, 3)
@@ -281,7 +268,7 @@ def draw_figure(study, out):
     middle.axhline(1, color="k", lw=0.6)
     middle.set(xlabel="rank of the true target among draws", ylabel="density", ylim=(0, 2),
         title="six targets, before calibration")
-    width = (bands.below[WHOLE] + bands.above[WHOLE])[:, k]/2
+    width = bands.half_width()[:, k]
     error = np.abs(truth - bands.median)[:, k]
     right.loglog(width, error, ".", ms=2, color=RED)
     right.loglog(*2*[np.quantile(width, (0.01, 0.99))], "k", lw=0.8)
@@ -298,18 +285,9 @@ def shown(table, digits=3) -> str:
     return "\n".join(markdown(list(table.columns), lines))
 
 
-def summed_coverage(table) -> pd.DataFrame:
-    "One row a posterior and level."
-    table = table.assign(deviation=(table.coverage - table.level).abs())
-    grouped = table.groupby(["posterior", "level"], sort=False)
-    return grouped.agg(cells=("beyond", "size"), beyond=("beyond", lambda b: int((b > 0).sum())),
-        median_deviation=("deviation", "median"), largest_deviation=("deviation", "max"),
-        half_width=("within", "median")).reset_index()
-
-
 def write_page(study, out):
     tables = {path.stem: pd.read_csv(path) for path in out.glob("*.csv")}
-    tables["coverage"] = summed_coverage(tables["coverage"])
+    tables["coverage"] = summarise_coverage(tables["coverage"])
     tables["auc"] = tables["auc"].astype(object).where(tables["auc"].notna(), "")
     facts = read_manifest("27_domain", study.paths)["facts"]
     machine = f"{platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
