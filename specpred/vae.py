@@ -386,6 +386,7 @@ def _in_batches(function, x:np.ndarray) -> np.ndarray:
     return torch.cat([function(batch) for batch in batches]).numpy()
 
 def _latent_means(vae, filled, mean) -> np.ndarray:
+    if vae.encd is None: raise InvalidInputError("this model is a decoder without its encoder")
     x = _numbers(filled, (None, vae.n_bins), "spectra")
     return _in_batches(lambda batch: vae.encode(batch)[0], x - mean)
 
@@ -461,6 +462,15 @@ def save(self:SpectrumModel,
     write_weights(path, tensors, metadata)
 
 # %% ../nbs/21_vae.ipynb #e9fb25ad
+_ENCODER = "encd", "enc2", "mu", "lv"
+
+@patch
+def without_encoder(self:SpectrumModel) -> SpectrumModel:
+    "The decoder alone, all that a prediction needs: half the size."
+    vae = copy.deepcopy(self.vae)
+    for name in _ENCODER: setattr(vae, name, None)
+    return SpectrumModel(vae, *(getattr(self, name) for name in DECODER_ARRAYS))
+
 @patch(cls_method=True)
 def load(cls:SpectrumModel,
     path,  # of a file that `save` wrote
@@ -470,6 +480,8 @@ def load(cls:SpectrumModel,
     metadata, tensors = read_weights(path, "SpectrumModel")
     try:
         with torch.device("meta"): vae = InfoVAE(**metadata["arguments"])
+        if "vae.encd.weight" not in tensors:
+            for name in _ENCODER: setattr(vae, name, None)
         arrays = {name: tensors.pop(name).numpy() for name in DECODER_ARRAYS}
         load_state(vae, {name.removeprefix("vae."): value for name, value in tensors.items()},
             f"the weights in {path}")

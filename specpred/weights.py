@@ -22,8 +22,8 @@ from .config import DamagedFileError, InvalidInputError, MissingInputError, Weig
 from .stages import atomic_path
 
 # %% auto #0
-__all__ = ['Stats', 'WeightsFile', 'write_weights', 'read_weights', 'tensor_shapes', 'check_keys', 'load_state', 'fingerprint',
-           'save_checkpoint', 'load_checkpoint', 'Record', 'published_image_tensors', 'RecordReader',
+__all__ = ['Stats', 'WeightsFile', 'write_weights', 'read_weights', 'halve_weights', 'tensor_shapes', 'check_keys', 'load_state',
+           'fingerprint', 'save_checkpoint', 'load_checkpoint', 'Record', 'published_image_tensors', 'RecordReader',
            'published_vae_tensors', 'LatentAxes', 'published_pca']
 
 # %% ../nbs/20_weights.ipynb #d1780d6b
@@ -65,12 +65,14 @@ def read_weights(
 ) -> WeightsFile:
     """Reads a weights file. Raises `MissingInputError` where there is none, `DamagedFileError` for
     one that is cut short or no safetensors file, `WeightsError` for one without our metadata or of
-    another kind."""
+    another kind. Half precision comes as single."""
     _check_exists(path)
     try:
         with safe_open(path, "pt") as file:
             entries = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+            halves = [name for name, tensor in tensors.items() if tensor.dtype == torch.float16]
+            tensors |= {name: tensors[name].float() for name in halves}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"{path} is no complete safetensors file ({error}).") from error
     try: metadata = dict(json.loads(entries[_ENTRY]))
@@ -80,6 +82,20 @@ def read_weights(
     if kind is not None and metadata.get("kind") != kind:
         raise WeightsError(f"{path} holds {metadata.get('kind')!r}; expected {kind!r}.")
     return WeightsFile(metadata, tensors)
+
+# %% ../nbs/20_weights.ipynb #e9183fa9
+def halve_weights(
+    path,  # of a file that `write_weights` wrote
+):
+    """Writes the matrices of a weights file in half precision. Raises as `read_weights`, and
+    `InvalidInputError` for numbers beyond its range, 65504."""
+    metadata, tensors = read_weights(path)
+    matrices = {name: tensor.half() for name, tensor in tensors.items()
+        if tensor.ndim > 1 and tensor.is_floating_point()}
+    for name, half in matrices.items():
+        if not torch.equal(half.isfinite(), tensors[name].isfinite()):
+            raise InvalidInputError(f"{path}: {name} has numbers beyond half precision")
+    write_weights(path, tensors | matrices, metadata)
 
 # %% ../nbs/20_weights.ipynb #11a6168d
 def tensor_shapes(
