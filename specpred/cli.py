@@ -120,13 +120,18 @@ def info(data_dir: _DataDir = None):
 # %% ../nbs/33_cli.ipynb #4ba3a097
 @app.command()
 def predict(
-    cutouts: Annotated[list[Path], typer.Argument(
-        help="Per galaxy: a folder or files <band>.fits, or a FITS file with all bands.")],
-    profile: _Profile = "demo",
+    cutouts: Annotated[list[Path] | None, typer.Argument(
+        help="Per galaxy: a folder or files <band>.fits, or a FITS file with all bands.")] = None,
+    example: Annotated[bool, typer.Option("--example",
+        help="Predict two galaxies that are installed with specpred.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Also draw image and spectrum.")] = False,
     model: Annotated[str | None, typer.Option("--model",
-        help="Name of a trained model; the default is the best on the valid galaxies.")] = None,
+        help="A folder that Predictor.save wrote; the default is mock-sky, which is installed. "
+            "With --profile: the name of a model of that run.")] = None,
+    profile: Annotated[str | None, typer.Option("--profile", "-p",
+        help="Use what `specpred reproduce` has trained for this profile.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o",
-        help="Folder for the tables, the plots and summary.csv.")] = Path("predicted_spectra"),
+        help="Folder for tables, plots and summary.csv.")] = Path("predicted_spectra"),
     resample: Annotated[bool, typer.Option("--resample",
         help="Bring images of another survey to pixels, zero point and filters of the model's.")
         ] = False,
@@ -138,18 +143,23 @@ def predict(
         help="Of the pixels, e.g. nanomaggy or uJy, where the headers do not say it.")] = None,
     data_dir: _DataDir = None,
 ):
-    """Predict the rest-frame spectra of galaxies from their cutouts: a table and a plot for each,
-    with 68 and 95 % bands, lines and indices, and a flag where it should not be believed.
+    """Predict the rest-frame spectra of galaxies from their cutouts: a table for each, with 68 and
+    95 % bands, lines and indices, and a flag where it should not be believed.
 
     Images must be those of the survey that the model learned from; what their headers say is
-    checked."""
+    checked. The exit code is 3 when some galaxies failed and the others are written."""
+    if example == bool(cutouts):
+        raise typer.BadParameter("give cutouts, or --example for two that are installed")
+    if data_dir and not profile: raise typer.BadParameter("--data-dir needs --profile")
     from specpred.config import get_paths, get_profile
     from specpred.cutouts import Stated
-    from specpred.predict import predict_files
-    stated = Stated(pixel_scale, zero_point, unit)
-    for file in predict_files(cutouts, get_paths(get_profile(profile), data_dir), out, model,
-            resample=resample, stated=stated):
-        print(file)
+    from specpred.predict import Predictor, describe_summary, example_galaxies, predict_files
+    if profile: predictor = Predictor.of_run(get_paths(get_profile(profile), data_dir), model)
+    else: predictor = Predictor.load(model)
+    print("; ".join(f"{name}: {text}" for name, text in predictor.about.items()))
+    predict_files(example_galaxies() if example else cutouts, predictor, out, resample=resample,
+        stated=Stated(pixel_scale, zero_point, unit), plot=plot)
+    print(f"{out}: {describe_summary(out/'summary.csv')}")
 
 # %% ../nbs/33_cli.ipynb #4a390aa4
 @app.command()
@@ -225,7 +235,9 @@ def main():
     from specpred.config import SpecpredError
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try: app()
-    except (SpecpredError, OSError) as error: sys.exit(f"error: {error}")
+    except (SpecpredError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
             print("\ninterrupted; what is complete stays, and the same command goes on from there",

@@ -19,11 +19,13 @@ __all__ = ['IMAGE_MODELS', 'PUBLISHED', 'SPECPRED', 'RECIPES', 'PROFILES', 'Spec
            'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError', 'TrainingError', 'Settings',
            'replace', 'MockParameters', 'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters',
            'Recipe', 'Training', 'find_training', 'TrainingParameters', 'PosteriorParameters', 'EvaluationParameters',
-           'Profile', 'get_profile', 'random_generator', 'seed_everything', 'repo_root', 'Paths', 'get_paths']
+           'Profile', 'get_profile', 'random_generator', 'seed_everything', 'repo_root', 'data_file', 'Paths',
+           'get_paths']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
     "Base of all errors that specpred raises; the text says what was wrong and what to do."
+    exit_code = 1  # of the command line
 
 class ProfileError(SpecpredError):
     "An unknown profile, or a setting that it does not have."
@@ -400,6 +402,11 @@ def repo_root() -> Path:
         if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir(): return folder
     raise MissingInputError(f"{root} is in no checkout of specpred (the folder with settings.ini "
         "and nbs/), which this needs. Clone the repository and `pip install -e .` it.")
+
+def data_file(name:str) -> Path:
+    "A file of `data/`, which an installed package has inside it. Raises `MissingInputError`."
+    inside = Path(__file__).parent/"data"/name if "__file__" in globals() else None
+    return inside if inside and inside.is_file() else repo_root()/"data"/name
 
 # %% ../nbs/00_config.ipynb #f2c3ffda
 _FILES = dict(

@@ -16,7 +16,7 @@ import numpy as np
 from dust_extinction.parameter_averages import CCM89
 from scipy import interpolate
 
-from .config import DamagedFileError, MissingInputError, repo_root
+from .config import DamagedFileError, MissingInputError, data_file
 
 # %% auto #0
 __all__ = ['LOOKBACK', 'LIGHT_SPEED', 'OLDEST_IONIZING', 'SOLAR_OXYGEN', 'R_V', 'FINE_STEP', 'StellarLibrary',
@@ -46,11 +46,11 @@ class StellarLibrary:
 
     @classmethod
     def load(cls,
-        path=None,  # None: `data/stellar_library.h5` of the checkout
+        path=None,  # None: the one in the package, or in `data/` of the checkout
     ) -> StellarLibrary:
         """Reads the library. Raises `MissingInputError` without the file, `DamagedFileError` when
         it is not a library."""
-        path = Path(path) if path is not None else repo_root()/"data"/"stellar_library.h5"
+        path = Path(path) if path is not None else data_file("stellar_library.h5")
         if not path.is_file():
             raise MissingInputError(f"{path} is missing. It belongs to the checkout: "
                 "git checkout data/stellar_library.h5")

@@ -5,33 +5,39 @@
 # %% ../nbs/31_predict.ipynb #9db180ad
 from __future__ import annotations
 
+import datetime
+import json
 import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from astropy import units as u
+from astropy.table import QTable
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from . import models
+from . import __version__, models
 from .calibration import (
     CLASSES, LEAST, QUANTITIES, WHOLE, Bands, Calibration, Described, class_probabilities,
     describe, grid_of, observed_columns, reference_magnitude, widened)
 from .config import (
-    ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError)
+    DamagedFileError, ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError)
 from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
 from .domain import (
-    Domain, colour_mismatch, constant_bands, has_source, image_faults)
+    Domain, band_fluxes, colour_mismatch, constant_bands, has_source, image_faults)
 from .formats import damage_reported
 from specpred.images import (
-    Galaxy, aperture_magnitudes, central_crop, combine_bands, composite, masked_fraction,
+    Galaxy, aperture_magnitudes, aperture_weights, central_crop, combine_bands, composite, masked_fraction,
     sky_statistics)
+from .lines import LINES
 from .plotting import RED, mark_lines
 from .posterior import (
     GaussianErrors, SpectrumPosterior, SpectrumResidual, find_weights, with_features)
@@ -39,12 +45,13 @@ from .resample import resample_galaxy
 from .stages import atomic_path
 from .surveys import ImagingSurvey
 from .vae import SpectrumModel
-from .weights import read_weights
+from .weights import halve_weights, read_weights
 
 # %% auto #0
-__all__ = ['PredictedSpectra', 'Predictor', 'tabulate_quantities', 'ObservedSpectra', 'normalise', 'recalibrate', 'write_cube',
-           'name_galaxies', 'ReadImage', 'read_image', 'write_table', 'plot_prediction', 'predict_files',
-           'write_predictions', 'read_summary']
+__all__ = ['LIMITS', 'PRETRAINED', 'PredictedSpectra', 'Predictor', 'fibre_light', 'tabulate_quantities', 'ObservedSpectra',
+           'normalise', 'recalibrate', 'write_cube', 'name_galaxies', 'ReadImage', 'read_image', 'write_table',
+           'plot_prediction', 'example_galaxies', 'predict_files', 'write_predictions', 'describe_summary',
+           'read_summary', 'GalaxiesFailed']
 
 # %% ../nbs/31_predict.ipynb #40e98df2
 @dataclass
@@ -63,6 +70,9 @@ class PredictedSpectra:
     whole_upper: np.ndarray | None = None
     quantities: pd.DataFrame | None = None  # of lines, indices, classes, if asked for
     draws: Described | None = None  # what all of this comes from
+    light: np.ndarray | None = None  # (N, bands) nJy in 3 arcsec, the fibre of SDSS
+    survey: ImagingSurvey | None = None  # of the images
+    about: dict | None = None  # of the predictor
 
 # %% ../nbs/31_predict.ipynb #a757e608
 class Predictor:
@@ -73,8 +83,10 @@ class Predictor:
         posterior:SpectrumPosterior | None = None,  # None: the errors of the calib galaxies
         calibration:Calibration | None = None,  # of the posterior; None: bands are as drawn
         domain:Domain | None = None,  # None: images get the checks that need no sample
+        about:dict | None = None,  # what the outputs say of it: its name, and the training sample
     ):
         self.model, self.decoder, self.calibration = model, decoder, calibration
+        self.about = about or dict(model=model.name)
         self.network, self.posterior, self.domain = with_features(model), posterior, domain
         if decoder is not None and posterior is None:
             residual = SpectrumResidual.none(len(decoder.wavelength))
@@ -82,12 +94,13 @@ class Predictor:
             self.posterior = SpectrumPosterior(GaussianErrors.of(model), residual, decoder, seed)
 
     @classmethod
-    def load(cls,
+    def of_files(cls,
         weights:str | Path,  # of 24_training
         vae:str | Path | None = None,  # of 21_vae; None: targets only
         posterior:str | Path | None = None,  # of 25_posterior
         calibration:str | Path | None = None,  # of 26_calibration
         domain:str | Path | None = None,  # of 27_domain
+        about:dict | None = None,
     ) -> "Predictor":
         """Raises `MissingInputError`, `DamagedFileError`, and `WeightsError` for files that do not
         belong together."""
@@ -95,16 +108,20 @@ class Predictor:
         decoder = None if vae is None else SpectrumModel.load(vae)
         if posterior is not None: posterior = SpectrumPosterior.load(posterior, model, decoder)
         if calibration is not None: calibration = Calibration.load(calibration)
-        return cls(model, decoder, posterior, calibration, domain and Domain.load(domain))
+        return cls(model, decoder, posterior, calibration, domain and Domain.load(domain), about)
 
 # %% ../nbs/31_predict.ipynb #31ofrun0
+LIMITS = "r < 17.77, z < 0.36"  # of the galaxies that all profiles train on
+
 @patch(cls_method=True)
 def of_run(cls:Predictor,
     paths:Paths,  # of a profile
     model:str | None = None,  # name of a trained model; None: that with the smallest RMSE on valid
 ) -> Predictor:
-    "What a run has made. Raises as `load`; a model without a posterior is warned of."
+    "What a run has made. Raises as `of_files`; a model without a posterior is warned of."
     weights, files = find_weights(paths, model), {}
+    sky = "mock sky" if (paths.mock/"truth.parquet").is_file() else "SDSS and Pan-STARRS1"
+    about = dict(model=weights.stem, sample=f"{sky}, profile {paths.root.name}", limits=LIMITS)
     if paths.domain.is_file(): files["domain"] = paths.domain
     if paths.posterior.is_file() and paths.calibration.is_file():
         owner = read_weights(paths.posterior).metadata.get("provenance", {}).get("model")
@@ -112,7 +129,7 @@ def of_run(cls:Predictor,
             files |= dict(posterior=paths.posterior, calibration=paths.calibration)
         else: warnings.warn(f"The posterior of {paths.root.name} is that of {owner}; the band of "
             f"{weights.stem} is that of one covariance for all galaxies.", stacklevel=2)
-    return cls.load(weights, paths.vae, **files)
+    return cls.of_files(weights, paths.vae, **files, about=about)
 
 # %% ../nbs/31_predict.ipynb #54219e16
 @patch
@@ -125,7 +142,7 @@ def predict(self:Predictor,
     looks wrong is flagged, and has bands no narrower than the spread of all galaxies."""
     outputs, flux = self.network.predict_targets(flux), self.crop(flux)
     targets = outputs[:, :self.model.arguments["n_out"]]
-    if self.decoder is None: return PredictedSpectra(targets, self.flag(flux))
+    if self.decoder is None: return PredictedSpectra(targets, self.flag(flux), about=self.about)
     draws = describe(self.posterior, outputs, n_draws, n_draws//2 if quantities else 0)
     n_bins = len(self.decoder.wavelength)
     reasons = self.flag(flux, draws.bands.median[:, :n_bins])
@@ -135,7 +152,16 @@ def predict(self:Predictor,
     whole_lower, whole_upper = (None, None) if whole is None else (e[-1] for e in whole.ends())
     table = tabulate_quantities(bands, draws, n_bins) if quantities else None
     return PredictedSpectra(targets, reasons, self.decoder.wavelength, spectra.median,
-        lower[WHOLE], upper[WHOLE], lower[-1], upper[-1], whole_lower, whole_upper, table, draws)
+        lower[WHOLE], upper[WHOLE], lower[-1], upper[-1], whole_lower, whole_upper, table, draws,
+        fibre_light(flux, self.model.survey), self.model.survey, self.about)
+
+def fibre_light(
+    flux:np.ndarray,  # (N, bands, height, width) nJy
+    survey:ImagingSurvey,
+) -> np.ndarray:
+    "(N, bands) nJy inside the 3 arcsec of SDSS's fibres, around the middle of images."
+    inside = aperture_weights(flux.shape[-2:], 1.5/survey.pixel_scale)
+    return np.einsum("nbhw,hw->nb", flux, inside)
 
 @patch
 def crop(self:Predictor, flux) -> np.ndarray:
@@ -190,6 +216,50 @@ def tabulate_quantities(
             f"{name}_upper": upper[WHOLE, :, k]}
     shares = class_probabilities(draws.quantities)
     return pd.DataFrame(table | {f"p_{name}": shares[:, k] for k, name in enumerate(CLASSES)})
+
+# %% ../nbs/31_predict.ipynb #31save01
+PRETRAINED = Path(str(resources.files("specpred")))/"pretrained"  # folders by name
+_PARTS = ("network", "decoder", "posterior", "calibration", "domain")
+
+@patch
+def save(self:Predictor,
+    folder,  # where the files go
+):
+    "Writes what `Predictor.load` reads. Raises `InvalidInputError` for one without its parts."
+    if None in (self.decoder, self.calibration, self.domain):
+        raise InvalidInputError("a predictor is saved with decoder, calibration and domain")
+    files = {part: Path(folder)/f"{part}.safetensors" for part in _PARTS}
+    facts = ("name", "arguments", "image_stats", "target_stats", "survey", "channels", "provenance")
+    models.save(self.model.model, files["network"],
+        **{name: getattr(self.model, name) for name in facts})
+    self.decoder.without_encoder().save(files["decoder"], about=self.about)
+    self.calibration.save(files["calibration"], about=self.about)
+    self.domain.save(files["domain"], about=self.about)
+    for file in files.values():
+        if file != files["posterior"]: halve_weights(file)
+    # the posterior notes which weights it belongs to: those that have been rounded
+    rounded = Predictor.of_files(files["network"], files["decoder"])
+    posterior = replace(self.posterior, decoder=rounded.decoder)
+    posterior.save(files["posterior"], rounded.model, about=self.about)
+    halve_weights(files["posterior"])
+    with atomic_path(Path(folder)/"about.json") as part: part.write_text(json.dumps(self.about))
+
+# %% ../nbs/31_predict.ipynb #31load01
+@patch(cls_method=True)
+def load(cls:Predictor,
+    where:str | Path | None = None,  # a folder, or the name of installed weights; None: these
+) -> Predictor:
+    """What `Predictor.save` wrote. Raises `MissingInputError`, and `DamagedFileError` or
+    `WeightsError` for files that are cut short or do not belong together."""
+    installed = sorted(path.name for path in PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
+    folder = PRETRAINED/(where or "mock-sky") if where in (None, *installed) else Path(where)
+    if not (folder/"about.json").is_file():
+        raise MissingInputError(f"there is no predictor {str(folder)!r}: name a folder that "
+            f"Predictor.save wrote, or one of {', '.join(installed)}")
+    try: about = dict(json.loads((folder/"about.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{folder}/about.json is damaged ({error})") from error
+    return cls.of_files(*(folder/f"{part}.safetensors" for part in _PARTS), about)
 
 # %% ../nbs/31_predict.ipynb #31recal1
 class ObservedSpectra(NamedTuple):
@@ -251,7 +321,7 @@ def recalibrate(
     magnitude = reference_magnitude(flux, predictor.model.survey)
     calibration = predictor.calibration.recalibrated(draws, *columns, magnitude, n_bins)
     return Predictor(predictor.model, predictor.decoder, predictor.posterior, calibration,
-        predictor.domain)
+        predictor.domain, predictor.about)
 
 # %% ../nbs/31_predict.ipynb #9c0e94f9
 def write_cube(
@@ -390,7 +460,6 @@ def write_table(
     facts:dict,  # for the table's metadata
 ):
     "One predicted spectrum as an astropy table with wavelength, flux, lower and upper."
-    from astropy import units as u
     from astropy.table import Table
     columns = {"wavelength": spectra.wavelength*u.AA}
     names = ("flux", "lower", "upper", "lower_95", "upper_95", "whole_lower", "whole_upper")
@@ -400,7 +469,9 @@ def write_table(
         measured = spectra.quantities.iloc[row]
         known = {k: float(f"{v:.4g}") for k, v in measured.items() if np.isfinite(v)}
         facts = facts | dict(quantities=known)
-    facts = facts | {
+    facts = facts | (spectra.about or {}) | {
+        "specpred": __version__,
+        "date": datetime.date.today().isoformat(),
         "flag": spectra.reasons[row],
         "targets": [round(float(t), 5) for t in spectra.targets[row]],
         "wavelengths": "vacuum, rest frame",
@@ -440,20 +511,105 @@ def plot_prediction(
     right.legend(frameon=False, fontsize=8)
     return figure
 
+# %% ../nbs/31_predict.ipynb #df743619
+def example_galaxies() -> list[Path]:
+    "Folders with g.fits to y.fits of a quiescent and a star-forming galaxy of the mock sky."
+    return sorted((PRETRAINED.parent/"examples").iterdir())
+
+# %% ../nbs/31_predict.ipynb #93ddaa99
+@patch(as_prop=True)
+def lines(self:PredictedSpectra) -> QTable:
+    """One row a galaxy and line of `LINES`, indexed by `line`: `spectra.lines.loc["halpha"]`.
+    Raises `InvalidInputError` where quantities were not asked for."""
+    if self.quantities is None:
+        raise InvalidInputError("lines are measured by predict(flux, quantities=True)")
+    n, columns = len(self.quantities), {}
+    columns["galaxy"] = np.repeat(np.arange(n), len(LINES))
+    columns["line"] = np.tile(list(LINES), n)
+    columns["wavelength"] = np.tile(list(LINES.values()), n)*u.AA
+    for what in ("flux", "ew"):
+        for end in ("", "_lower", "_upper"):
+            names = [f"{line}_{what}{end}" for line in LINES]
+            columns[what + end] = self.quantities[names].to_numpy().ravel()*u.AA
+    table = QTable(columns, meta=dict(self.about or {}, band="68 %"))
+    table.add_index("line")
+    return table
+
+# %% ../nbs/31_predict.ipynb #26870cc6
+_CGS = 1e-17*u.erg/u.s/u.cm**2/u.AA
+_SPEED = 2.99792458e18  # of light, Angstrom/s
+
+@patch
+def observed(self:PredictedSpectra,
+    redshift:float,
+    row:int = 0,  # which galaxy
+    medium:str = "vacuum",  # or "air"
+) -> QTable:
+    """Wavelength, flux and 68 % band of a galaxy in the observer's frame, without reddening by the
+    Milky Way. Raises `InvalidInputError` for a redshift at which the spectrum misses the band."""
+    if medium not in ("vacuum", "air"):
+        raise InvalidInputError(f"the medium is vacuum or air, not {medium!r}")
+    if not 0 <= redshift < 10: raise InvalidInputError(f"a redshift of {redshift}")
+    flux = np.stack([self.flux[row], self.lower[row], self.upper[row]])
+    synthetic = band_fluxes(flux[:1], self.wavelength, [redshift], self.survey)[0, 0, 1]
+    if not synthetic > 0:
+        raise InvalidInputError(f"at a redshift of {redshift} the spectrum misses the band "
+            f"{self.survey.bands[1]}, by which it is scaled")
+    flux *= 1e-32*self.light[row, 1]*_SPEED/synthetic/1e-17  # nJy are 1e-32 erg/s/cm2/Hz
+    wavelength = self.wavelength*(1 + redshift)*u.AA
+    if medium == "air":
+        from specutils.utils.wcs_utils import vac_to_air
+        wavelength = vac_to_air(wavelength)
+    columns = dict(zip(("flux", "lower", "upper"), flux*_CGS, strict=True))
+    meta = dict(self.about or {}, frame="observed", medium=medium, redshift=redshift,
+        aperture="3 arcsec", flag=self.reasons[row])
+    return QTable(dict(wavelength=wavelength) | columns, meta=meta)
+
+# %% ../nbs/31_predict.ipynb #56e8c122
+@patch
+def to_specutils(self:PredictedSpectra,
+    row:int = 0,  # which galaxy
+):
+    "A rest-frame `specutils.Spectrum`, whose uncertainty is half the length of the 68 % band."
+    from astropy.nddata import StdDevUncertainty
+    from specutils import Spectrum
+    half = (self.upper[row] - self.lower[row])/2
+    return Spectrum(flux=self.flux[row]*u.dimensionless_unscaled,
+        spectral_axis=self.wavelength*u.AA, uncertainty=StdDevUncertainty(half),
+        meta=dict(self.about or {}, flag=self.reasons[row], frame="rest", medium="vacuum"))
+
+@patch
+def plot_sed(self:PredictedSpectra,
+    redshift:float,
+    row:int = 0,  # which galaxy
+) -> Figure:
+    "The observed spectrum and its 68 % band under the fluxes measured on the image."
+    from speclite.filters import load_filter
+    table, figure = self.observed(redshift, row), Figure(figsize=(6, 2.8), layout="constrained")
+    ax, x = figure.subplots(), table["wavelength"].value
+    def ujy(column): return table[column].to_value(u.uJy, u.spectral_density(table["wavelength"]))
+    ax.fill_between(x, ujy("lower"), ujy("upper"), color=RED, alpha=0.3, lw=0, label="68 % band")
+    ax.plot(x, ujy("flux"), color=RED, lw=0.7, label="predicted")
+    middles = [load_filter(f"{self.survey.filters}-{b}").effective_wavelength.value
+        for b in self.survey.bands]
+    ax.plot(middles, self.light[row]/1e3, "ko", label="image, 3 arcsec")
+    ax.set(xlabel=r"observed wavelength ($\mathrm{\AA}$, vacuum)", ylabel=r"$F_\nu$ ($\mu$Jy)")
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
 # %% ../nbs/31_predict.ipynb #1612d422
 def predict_files(
     cutouts,  # see `name_galaxies`
-    paths:Paths,  # where the trained models are
+    predictor:Predictor,
     out,  # folder for tables and plots
-    model:str | None = None,  # name of a trained model, e.g. "xresnet18_hybrid"
     batch_size:int = 64,  # galaxies in memory at once
     resample:bool = False,  # images of other surveys are made those of the model's
     stated:Stated = NOTHING_STATED,  # what the headers do not say
+    plot:bool = True,  # write `<name>.png`, too
 ) -> list[Path]:
-    """Predicts the spectra of some galaxies; writes `<name>.ecsv` and `<name>.png` for each and
-    `summary.csv` with a row for each, and returns their paths. Raises, after all others are done,
-    the error of a galaxy that cannot be read, or one that lists several."""
-    predictor = Predictor.of_run(paths, model)
+    """Predicts the spectra of some galaxies; writes `<name>.ecsv` for each and `summary.csv` with a
+    row for each, and returns their paths. Raises, after all others are done, `GalaxiesFailed` for
+    those that could not be read."""
     galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
     if not galaxies: raise InvalidInputError("No cutouts were given.")
     out, names = Path(out), list(galaxies)
@@ -467,7 +623,7 @@ def predict_files(
                     with damage_reported(galaxies[name][0]):
                         images[name] = read_image(galaxies[name], predictor.model, resample, stated)
                 except SpecpredError as error: errors[name] = error
-            if images: written += write_predictions(predictor, images, out)
+            if images: written += write_predictions(predictor, images, out, plot)
             summary += [_summary(name, images.get(name), errors.get(name)) for name in batch]
             with atomic_path(out/"summary.csv") as part:
                 others = earlier[~earlier.galaxy.isin(names[:len(summary)])]
@@ -482,6 +638,7 @@ def write_predictions(
     predictor:Predictor,
     images:dict[str, ReadImage],  # by name
     out:Path,  # folder
+    plot:bool = True,
 ) -> list[Path]:
     "Table and plot of each galaxy of a batch."
     flux, written = np.stack([one.flux for one in images.values()]), []
@@ -489,13 +646,13 @@ def write_predictions(
     spectra = predictor.predict(flux, quantities=narrow)
     for row, (name, image) in enumerate(images.items()):
         if spectra.reasons[row]: image.notes.append(spectra.reasons[row])
-        table, plot = out/f"{name}.ecsv", out/f"{name}.png"
-        facts = dict(galaxy=name, model=predictor.model.name, mask_fraction=image.mask_fraction,
-            notes=image.notes)
-        write_table(table, spectra, row, facts)
+        facts = dict(galaxy=name, mask_fraction=image.mask_fraction, notes=image.notes)
+        written.append(out/f"{name}.ecsv")
+        write_table(written[-1], spectra, row, facts)
+        if not plot: continue
         figure = plot_prediction(image.flux, predictor.model.survey.bands, spectra, row, name)
-        with atomic_path(plot) as part: figure.savefig(part, dpi=110)
-        written += [table, plot]
+        written.append(out/f"{name}.png")
+        with atomic_path(written[-1]) as part: figure.savefig(part, dpi=110)
     return written
 
 # %% ../nbs/31_predict.ipynb #af90c909
@@ -504,6 +661,13 @@ def _summary(name:str, image:ReadImage | None, error:SpecpredError | None) -> di
     if error: return dict(galaxy=name, status="failed", mask_fraction=np.nan, reason=str(error))
     return dict(galaxy=name, status="flagged" if image.notes else "predicted",
         mask_fraction=round(image.mask_fraction, 4), reason="; ".join(image.notes))
+
+def describe_summary(
+    path:Path,  # of the CSV file
+) -> str:
+    "How many galaxies are predicted, flagged and failed, in words."
+    counts = read_summary(path).status.value_counts()
+    return ", ".join(f"{n} {status}" for status, n in counts.items())
 
 def read_summary(
     path:Path,  # of the CSV file
@@ -524,14 +688,18 @@ def _warn_of_notes(summary:list[dict]):
         others = f" and {n - 1} more" if n > 1 else ""
         warnings.warn(f"{first}{others}: {reason}", stacklevel=3)
 
+class GalaxiesFailed(InvalidInputError):
+    "Some galaxies could not be predicted; what could be is written."
+    exit_code = 3
+
 def _raise_errors(errors:dict, n:int, out:Path):
-    "Raises the error of the only galaxy that failed, or one that lists all of them."
+    "Raises an error that lists the galaxies that failed."
     others = f" ({n - len(errors)} others are in {out}.)" if n > len(errors) else ""
     if len(errors) == 1:
         (name, error), = errors.items()
-        raise type(error)(f"{name}: {error}{others}") from error
+        raise GalaxiesFailed(f"{name}: {error}{others}") from error
     if errors:
         listed = [f"  {name}: {error}" for name, error in errors.items()]
-        raise InvalidInputError(
+        raise GalaxiesFailed(
             "\n".join([f"{len(errors)} of {n} galaxies could not be predicted:{others}", *listed])
         )

@@ -196,7 +196,7 @@ def test_one_run_of_a_profile_at_a_time(tmp_path):
 def test_predict_from_cutouts(smoke_run, tmp_path):
     arguments = ["--profile", "smoke", "--data-dir", smoke_run.root.parent, "--out", tmp_path]
     folder = sorted(smoke_run.raw_cutouts.iterdir())[0]
-    done = specpred("predict", folder, *arguments)
+    done = specpred("predict", folder, "--plot", *arguments)
     assert done.returncode == 0, done.stderr
     table = Table.read(tmp_path/f"{folder.name}.ecsv")
     assert len(table) == 1000 and str(table["wavelength"].unit) == "Angstrom"
@@ -204,7 +204,8 @@ def test_predict_from_cutouts(smoke_run, tmp_path):
     assert (tmp_path/f"{folder.name}.png").exists()
 
     (tmp_path/"page.fits").write_text("<html>not found</html>")
-    assert_refused(specpred("predict", tmp_path/"page.fits", *arguments), "page.fits")
+    failed = specpred("predict", tmp_path/"page.fits", *arguments)
+    assert failed.returncode == 3 and "page.fits" in failed.stderr
 
 
 def test_info(smoke_run):

@@ -1,20 +1,31 @@
 "specpred.predict and its command: which images are predicted, and what is said of the others."
 import gzip
+import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from astropy.io import fits
+from astropy.table import Table
 from typer.testing import CliRunner
 
+import specpred
 from specpred import models
 from specpred.cli import app
-from specpred.config import InvalidInputError, MissingInputError, Paths, SpecpredError
+from specpred.config import (
+    DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError,
+    data_file)
 from specpred.cutouts import Stated, skycell_wcs
-from specpred.predict import predict_files, read_image, write_cube
+from specpred.predict import (
+    PRETRAINED, GalaxiesFailed, Predictor, example_galaxies, predict_files, read_image,
+    write_cube)
 from specpred.surveys import PS1
 from specpred.vae import InfoVAE, SpectrumModel
+from specpred.weights import read_weights
 
 SIZE = 32
 pytestmark = pytest.mark.usefixtures("any_colours")
@@ -39,6 +50,10 @@ def paths(tmp_path_factory):
         target_std=np.ones(6)).save(paths.vae)
     pd.DataFrame(dict(rmse=[1.])).to_csv(paths.history("conv3", 0), index=False)
     return paths
+
+
+@pytest.fixture(scope="module")
+def predictor(paths): return Predictor.of_run(paths)
 
 
 def example_flux(size=40):
@@ -71,9 +86,9 @@ def quietly(*args, **kwargs):
     return result, [str(one.message) for one in caught if one.category is UserWarning]
 
 
-def test_a_sound_folder_is_predicted_without_a_warning(paths, tmp_path):
+def test_a_sound_folder_is_predicted_without_a_warning(predictor, tmp_path):
     galaxy = write_bands(tmp_path/"ngc", example_flux())
-    written, texts = quietly([galaxy], paths, tmp_path/"out")
+    written, texts = quietly([galaxy], predictor, tmp_path/"out")
     assert [path.name for path in written] == ["ngc.ecsv", "ngc.png", "summary.csv"] and not texts
     (row,) = pd.read_csv(written[-1]).to_dict("records")
     assert (row["galaxy"], row["status"], row["mask_fraction"]) == ("ngc", "predicted", 0)
@@ -91,31 +106,32 @@ SDSS_CARDS = {"FPA.TELESCOPE": None, "FPA.ZP": None, "FPA.FILTERID": None, "EXPT
     (0.25, {"FPA.ZP": 27.0}, "zero point 34.11 mag, not 32.11"),
     (0.25, {"CDELT1": 0.25/3600}, "east to the right of north, not to the left"),
     (0.25, {"PC1_1": 0.0, "PC1_2": 1.0, "PC2_1": -1.0, "PC2_2": 0.0}, "north 90 degrees from up")])
-def test_images_of_another_kind_are_refused_with_both_values(paths, tmp_path, scale, cards, said):
+def test_images_of_another_kind_are_refused_with_both_values(
+    predictor, tmp_path, scale, cards, said):
     galaxy = write_bands(tmp_path/"ngc", example_flux(), scale=scale, **cards)
     with pytest.raises(InvalidInputError, match=said):
-        predict_files([galaxy], paths, tmp_path/"out")
+        predict_files([galaxy], predictor, tmp_path/"out")
     (row,) = pd.read_csv(tmp_path/"out/summary.csv").to_dict("records")
     assert row["status"] == "failed" and said in row["reason"]
     assert not list((tmp_path/"out").glob("*.ecsv"))
 
 
-def test_a_wrong_or_missing_band_is_an_error(paths, tmp_path):
+def test_a_wrong_or_missing_band_is_an_error(predictor, tmp_path):
     swapped = write_bands(tmp_path/"swapped", example_flux(), bands="girzy")
     (swapped/"r.fits").rename(swapped/"i.fits")
     with pytest.raises(SpecpredError, match="i.fits holds the r band by its header, not i"):
-        predict_files([swapped], paths, tmp_path/"out")
+        predict_files([swapped], predictor, tmp_path/"out")
     sdss = write_bands(tmp_path/"sdss", example_flux()[:4], **SDSS_CARDS)
     for resample, said in ((False, "taken by 'SDSS'"), (True, "no image in y; SDSS has no y")):
         with pytest.raises(InvalidInputError, match=said):
-            predict_files([sdss], paths, tmp_path/"out", resample=resample)
+            predict_files([sdss], predictor, tmp_path/"out", resample=resample)
     ps1 = write_bands(tmp_path/"ps1", example_flux()[:4])
     with pytest.raises(InvalidInputError, match="ps1: no image in y$"):
-        predict_files([ps1], paths, tmp_path/"out")
+        predict_files([ps1], predictor, tmp_path/"out")
 
 
-def test_resampled_images_give_what_the_survey_s_own_would(paths, tmp_path):
-    model = models.load(paths.weights("conv3", 0))
+def test_resampled_images_give_what_the_survey_s_own_would(predictor, tmp_path):
+    model = predictor.model
     direct = write_bands(tmp_path/"direct", example_flux(size=64))
     rubin = {"FPA.TELESCOPE": None, "TELESCOP": "Rubin", "BUNIT": "nJy", "FPA.ZP": None}
     rows, columns = np.indices((100, 100)) - 49.5
@@ -129,34 +145,34 @@ def test_resampled_images_give_what_the_survey_s_own_would(paths, tmp_path):
     with pytest.raises(InvalidInputError, match="taken by 'Rubin'"): read_image(files[1], model)
 
 
-def test_what_a_header_does_not_say_is_a_warning_or_said_by_the_user(paths, tmp_path):
+def test_what_a_header_does_not_say_is_a_warning_or_said_by_the_user(predictor, tmp_path):
     silent = tmp_path/"silent"
     silent.mkdir()
     for band, image in zip("grizy", example_flux(), strict=True):
         fits.writeto(silent/f"{band}.fits", np.float32(image))
     with pytest.raises(SpecpredError, match="no exposure time .* --unit and --zero-point"):
-        predict_files([silent], paths, tmp_path/"out")
-    _, texts = quietly([silent], paths, tmp_path/"out", stated=Stated(zero_point=31.4))
+        predict_files([silent], predictor, tmp_path/"out")
+    _, texts = quietly([silent], predictor, tmp_path/"out", stated=Stated(zero_point=31.4))
     assert texts == ["silent: the headers say nothing of pixel scale, telescope: taken for "
         "Pan-STARRS1's"]
-    _, texts = quietly([silent], paths, tmp_path/"out", stated=Stated(0.25, unit="nJy"))
+    _, texts = quietly([silent], predictor, tmp_path/"out", stated=Stated(0.25, unit="nJy"))
     assert texts == ["silent: the headers say nothing of telescope: taken for Pan-STARRS1's"]
     with pytest.raises(InvalidInputError, match="pixels of 0.4 x 0.4 arcsec, not 0.25"):
-        predict_files([silent], paths, tmp_path/"out", stated=Stated(0.4, unit="nJy"))
+        predict_files([silent], predictor, tmp_path/"out", stated=Stated(0.4, unit="nJy"))
 
 
 @pytest.mark.parametrize("hole, refused", [
     (np.s_[:, :, 20:], True), (np.s_[2, 16:24, 16:24], True), (np.s_[1, 4:12, 4:12], False)])
-def test_masked_pixels_are_said_and_limited(paths, tmp_path, hole, refused):
+def test_masked_pixels_are_said_and_limited(predictor, tmp_path, hole, refused):
     "Half of the image and the nucleus are too much; a corner is a warning and a column."
     flux = example_flux()
     flux[hole] = np.nan
     galaxy = write_bands(tmp_path/"ngc", flux)
     if refused:
         with pytest.raises(InvalidInputError, match="of a band or of its core has no data"):
-            predict_files([galaxy], paths, tmp_path/"out")
+            predict_files([galaxy], predictor, tmp_path/"out")
         return
-    written, texts = quietly([galaxy], paths, tmp_path/"out")
+    written, texts = quietly([galaxy], predictor, tmp_path/"out")
     assert texts == ["ngc: some pixels have no data, see mask_fraction"]
     (row,) = pd.read_csv(written[-1]).to_dict("records")
     assert row["status"] == "flagged"
@@ -165,94 +181,94 @@ def test_masked_pixels_are_said_and_limited(paths, tmp_path, hole, refused):
 
 @pytest.mark.parametrize("image", [np.zeros((5, 40, 40)), np.full((5, 40, 40), 300.),
     np.random.default_rng(0).normal(0, 50, (5, 40, 40)), np.tile(np.arange(40.), (5, 40, 1))])
-def test_an_image_that_shows_nothing_is_an_error(paths, tmp_path, image):
+def test_an_image_that_shows_nothing_is_an_error(predictor, tmp_path, image):
     with pytest.raises(InvalidInputError, match="no source in the middle|in g is constant"):
-        predict_files([write_bands(tmp_path/"ngc", image)], paths, tmp_path/"out")
+        predict_files([write_bands(tmp_path/"ngc", image)], predictor, tmp_path/"out")
 
 
-def test_a_band_that_is_blank_or_of_another_place_is_an_error(paths, tmp_path):
+def test_a_band_that_is_blank_or_of_another_place_is_an_error(predictor, tmp_path):
     blank = example_flux()
     blank[2] = 0
     with pytest.raises(InvalidInputError, match="the image in i is constant"):
-        predict_files([write_bands(tmp_path/"blank", blank)], paths, tmp_path/"out")
+        predict_files([write_bands(tmp_path/"blank", blank)], predictor, tmp_path/"out")
     mixed = write_bands(tmp_path/"mixed", example_flux())
     with fits.open(mixed/"r.fits", mode="update") as hdus: hdus[0].header["CRVAL2"] += 4/3600
     with pytest.raises(InvalidInputError, match="the image in r shows a place 4.0 arcsec from"):
-        predict_files([mixed], paths, tmp_path/"out")
+        predict_files([mixed], predictor, tmp_path/"out")
 
 
-def test_odd_pixels_are_noted(paths, tmp_path):
+def test_odd_pixels_are_noted(predictor, tmp_path):
     flux = example_flux()
     flux[0, :, :8] = 0
     flux[3] += 1000
-    _, texts = quietly([write_bands(tmp_path/"ngc", flux)], paths, tmp_path/"out")
+    _, texts = quietly([write_bands(tmp_path/"ngc", flux)], predictor, tmp_path/"out")
     assert "20% of the image in g has the value 0: are these data?" in texts[0]
     assert "the border of the image in z is" in texts[0] and "sky subtracted" in texts[0]
 
 
-def test_odd_pixels_are_noted_in_images_of_other_surveys(paths, tmp_path):
+def test_odd_pixels_are_noted_in_images_of_other_surveys(predictor, tmp_path):
     flux = example_flux(size=60)
     flux[0, :, :20] = 0
     flux[1] *= 1e5
     rubin = {"FPA.TELESCOPE": None, "TELESCOP": "Rubin", "BUNIT": "nJy", "FPA.ZP": None}
     galaxy = write_bands(tmp_path/"ngc", flux - 9000*(np.arange(5) == 3)[:, None, None], **rubin)
-    _, texts = quietly([galaxy], paths, tmp_path/"out", resample=True)
+    _, texts = quietly([galaxy], predictor, tmp_path/"out", resample=True)
     for said in ("33% of the image in g has the value 0", "the border of the image in z is at -",
             "the magnitude in r is"):
         assert said in texts[0]
 
 
-def test_a_galaxy_that_cannot_be_read_does_not_stop_the_others(paths, tmp_path):
+def test_a_galaxy_that_cannot_be_read_does_not_stop_the_others(predictor, tmp_path):
     sound = write_bands(tmp_path/"sound", example_flux())
     odd = write_bands(tmp_path/"odd", example_flux(), CRVAL1="10:00:00.0", CRPIX2="x")
     bad = write_bands(tmp_path/"bad", example_flux(), CD1_1="x", CUNIT1="furlong")
     with pytest.raises(SpecpredError, match="bad: .*2 others are in"):
-        predict_files([bad, odd, sound], paths, tmp_path/"out")
+        predict_files([bad, odd, sound], predictor, tmp_path/"out")
     assert (tmp_path/"out/sound.ecsv").is_file() and (tmp_path/"out/odd.ecsv").is_file()
 
 
-def test_folders_that_hold_something_else(paths, tmp_path):
+def test_folders_that_hold_something_else(predictor, tmp_path):
     folder = tmp_path/"folder"
     folder.mkdir()
     (folder/"cutout_g.txt").write_text("")
     with pytest.raises(MissingInputError, match="holds no g.fits and so on; it holds cutout_g.txt"):
-        predict_files([folder], paths, tmp_path/"out")
+        predict_files([folder], predictor, tmp_path/"out")
     sound = write_bands(tmp_path/"NGC1", example_flux())
     (sound/"g").mkdir()
     (sound/"r.txt").write_text("notes")
-    written, _ = quietly([sound], paths, tmp_path/"out")
+    written, _ = quietly([sound], predictor, tmp_path/"out")
     assert written[0].name == "NGC1.ecsv"
     (sound/"g.fits.gz").write_bytes(gzip.compress((sound/"g.fits").read_bytes()))
     with pytest.raises(InvalidInputError, match="two images of the band 'g'"):
-        predict_files([sound], paths, tmp_path/"out")
+        predict_files([sound], predictor, tmp_path/"out")
 
 
 @pytest.mark.parametrize("content", ["name,x\n1,2\n", ""])
-def test_another_summary_is_not_overwritten(paths, tmp_path, content):
+def test_another_summary_is_not_overwritten(predictor, tmp_path, content):
     (tmp_path/"summary.csv").write_text(content)
     galaxy = write_bands(tmp_path/"ngc", example_flux())
     with pytest.raises(InvalidInputError, match="is no summary of predictions"):
-        predict_files([galaxy], paths, tmp_path)
+        predict_files([galaxy], predictor, tmp_path)
     assert (tmp_path/"summary.csv").read_text() == content
 
 
-def test_a_summary_keeps_earlier_galaxies(paths, tmp_path):
+def test_a_summary_keeps_earlier_galaxies(predictor, tmp_path):
     for name in ("001", "ngc", "001"):
-        quietly([write_bands(tmp_path/name, example_flux())], paths, tmp_path/"out")
+        quietly([write_bands(tmp_path/name, example_flux())], predictor, tmp_path/"out")
     table = pd.read_csv(tmp_path/"out/summary.csv", dtype=str)
     assert sorted(table.galaxy) == ["001", "ngc"]
 
 
-def test_a_band_that_the_survey_s_seeing_is_not_known_for(paths, tmp_path):
+def test_a_band_that_the_survey_s_seeing_is_not_known_for(predictor, tmp_path):
     "DES has a Y that the Legacy Surveys have not."
     cards = {"FPA.TELESCOPE": None, "FPA.ZP": None, "FPA.FILTERID": None, "TELESCOP": "DECam",
         "MAGZERO": 30.0}
     galaxy = write_bands(tmp_path/"des", example_flux(), **cards)
-    _, texts = quietly([galaxy], paths, tmp_path/"out", resample=True)
+    _, texts = quietly([galaxy], predictor, tmp_path/"out", resample=True)
     assert "the seeing of Legacy Surveys in y is unknown" in texts[0]
 
 
-def test_forms_in_which_a_galaxy_may_come(paths, tmp_path):
+def test_forms_in_which_a_galaxy_may_come(predictor, tmp_path):
     "A folder, packed files, five files, five extensions and a cube give the same spectrum."
     folder = write_bands(tmp_path/"folder", example_flux())
     packed = write_bands(tmp_path/"packed", example_flux())
@@ -268,28 +284,130 @@ def test_forms_in_which_a_galaxy_may_come(paths, tmp_path):
     fits.HDUList(hdus).writeto(tmp_path/"extensions.fits")
     write_cube(tmp_path/"cube.fits", example_flux(), PS1)
     given = [folder, packed, *loose.iterdir(), tmp_path/"extensions.fits", tmp_path/"cube.fits"]
-    written, texts = quietly(given, paths, tmp_path/"out")
+    written, texts = quietly(given, predictor, tmp_path/"out")
     tables = [path for path in written if path.suffix == ".ecsv"]
     assert {path.stem for path in tables} == {"folder", "packed", "loose", "extensions", "cube"}
-    from astropy.table import Table
     first, *others = (np.array(Table.read(path)["flux"]) for path in tables)
     for other in others: np.testing.assert_allclose(other, first, rtol=1e-3)
     assert not texts
-    with pytest.raises(MissingInputError): predict_files([tmp_path/"none"], paths, tmp_path/"out")
+    with pytest.raises(MissingInputError):
+        predict_files([tmp_path/"none"], predictor, tmp_path/"out")
+
+
+INSTALLED_ANYWHERE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import specpred, specpred.config
+assert specpred.__file__.startswith(sys.argv[1]), specpred.__file__
+try: specpred.config.repo_root()
+except specpred.config.MissingInputError: pass
+else: raise AssertionError("this is a checkout")
+from specpred.predict import Predictor, example_galaxies, predict_files
+predict_files(example_galaxies(), Predictor.load(), sys.argv[2], plot=False)
+"""
+
+
+def test_the_package_alone_predicts_its_examples(tmp_path):
+    "Away from the checkout, as pip installs it; the numbers are those of the checkout."
+    package = Path(specpred.__file__).parent
+    shutil.copytree(package, tmp_path/"site/specpred", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path/"site/specpred/data").mkdir()
+    shutil.copy(data_file("stellar_library.h5"), tmp_path/"site/specpred/data")
+    done = subprocess.run([sys.executable, "-c", INSTALLED_ANYWHERE, str(tmp_path/"site"),
+        str(tmp_path/"out")], cwd=tmp_path/"site", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    predict_files(example_galaxies(), Predictor.load(), tmp_path/"here", plot=False)
+    for name in ("quiescent", "star-forming"):
+        there, here = (Table.read(tmp_path/where/f"{name}.ecsv") for where in ("out", "here"))
+        np.testing.assert_allclose(there["flux"], here["flux"], rtol=1e-4)
+        assert "mock sky" in here.meta["sample"] and here.meta["flag"] == ""
+        assert {"model", "limits", "specpred", "date", "wavelengths", "band"} <= set(here.meta)
+
+
+def test_the_examples_are_told_apart():
+    predictor = Predictor.load()
+    flux = np.stack([read_image(sorted(folder.iterdir()), predictor.model).flux
+        for folder in example_galaxies()])
+    predicted = predictor.predict(flux, quantities=True)
+    quiescent, forming = predicted.lines.loc["halpha"]
+    assert quiescent["ew_upper"] < forming["ew_lower"]
+    assert quiescent["ew_lower"] <= quiescent["ew"] <= quiescent["ew_upper"]
+    assert (predicted.quantities.dn4000[0] > 1.7) and (predicted.quantities.dn4000[1] < 1.6)
+
+
+def test_observed_flux_has_the_light_of_the_image():
+    installed, redshift = Predictor.load(), 0.0502
+    flux = read_image(sorted(example_galaxies()[0].iterdir()), installed.model).flux
+    predicted = installed.predict(flux[None])
+    table = predicted.observed(redshift)
+    from speclite.filters import load_filter
+    curve = load_filter(f"{PS1.filters}-r")
+    magnitude = curve.get_ab_magnitude(table["flux"], table["wavelength"])
+    assert magnitude == pytest.approx(-2.5*np.log10(predicted.light[0, 1]/3.631e12), abs=0.01)
+    assert (table["lower"] <= table["flux"]).all() and (table["flux"] <= table["upper"]).all()
+    ratio = table["wavelength"]/predicted.observed(redshift, medium="air")["wavelength"]
+    assert 1.00025 < ratio.min() < ratio.max() < 1.0003
+    for wrong in (dict(redshift=np.nan), dict(redshift=-0.1), dict(redshift=2.),
+            dict(redshift=0.1, medium="water")):
+        with pytest.raises(InvalidInputError): predicted.observed(**wrong)
+
+
+@pytest.mark.parametrize("part", ["network", "decoder", "posterior", "calibration", "domain"])
+def test_a_damaged_or_foreign_folder_of_weights_is_refused(tmp_path, part):
+    folder = Path(shutil.copytree(PRETRAINED/"mock-sky", tmp_path/"mine"))
+    file = folder/f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(DamagedFileError, match=part): Predictor.load(folder)
+    file.write_bytes((folder/("domain" if part != "domain" else "network")).with_suffix(
+        ".safetensors").read_bytes())
+    with pytest.raises(WeightsError): Predictor.load(folder)
+    (folder/"about.json").write_text("[1")
+    with pytest.raises(DamagedFileError, match="about.json"): Predictor.load(folder)
+    shutil.copy(PRETRAINED/"mock-sky/about.json", folder)
+    file.unlink()
+    with pytest.raises(MissingInputError, match=part): Predictor.load(folder)
+    with pytest.raises(MissingInputError, match="one of mock-sky"): Predictor.load(tmp_path/"none")
+
+
+def test_a_saved_predictor_predicts_the_same(tmp_path):
+    first = Predictor.load()
+    first.save(tmp_path/"mine")
+    for file in (PRETRAINED/"mock-sky").iterdir():  # rounded once, it stays what it is
+        assert sum(one.stat().st_size for one in (tmp_path/"mine").iterdir()) < 5e6
+        if file.name == "about.json": continue
+        ours = read_weights(tmp_path/"mine"/file.name).tensors
+        for name, tensor in read_weights(file).tensors.items(): assert ours[name].equal(tensor)
+
+
+def test_some_that_fail_are_exit_code_3(predictor, tmp_path):
+    sound = write_bands(tmp_path/"sound", example_flux())
+    bad = write_bands(tmp_path/"bad", example_flux()[:3])
+    empty = tmp_path/"empty.fits"
+    empty.write_bytes(b"")
+    with pytest.raises(GalaxiesFailed, match="2 of 3 galaxies") as failed:
+        predict_files([bad, empty, sound], predictor, tmp_path/"out", plot=False)
+    assert failed.value.exit_code == 3
+    table = pd.read_csv(tmp_path/"out/summary.csv").set_index("galaxy")
+    assert table.status.to_dict() == dict(bad="failed", empty="failed", sound="predicted")
+    assert "no image in" in table.reason["bad"] and table.reason["empty"]
+    assert not (tmp_path/"out/sound.png").exists() and (tmp_path/"out/sound.ecsv").exists()
 
 
 def test_the_command_says_what_it_does_not_know(paths, tmp_path):
     sound = write_bands(tmp_path/"sound", example_flux())
     sdss = write_bands(tmp_path/"sdss", example_flux(), scale=0.396)
+    of_run = "--profile", "demo", "--data-dir", str(paths.root.parent)
     def run(*arguments):
         return CliRunner().invoke(app, ["predict", *map(str, arguments),
-            "--out", str(tmp_path/"out"), "--data-dir", str(paths.root.parent)])
+            "--out", str(tmp_path/"out"), *of_run])
     done = run(sound)
-    assert done.exit_code == 0 and "summary.csv" in done.output, done.output
+    assert done.exit_code == 0 and "1 predicted" in done.output, done.output
     failed = run(sound, sdss)
-    assert isinstance(failed.exception, InvalidInputError) and "0.396" in str(failed.exception)
+    assert isinstance(failed.exception, GalaxiesFailed) and "0.396" in str(failed.exception)
     table = pd.read_csv(tmp_path/"out/summary.csv").set_index("galaxy").status.to_dict()
     assert table == dict(sound="predicted", sdss="failed")
     assert run(sdss, "--resample").exit_code == 0
     contradicted = run(sound, "--pixel-scale", "0.4")
     assert "says pixel scale 0.25, you say 0.4" in str(contradicted.exception)
+    unclear = CliRunner().invoke(app, ["predict", str(sound), "--example"])
+    assert unclear.exit_code == 2 and "--example" in unclear.output

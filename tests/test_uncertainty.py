@@ -1071,6 +1071,6 @@ def test_files_that_do_not_belong_together_are_refused(run):
     with pytest.raises(WeightsError, match="another network"):
         SpectrumPosterior.load(run.posterior, twin, decoder)
     with pytest.raises(WeightsError, match="holds 'Domain'; expected 'Calibration'"):
-        Predictor.load(run.weights("conv3", 0), run.vae, run.posterior, run.domain)
-    galaxies = [run.root/"nothing"]
-    with pytest.raises(MissingInputError): predict_files(galaxies, run, run.root/"out")
+        Predictor.of_files(run.weights("conv3", 0), run.vae, run.posterior, run.domain)
+    galaxies, predictor = [run.root/"nothing"], Predictor.of_run(run)
+    with pytest.raises(MissingInputError): predict_files(galaxies, predictor, run.root/"out")
