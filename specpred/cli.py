@@ -124,6 +124,11 @@ def predict(
         help="Per galaxy: a folder or files <band>.fits, or a FITS file with all bands.")] = None,
     example: Annotated[bool, typer.Option("--example",
         help="Predict two galaxies that are installed with specpred.")] = False,
+    position: Annotated[list[str] | None, typer.Option("--position",
+        help='Download the cutouts of a position, e.g. "10h00m24s +02d12m00s" or "150.1 2.2"; '
+            "may be repeated.")] = None,
+    table: Annotated[Path | None, typer.Option("--table",
+        help="Download those of a table: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw image and spectrum.")] = False,
     model: Annotated[str | None, typer.Option("--model",
         help="A folder that Predictor.save wrote; the default is mock-sky, which is installed. "
@@ -141,6 +146,7 @@ def predict(
         help="AB magnitude of a pixel value of 1, where the headers do not say it.")] = None,
     unit: Annotated[str | None, typer.Option("--unit",
         help="Of the pixels, e.g. nanomaggy or uJy, where the headers do not say it.")] = None,
+    overrides: _Overrides = None,
     data_dir: _DataDir = None,
 ):
     """Predict the rest-frame spectra of galaxies from their cutouts: a table for each, with 68 and
@@ -148,8 +154,9 @@ def predict(
 
     Images must be those of the survey that the model learned from; what their headers say is
     checked. The exit code is 3 when some galaxies failed and the others are written."""
-    if example == bool(cutouts):
-        raise typer.BadParameter("give cutouts, or --example for two that are installed")
+    if sum(map(bool, (cutouts, example, position, table))) != 1:
+        raise typer.BadParameter("give cutouts, --position, --table, or --example for two galaxies "
+            "that are installed")
     if data_dir and not profile: raise typer.BadParameter("--data-dir needs --profile")
     from specpred.config import get_paths, get_profile
     from specpred.cutouts import Stated
@@ -157,9 +164,26 @@ def predict(
     if profile: predictor = Predictor.of_run(get_paths(get_profile(profile), data_dir), model)
     else: predictor = Predictor.load(model)
     print("; ".join(f"{name}: {text}" for name, text in predictor.about.items()))
-    predict_files(example_galaxies() if example else cutouts, predictor, out, resample=resample,
+    if example: cutouts = example_galaxies()
+    if position or table: cutouts = _fetch(position, table, predictor, overrides)
+    predict_files(cutouts, predictor, out, resample=resample,
         stated=Stated(pixel_scale, zero_point, unit), plot=plot)
     print(f"{out}: {describe_summary(out/'summary.csv')}")
+
+def _fetch(positions, table, predictor, overrides):
+    "Cutouts of positions or of a table, kept in the user's cache."
+    import os
+    import pandas as pd
+    from specpred.catalogue import read_table
+    from specpred.config import get_profile
+    from specpred.predict import fetch_cutouts, read_position
+    if table: wanted = read_table(table)
+    else:
+        read = [read_position(text) for text in positions]
+        wanted = pd.DataFrame([(one.ra.deg, one.dec.deg) for one in read], columns=["ra", "dec"])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"specpred"
+    archives = get_profile("paper", overrides or ()).archives
+    return fetch_cutouts(wanted, predictor.model, cache, archives)
 
 # %% ../nbs/33_cli.ipynb #4a390aa4
 @app.command()

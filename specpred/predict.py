@@ -19,39 +19,42 @@ import numpy as np
 import pandas as pd
 import torch
 from astropy import units as u
+from astropy.coordinates import SkyCoord
 from astropy.table import QTable
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from . import __version__, models
+from . import models
 from .calibration import (
     CLASSES, LEAST, QUANTITIES, WHOLE, Bands, Calibration, Described, class_probabilities,
     describe, grid_of, observed_columns, reference_magnitude, widened)
+from .config import replace as changed
 from .config import (
-    DamagedFileError, ImageParameters, InvalidInputError, MissingInputError, Paths, SpecpredError)
+    ArchiveParameters, DamagedFileError, ImageParameters, InvalidInputError, MissingInputError,
+    Paths, SpecpredError, get_profile)
 from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
 from .domain import (
     Domain, band_fluxes, colour_mismatch, constant_bands, has_source, image_faults)
 from .formats import damage_reported
-from specpred.images import (
-    Galaxy, aperture_magnitudes, aperture_weights, central_crop, combine_bands, composite, masked_fraction,
-    sky_statistics)
+from .images import (
+    Galaxy, aperture_magnitudes, aperture_weights, central_crop, combine_bands, composite,
+    masked_fraction, sky_statistics)
 from .lines import LINES
 from .plotting import RED, mark_lines
 from .posterior import (
     GaussianErrors, SpectrumPosterior, SpectrumResidual, find_weights, with_features)
 from .resample import resample_galaxy
-from .stages import atomic_path
+from .stages import atomic_path, versions
 from .surveys import ImagingSurvey
 from .vae import SpectrumModel
 from .weights import halve_weights, read_weights
 
 # %% auto #0
 __all__ = ['LIMITS', 'PRETRAINED', 'PredictedSpectra', 'Predictor', 'fibre_light', 'tabulate_quantities', 'ObservedSpectra',
-           'normalise', 'recalibrate', 'write_cube', 'name_galaxies', 'ReadImage', 'read_image', 'write_table',
-           'plot_prediction', 'example_galaxies', 'predict_files', 'write_predictions', 'describe_summary',
-           'read_summary', 'GalaxiesFailed']
+           'normalise', 'recalibrate', 'write_cube', 'name_galaxies', 'read_position', 'coordinate_names',
+           'fetch_cutouts', 'ReadImage', 'read_image', 'write_table', 'plot_prediction', 'example_galaxies',
+           'predict_files', 'write_predictions', 'describe_summary', 'read_summary', 'GalaxiesFailed']
 
 # %% ../nbs/31_predict.ipynb #40e98df2
 @dataclass
@@ -86,7 +89,7 @@ class Predictor:
         about:dict | None = None,  # what the outputs say of it: its name, and the training sample
     ):
         self.model, self.decoder, self.calibration = model, decoder, calibration
-        self.about = about or dict(model=model.name)
+        self.about = (about or dict(model=model.name)) | dict(specpred=versions().get("specpred"))
         self.network, self.posterior, self.domain = with_features(model), posterior, domain
         if decoder is not None and posterior is None:
             residual = SpectrumResidual.none(len(decoder.wavelength))
@@ -373,6 +376,53 @@ def name_galaxies(
         galaxies[name] = list(dict.fromkeys(files))
     return galaxies
 
+# %% ../nbs/31_predict.ipynb #f8cf866c
+def read_position(
+    text:str,  # "10h00m24s +02d12m00s", "10:00:24 +02:12:00", or degrees: "150.1 2.2"
+) -> SkyCoord:
+    "A position on the sky, ICRS. Raises `InvalidInputError`."
+    degrees = re.fullmatch(r"\s*([-+]?[\d.]+)[\s,]+[-+]?[\d.]+\s*", text)
+    units = "deg" if degrees else ("hourangle", "deg")
+    try: position = SkyCoord(text.replace(",", " "), unit=units)
+    except (ValueError, TypeError, u.UnitsError) as error:
+        raise InvalidInputError(f"{text!r} is no position ({error}); give ra and dec, e.g. "
+            "'10h00m24s +02d12m00s', or '150.1 2.2' in degrees") from error
+    if not position.isscalar or (degrees and not 0 <= float(degrees[1]) <= 360):
+        raise InvalidInputError(f"{text!r}: expected one ra from 0 to 360 degrees and one dec")
+    return position
+
+def coordinate_names(ra, dec) -> list[str]:
+    "Names such as J100024.00+021200.0 of positions in degrees."
+    positions = SkyCoord(ra, dec, unit="deg")
+    hours = positions.ra.to_string("hour", sep="", precision=2, pad=True)
+    degrees = positions.dec.to_string(sep="", precision=1, pad=True, alwayssign=True)
+    return [f"J{h}{d}" for h, d in zip(hours, degrees, strict=True)]
+
+# %% ../nbs/31_predict.ipynb #63c1de67
+def fetch_cutouts(
+    positions:pd.DataFrame,  # ra and dec in degrees, e.g. of `read_table`
+    model:models.TrainedModel,  # whose survey and image size are wanted
+    folder,  # for what arrives, e.g. ~/.cache/specpred
+    archives:ArchiveParameters | None = None,  # None: Pan-STARRS1's, as in the profile paper
+    mock = None,  # folder of a mock survey, which is served where the archives have no URLs
+) -> dict[str, list[Path] | SpecpredError]:
+    """The files of each galaxy by its name, or why there are none. Raises `ArchiveError` where
+    nothing arrives or the archive fails, and `InvalidInputError` for an empty table."""
+    from specpred.download import download
+    if not len(positions): raise InvalidInputError("the table has no rows")
+    size = model.provenance["image_size"]
+    folder = Path(folder).expanduser()/f"{size}px"
+    wanted = folder/"positions.csv"
+    with atomic_path(wanted) as part: positions[["ra", "dec"]].to_csv(part, index=False)
+    archives = changed(archives or get_profile("paper").archives, table=str(wanted))
+    catalogue = download(archives, folder/"raw", model.survey, size, seed=0, mock=mock)
+    files = {}
+    for name, row in zip(coordinate_names(catalogue.ra, catalogue.dec), catalogue.itertuples(),
+            strict=True):
+        images = [folder/f"raw/cutouts/{row.specobjid}/{b}.fits" for b in model.survey.bands]
+        files[name] = images if row.has_images else MissingInputError(row.status)
+    return files
+
 # %% ../nbs/31_predict.ipynb #356c8d34
 class ReadImage(NamedTuple):
     "An image for a prediction."
@@ -470,7 +520,6 @@ def write_table(
         known = {k: float(f"{v:.4g}") for k, v in measured.items() if np.isfinite(v)}
         facts = facts | dict(quantities=known)
     facts = facts | (spectra.about or {}) | {
-        "specpred": __version__,
         "date": datetime.date.today().isoformat(),
         "flag": spectra.reasons[row],
         "targets": [round(float(t), 5) for t in spectra.targets[row]],
@@ -599,7 +648,7 @@ def plot_sed(self:PredictedSpectra,
 
 # %% ../nbs/31_predict.ipynb #1612d422
 def predict_files(
-    cutouts,  # see `name_galaxies`
+    cutouts,  # see `name_galaxies`, or what `fetch_cutouts` returns
     predictor:Predictor,
     out,  # folder for tables and plots
     batch_size:int = 64,  # galaxies in memory at once
@@ -610,7 +659,9 @@ def predict_files(
     """Predicts the spectra of some galaxies; writes `<name>.ecsv` for each and `summary.csv` with a
     row for each, and returns their paths. Raises, after all others are done, `GalaxiesFailed` for
     those that could not be read."""
-    galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
+    galaxies = cutouts
+    if not isinstance(cutouts, dict):
+        galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
     if not galaxies: raise InvalidInputError("No cutouts were given.")
     out, names = Path(out), list(galaxies)
     earlier = read_summary(out/"summary.csv")
@@ -620,6 +671,7 @@ def predict_files(
             images, batch = {}, names[start:start + batch_size]
             for name in batch:
                 try:
+                    if isinstance(galaxies[name], SpecpredError): raise galaxies[name]
                     with damage_reported(galaxies[name][0]):
                         images[name] = read_image(galaxies[name], predictor.model, resample, stated)
                 except SpecpredError as error: errors[name] = error

@@ -17,12 +17,13 @@ import specpred
 from specpred import models
 from specpred.cli import app
 from specpred.config import (
-    DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError, WeightsError,
-    data_file)
+    ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError,
+    WeightsError, data_file)
 from specpred.cutouts import Stated, skycell_wcs
 from specpred.predict import (
-    PRETRAINED, GalaxiesFailed, Predictor, example_galaxies, predict_files, read_image,
-    write_cube)
+    PRETRAINED, GalaxiesFailed, Predictor, coordinate_names, example_galaxies, fetch_cutouts,
+    predict_files, read_image, write_cube)
+from specpred.local_archive import serve
 from specpred.surveys import PS1
 from specpred.vae import InfoVAE, SpectrumModel
 from specpred.weights import read_weights
@@ -377,6 +378,49 @@ def test_a_saved_predictor_predicts_the_same(tmp_path):
         if file.name == "about.json": continue
         ours = read_weights(tmp_path/"mine"/file.name).tensors
         for name, tensor in read_weights(file).tensors.items(): assert ours[name].equal(tensor)
+
+
+def test_positions_are_downloaded_once_and_predicted(mock, predictor, tmp_path):
+    galaxies = pd.read_parquet(next(mock.glob("skyserver/*.parquet")))[["ra", "dec"]].head(3)
+    south = pd.DataFrame(dict(ra=[10.], dec=[-60.]))
+    wanted = pd.concat([galaxies, south], ignore_index=True)
+    files = fetch_cutouts(wanted, predictor.model, tmp_path, ArchiveParameters(), mock)
+    absent = [name for name, value in files.items() if isinstance(value, SpecpredError)]
+    assert len(files) == 4 and absent == coordinate_names(south.ra, south.dec)
+    with pytest.raises(GalaxiesFailed, match="images outside PS1"):
+        predict_files(files, predictor, tmp_path/"out", plot=False)
+    table = pd.read_csv(tmp_path/"out/summary.csv")
+    assert sorted(table.status.replace("flagged", "predicted")) == ["failed"] + 3*["predicted"]
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.fits")}
+    assert len(stamps) == 15
+    again = fetch_cutouts(galaxies.head(1), predictor.model, tmp_path, ArchiveParameters(), mock)
+    assert len(again) == 1 and set(again) < set(files)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    with pytest.raises(InvalidInputError, match="no rows"):
+        fetch_cutouts(wanted.head(0), predictor.model, tmp_path, ArchiveParameters(), mock)
+
+
+def test_the_command_downloads_a_position_and_a_table(mock, paths, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
+    galaxy = pd.read_parquet(next(mock.glob("skyserver/*.parquet"))).iloc[0]
+    (tmp_path/"mine.csv").write_text(f"RAJ2000,DEJ2000\n{galaxy.ra},{galaxy.dec}\n")
+    (tmp_path/"none.csv").write_text("name,rra\nngc,3\n")
+    with serve(mock) as urls:
+        archives = [f"--set=archives.{name}={url}" for name, url in vars(urls).items()]
+        def run(*arguments):
+            return CliRunner().invoke(app, ["predict", *arguments, *archives,
+                "--profile", "demo", "--data-dir", str(paths.root.parent), "--out", str(tmp_path)])
+        for given in (("--position", f"{galaxy.ra} {galaxy.dec}"),
+                ("--table", str(tmp_path/"mine.csv"))):
+            done = run(*given)
+            assert done.exit_code == 0, (done.output, done.exception)
+            (row,) = pd.read_csv(tmp_path/"summary.csv").to_dict("records")
+            assert row["galaxy"] == coordinate_names([galaxy.ra], [galaxy.dec])[0]
+            assert (tmp_path/f"{row['galaxy']}.ecsv").is_file()
+        wrong = run("--position", "400 2")
+        assert isinstance(wrong.exception, InvalidInputError)
+        wrong = run("--table", str(tmp_path/"none.csv"))
+        assert isinstance(wrong.exception, InvalidInputError) and "ra" in str(wrong.exception)
 
 
 def test_some_that_fail_are_exit_code_3(predictor, tmp_path):
