@@ -129,6 +129,9 @@ def predict(
             "may be repeated.")] = None,
     table: Annotated[Path | None, typer.Option("--table",
         help="Download those of a table: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
+    images: Annotated[Path | None, typer.Option("--images",
+        help="A .npy file with (N, bands, height, width) nJy; needs --pixel-scale.")] = None,
+    bands: Annotated[str, typer.Option("--bands", help="Of --images, in their order.")] = "grizy",
     plot: Annotated[bool, typer.Option("--plot", help="Also draw image and spectrum.")] = False,
     model: Annotated[str | None, typer.Option("--model",
         help="A folder that Predictor.save wrote; the default is mock-sky, which is installed. "
@@ -136,7 +139,8 @@ def predict(
     profile: Annotated[str | None, typer.Option("--profile", "-p",
         help="Use what `specpred reproduce` has trained for this profile.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o",
-        help="Folder for tables, plots and summary.csv.")] = Path("predicted_spectra"),
+        help="Folder for tables, plots and summary.csv; or a table of all galaxies, .fits or "
+            ".parquet, beside such a folder.")] = Path("predicted_spectra"),
     resample: Annotated[bool, typer.Option("--resample",
         help="Bring images of another survey to pixels, zero point and filters of the model's.")
         ] = False,
@@ -154,21 +158,31 @@ def predict(
 
     Images must be those of the survey that the model learned from; what their headers say is
     checked. The exit code is 3 when some galaxies failed and the others are written."""
-    if sum(map(bool, (cutouts, example, position, table))) != 1:
-        raise typer.BadParameter("give cutouts, --position, --table, or --example for two galaxies "
-            "that are installed")
+    if sum(map(bool, (cutouts, example, position, table, images))) != 1:
+        raise typer.BadParameter("give cutouts, --position, --table, --images, or --example for "
+            "two galaxies that are installed")
+    if images and not pixel_scale: raise typer.BadParameter("--images needs --pixel-scale")
     if data_dir and not profile: raise typer.BadParameter("--data-dir needs --profile")
     from specpred.config import get_paths, get_profile
     from specpred.cutouts import Stated
-    from specpred.predict import Predictor, describe_summary, example_galaxies, predict_files
+    from specpred.predict import (
+        Predictor, check_output, combine_tables, describe_summary, example_galaxies, predict_files,
+        write_cubes)
+    folder = out.with_suffix("") if out.suffix else out
+    if out.suffix: check_output(out)
     if profile: predictor = Predictor.of_run(get_paths(get_profile(profile), data_dir), model)
     else: predictor = Predictor.load(model)
     print("; ".join(f"{name}: {text}" for name, text in predictor.about.items()))
     if example: cutouts = example_galaxies()
     if position or table: cutouts = _fetch(position, table, predictor, overrides)
-    predict_files(cutouts, predictor, out, resample=resample,
-        stated=Stated(pixel_scale, zero_point, unit), plot=plot)
-    print(f"{out}: {describe_summary(out/'summary.csv')}")
+    survey = predictor.model.survey
+    if images: cutouts = write_cubes(images, folder/"cubes", bands, pixel_scale, survey)
+    stated = Stated() if images else Stated(pixel_scale, zero_point, unit)
+    try: predict_files(cutouts, predictor, folder, resample=resample, stated=stated, plot=plot)
+    finally:
+        if (folder/"summary.csv").is_file():
+            print(f"{folder}: {describe_summary(folder/'summary.csv')}")
+            if out.suffix: combine_tables(folder, out)
 
 def _fetch(positions, table, predictor, overrides):
     "Cutouts of positions or of a table, kept in the user's cache."

@@ -52,9 +52,10 @@ from .weights import halve_weights, read_weights
 
 # %% auto #0
 __all__ = ['LIMITS', 'PRETRAINED', 'PredictedSpectra', 'Predictor', 'fibre_light', 'tabulate_quantities', 'ObservedSpectra',
-           'normalise', 'recalibrate', 'write_cube', 'name_galaxies', 'read_position', 'coordinate_names',
-           'fetch_cutouts', 'ReadImage', 'read_image', 'write_table', 'plot_prediction', 'example_galaxies',
-           'predict_files', 'write_predictions', 'describe_summary', 'read_summary', 'GalaxiesFailed']
+           'normalise', 'recalibrate', 'write_cube', 'name_galaxies', 'ReadImage', 'read_image', 'write_cubes',
+           'read_position', 'coordinate_names', 'fetch_cutouts', 'write_table', 'plot_prediction', 'example_galaxies',
+           'combine_tables', 'check_output', 'predict_files', 'write_predictions', 'describe_summary', 'read_summary',
+           'GalaxiesFailed']
 
 # %% ../nbs/31_predict.ipynb #40e98df2
 @dataclass
@@ -376,53 +377,6 @@ def name_galaxies(
         galaxies[name] = list(dict.fromkeys(files))
     return galaxies
 
-# %% ../nbs/31_predict.ipynb #f8cf866c
-def read_position(
-    text:str,  # "10h00m24s +02d12m00s", "10:00:24 +02:12:00", or degrees: "150.1 2.2"
-) -> SkyCoord:
-    "A position on the sky, ICRS. Raises `InvalidInputError`."
-    degrees = re.fullmatch(r"\s*([-+]?[\d.]+)[\s,]+[-+]?[\d.]+\s*", text)
-    units = "deg" if degrees else ("hourangle", "deg")
-    try: position = SkyCoord(text.replace(",", " "), unit=units)
-    except (ValueError, TypeError, u.UnitsError) as error:
-        raise InvalidInputError(f"{text!r} is no position ({error}); give ra and dec, e.g. "
-            "'10h00m24s +02d12m00s', or '150.1 2.2' in degrees") from error
-    if not position.isscalar or (degrees and not 0 <= float(degrees[1]) <= 360):
-        raise InvalidInputError(f"{text!r}: expected one ra from 0 to 360 degrees and one dec")
-    return position
-
-def coordinate_names(ra, dec) -> list[str]:
-    "Names such as J100024.00+021200.0 of positions in degrees."
-    positions = SkyCoord(ra, dec, unit="deg")
-    hours = positions.ra.to_string("hour", sep="", precision=2, pad=True)
-    degrees = positions.dec.to_string(sep="", precision=1, pad=True, alwayssign=True)
-    return [f"J{h}{d}" for h, d in zip(hours, degrees, strict=True)]
-
-# %% ../nbs/31_predict.ipynb #63c1de67
-def fetch_cutouts(
-    positions:pd.DataFrame,  # ra and dec in degrees, e.g. of `read_table`
-    model:models.TrainedModel,  # whose survey and image size are wanted
-    folder,  # for what arrives, e.g. ~/.cache/specpred
-    archives:ArchiveParameters | None = None,  # None: Pan-STARRS1's, as in the profile paper
-    mock = None,  # folder of a mock survey, which is served where the archives have no URLs
-) -> dict[str, list[Path] | SpecpredError]:
-    """The files of each galaxy by its name, or why there are none. Raises `ArchiveError` where
-    nothing arrives or the archive fails, and `InvalidInputError` for an empty table."""
-    from specpred.download import download
-    if not len(positions): raise InvalidInputError("the table has no rows")
-    size = model.provenance["image_size"]
-    folder = Path(folder).expanduser()/f"{size}px"
-    wanted = folder/"positions.csv"
-    with atomic_path(wanted) as part: positions[["ra", "dec"]].to_csv(part, index=False)
-    archives = changed(archives or get_profile("paper").archives, table=str(wanted))
-    catalogue = download(archives, folder/"raw", model.survey, size, seed=0, mock=mock)
-    files = {}
-    for name, row in zip(coordinate_names(catalogue.ra, catalogue.dec), catalogue.itertuples(),
-            strict=True):
-        images = [folder/f"raw/cutouts/{row.specobjid}/{b}.fits" for b in model.survey.bands]
-        files[name] = images if row.has_images else MissingInputError(row.status)
-    return files
-
 # %% ../nbs/31_predict.ipynb #356c8d34
 class ReadImage(NamedTuple):
     "An image for a prediction."
@@ -497,6 +451,80 @@ def _check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
         if is_constant: raise InvalidInputError(f"the image in {band} is constant")
     if not has_source(galaxy.flux, model.survey, galaxy.mask):
         raise InvalidInputError("no source in the middle of the image")
+
+# %% ../nbs/31_predict.ipynb #65815433
+def write_cubes(
+    path,  # of a .npy file with (N, bands, height, width) nJy, NaN where there are no data
+    folder,  # where <number>.fits go
+    bands,  # in the order of the array, e.g. "grizy"
+    pixel_scale:float,  # arcsec
+    survey:ImagingSurvey,  # whose images they are
+) -> dict[str, list[Path]]:
+    """Writes a FITS file for each image; returns these by name. Raises `MissingInputError`,
+    `DamagedFileError` for no array of numbers, `InvalidInputError` for other bands or shapes."""
+    if not Path(path).is_file(): raise MissingInputError(f"{path} does not exist.")
+    try: images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DamagedFileError(f"{path} is no .npy file of numbers ({error})") from error
+    if sorted(bands) != sorted(survey.bands):
+        raise InvalidInputError(f"the bands are {''.join(bands)!r}; the model needs "
+            f"{', '.join(survey.bands)}, in any order")
+    if images.ndim != 4 or images.shape[1] != len(bands) or images.dtype.kind not in "fiu":
+        raise InvalidInputError(f"{path} must hold numbers of the shape (N, {len(bands)}, height, "
+            f"width), but holds {images.dtype} {images.shape}")
+    order = [list(bands).index(band) for band in survey.bands]
+    stated = replace(survey, pixel_scale=pixel_scale)
+    files = {f"{k:06d}": [Path(folder)/f"{k:06d}.fits"] for k in range(len(images))}
+    for image, (file,) in zip(images, files.values(), strict=True):
+        write_cube(file, image[order], stated)
+    return files
+
+# %% ../nbs/31_predict.ipynb #f8cf866c
+def read_position(
+    text:str,  # "10h00m24s +02d12m00s", "10:00:24 +02:12:00", or degrees: "150.1 2.2"
+) -> SkyCoord:
+    "A position on the sky, ICRS. Raises `InvalidInputError`."
+    degrees = re.fullmatch(r"\s*([-+]?[\d.]+)[\s,]+[-+]?[\d.]+\s*", text)
+    units = "deg" if degrees else ("hourangle", "deg")
+    try: position = SkyCoord(text.replace(",", " "), unit=units)
+    except (ValueError, TypeError, u.UnitsError) as error:
+        raise InvalidInputError(f"{text!r} is no position ({error}); give ra and dec, e.g. "
+            "'10h00m24s +02d12m00s', or '150.1 2.2' in degrees") from error
+    if not position.isscalar or (degrees and not 0 <= float(degrees[1]) <= 360):
+        raise InvalidInputError(f"{text!r}: expected one ra from 0 to 360 degrees and one dec")
+    return position
+
+def coordinate_names(ra, dec) -> list[str]:
+    "Names such as J100024.00+021200.0 of positions in degrees."
+    positions = SkyCoord(ra, dec, unit="deg")
+    hours = positions.ra.to_string("hour", sep="", precision=2, pad=True)
+    degrees = positions.dec.to_string(sep="", precision=1, pad=True, alwayssign=True)
+    return [f"J{h}{d}" for h, d in zip(hours, degrees, strict=True)]
+
+# %% ../nbs/31_predict.ipynb #63c1de67
+def fetch_cutouts(
+    positions:pd.DataFrame,  # ra and dec in degrees, e.g. of `read_table`
+    model:models.TrainedModel,  # whose survey and image size are wanted
+    folder,  # for what arrives, e.g. ~/.cache/specpred
+    archives:ArchiveParameters | None = None,  # None: Pan-STARRS1's, as in the profile paper
+    mock = None,  # folder of a mock survey, which is served where the archives have no URLs
+) -> dict[str, list[Path] | SpecpredError]:
+    """The files of each galaxy by its name, or why there are none. Raises `ArchiveError` where
+    nothing arrives or the archive fails, and `InvalidInputError` for an empty table."""
+    from specpred.download import download
+    if not len(positions): raise InvalidInputError("the table has no rows")
+    size = model.provenance["image_size"]
+    folder = Path(folder).expanduser()/f"{size}px"
+    wanted = folder/"positions.csv"
+    with atomic_path(wanted) as part: positions[["ra", "dec"]].to_csv(part, index=False)
+    archives = changed(archives or get_profile("paper").archives, table=str(wanted))
+    catalogue = download(archives, folder/"raw", model.survey, size, seed=0, mock=mock)
+    files = {}
+    for name, row in zip(coordinate_names(catalogue.ra, catalogue.dec), catalogue.itertuples(),
+            strict=True):
+        images = [folder/f"raw/cutouts/{row.specobjid}/{b}.fits" for b in model.survey.bands]
+        files[name] = images if row.has_images else MissingInputError(row.status)
+    return files
 
 # %% ../nbs/31_predict.ipynb #0367d1f4
 _CALIBRATED = ("lower to upper holds 68 %, lower_95 to upper_95 95 % of galaxies like the calib "
@@ -645,6 +673,57 @@ def plot_sed(self:PredictedSpectra,
     ax.set(xlabel=r"observed wavelength ($\mathrm{\AA}$, vacuum)", ylabel=r"$F_\nu$ ($\mu$Jy)")
     ax.legend(frameon=False, fontsize=8)
     return figure
+
+# %% ../nbs/31_predict.ipynb #9444f51e
+def combine_tables(
+    folder,  # that `predict_files` wrote to
+    out,  # .fits or .parquet to make
+):
+    """Writes the summary with the predicted spectra; rows that failed have NaN. Raises
+    `InvalidInputError` for a file that exists, or of another kind."""
+    out, folder = Path(out), Path(folder)
+    check_output(out)
+    summary = read_summary(folder/"summary.csv")
+    tables = [QTable.read(folder/f"{name}.ecsv") if status != "failed" else None
+        for name, status in zip(summary.galaxy, summary.status, strict=True)]
+    first = next((table for table in tables if table is not None), None)
+    if first is None: raise InvalidInputError(f"no galaxy in {folder} has a spectrum")
+    result = QTable.from_pandas(summary.fillna(dict(reason="")))
+    for name in first.colnames[1:]:
+        rows = [np.full(len(first), np.nan) if t is None else t[name] for t in tables]
+        result[name] = np.array(rows, np.float32)
+    quantities = [{} if table is None else table.meta.get("quantities", {}) for table in tables]
+    for name in first.meta.get("quantities", {}):
+        result[name] = np.array([row.get(name, np.nan) for row in quantities], np.float32)
+    kept = {name: str(first.meta[name]) for name in _SHARED_FACTS if name in first.meta}
+    _write_rows(result, first["wavelength"], kept, out)
+
+_SHARED_FACTS = ("model", "network", "sample", "limits", "specpred", "date", "wavelengths", "flux",
+    "band")
+
+def check_output(out):
+    "Raises `InvalidInputError` for a file that is there, or no FITS or Parquet."
+    if Path(out).suffix not in (".fits", ".parquet"):
+        raise InvalidInputError(f"{out}: a table is written as .fits or .parquet")
+    if Path(out).exists():
+        raise InvalidInputError(f"{out} exists; nothing was changed. Choose another name for the "
+            "results, or delete it.")
+
+def _write_rows(result:QTable, wavelength, facts:dict, out:Path):
+    from astropy.io import fits
+    with atomic_path(out) as part:
+        if out.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+            columns = {name: result[name].tolist() for name in result.colnames}
+            facts = facts | dict(wavelength=json.dumps(wavelength.value.tolist()))
+            pq.write_table(pa.table(columns).replace_schema_metadata(facts), part)
+            return
+        header = fits.Header([("COMMENT", f"{name}: {text}") for name, text in facts.items()])
+        grid = fits.table_to_hdu(QTable(dict(wavelength=wavelength)))
+        grid.name, rows = "WAVELENGTH", fits.table_to_hdu(result)
+        rows.name = "SPECTRA"
+        fits.HDUList([fits.PrimaryHDU(header=header), rows, grid]).writeto(part)
 
 # %% ../nbs/31_predict.ipynb #1612d422
 def predict_files(

@@ -22,7 +22,7 @@ from specpred.config import (
 from specpred.cutouts import Stated, skycell_wcs
 from specpred.predict import (
     PRETRAINED, GalaxiesFailed, Predictor, coordinate_names, example_galaxies, fetch_cutouts,
-    predict_files, read_image, write_cube)
+    predict_files, read_image, write_cube, write_cubes)
 from specpred.local_archive import serve
 from specpred.surveys import PS1
 from specpred.vae import InfoVAE, SpectrumModel
@@ -421,6 +421,45 @@ def test_the_command_downloads_a_position_and_a_table(mock, paths, tmp_path, mon
         assert isinstance(wrong.exception, InvalidInputError)
         wrong = run("--table", str(tmp_path/"none.csv"))
         assert isinstance(wrong.exception, InvalidInputError) and "ra" in str(wrong.exception)
+
+
+@pytest.mark.parametrize("array, said", [
+    (np.zeros((5, 40, 40)), "shape"), (np.zeros((2, 3, 40, 40)), "shape"),
+    (np.array([["a"]*5]*5), "shape"), (np.array([None, {}], dtype=object), "no .npy file"),
+    (None, "no .npy file")])
+def test_arrays_of_another_kind_are_refused(tmp_path, array, said):
+    path = tmp_path/"images.npy"
+    if array is None: path.write_bytes(b"")
+    else: np.save(path, array, allow_pickle=True)
+    with pytest.raises(SpecpredError, match=said):
+        write_cubes(path, tmp_path/"cubes", "grizy", 0.25, PS1)
+    assert not (tmp_path/"cubes").exists()
+
+
+@pytest.mark.parametrize("kind", ["fits", "parquet"])
+def test_the_command_makes_one_table_of_an_array(paths, tmp_path, kind):
+    flux = np.stack([example_flux(), 2*example_flux(), example_flux()])
+    flux[2, 3] = np.nan  # a band without data
+    np.save(tmp_path/"mine.npy", flux[:, [0, 2, 1, 3, 4]])
+    out = tmp_path/f"spectra.{kind}"
+    def run(*more):
+        return CliRunner().invoke(app, ["predict", "--images", str(tmp_path/"mine.npy"),
+            "--bands", "girzy", *more, "--out", str(out), "--profile", "demo",
+            "--data-dir", str(paths.root.parent)])
+    assert run().exit_code == 2  # no pixel scale
+    done = run("--pixel-scale", "0.25")
+    assert isinstance(done.exception, GalaxiesFailed) and "000002" in str(done.exception)
+    assert "2 predicted, 1 failed" in done.output
+    table = pd.read_parquet(out) if kind == "parquet" else fits.getdata(out)
+    assert list(table["status"]) == ["predicted", "predicted", "failed"]
+    direct = Predictor.of_run(paths).predict(np.float32(flux[:2]))
+    for row in range(2):
+        np.testing.assert_allclose(table["flux"][row], direct.flux[row], rtol=1e-3, atol=1e-5)
+    assert np.isnan(np.array(table["flux"][2], float)).all()
+    content = out.read_bytes()
+    again = run("--pixel-scale", "0.25")
+    assert isinstance(again.exception, InvalidInputError) and "exists" in str(again.exception)
+    assert out.read_bytes() == content
 
 
 def test_some_that_fail_are_exit_code_3(predictor, tmp_path):
