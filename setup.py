@@ -22,7 +22,8 @@ setup(
     package_dir={"specpred.data": "data"},  # line fits need the stellar library
     package_data={"specpred": ["pretrained/*/*", "examples/*/*"], "specpred.data": ["stellar_library.h5", "README.md", "COPYING"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"dev": [*settings["dev_requirements"].split(), *settings["onnx_requirements"].split()],
+        "onnx": settings["onnx_requirements"].split()},
     entry_points={"console_scripts": [settings["console_scripts"]], "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"]},
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
         "License :: OSI Approved :: BSD License", "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12",

@@ -130,11 +130,12 @@ def chapters():
 
 
 def modules_in_order():
-    "The modules in the order of reading, an appendix's right before the first that imports it."
+    """The modules in the order of reading, an appendix's right before the first that imports it, or
+    last."""
     modules = [module for module, notebook in chapters() if notebook[0].isdigit()]
     for appendix in [module for module, notebook in chapters() if not notebook[0].isdigit()]:
         importers = [k for k, m in enumerate(modules) if appendix in imports_of(m, [appendix])]
-        modules.insert(importers[0], appendix)
+        modules.insert(min(importers, default=len(modules)), appendix)
     return modules
 
 

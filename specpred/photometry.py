@@ -42,7 +42,7 @@ def find_centres(
 def _centroids(image, sigma, steps=6):
     "`find_centres` of a tensor, on its device."
     y, x = (torch.from_numpy(axis.ravel()).to(image) for axis in _pixel_offsets(image.shape))
-    cy = cx = image.new_zeros(len(image), 1)
+    cy = cx = image.new_zeros(image.shape[0], 1)
     for _ in range(steps):
         weight_y = torch.exp(-(y - cy)**2/(2*sigma**2))
         weight_x = torch.exp(-(x - cx)**2/(2*sigma**2))
@@ -639,7 +639,8 @@ class RingPhotometry(nn.Module):
         self.n_features = n_rings*((6 + MODES)*n_bands - 2) + 2*n_bands
 
 # %% ../nbs/16_photometry.ipynb #b2591f57
-def _on_centre(flux, sigma=4):
+@patch
+def _on_centre(self:RingPhotometry, flux, sigma=4):
     "Images shifted to their centroid in the second band, by the shift theorem."
     height, width = flux.shape[-2:]
     flux = flux.double()  # so that turned images have the same centres to all digits
@@ -651,7 +652,8 @@ def _on_centre(flux, sigma=4):
     return shifted.float()
 
 # %% ../nbs/16_photometry.ipynb #ee08d255
-def _border_noise(pixels, border):
+@patch
+def _border_noise(self:RingPhotometry, pixels, border):
     "(n, bands, 1) nJy a pixel, as `border_noise`; an empty image has some, too."
     difference = (pixels - pixels.flip(-1))[..., border].abs()
     return 1.4826/2**.5*difference.median(-1, keepdim=True).values + 1e-3
@@ -704,8 +706,8 @@ def measure(self:RingPhotometry, flux:Tensor) -> dict[str, Tensor]:
         raise InvalidInputError(f"expected images (n, {self.n_bands}, size, size) of at least "
             f"16 x 16 pixels, got {tuple(flux.shape)}")
     weights, area, squares, edges, border = _rings(size, k, flux.device)
-    noise = _border_noise(flux.flatten(2), border)
-    flux = _on_centre(flux)
+    noise = self._border_noise(flux.flatten(2), border)
+    flux = self._on_centre(flux)
     pixels = flux.flatten(2)
     fainter = torch.minimum(pixels, pixels.flip(-1)) + noise/np.pi**.5  # mean of the fainter of two
     whole, rings = pixels @ weights, fainter @ weights[:, :k]
