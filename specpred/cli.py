@@ -166,8 +166,8 @@ def predict(
     from specpred.config import get_paths, get_profile
     from specpred.cutouts import Stated
     from specpred.predict import (
-        Predictor, check_output, combine_tables, describe_summary, example_galaxies, predict_files,
-        write_cubes)
+        GalaxiesFailed, Predictor, check_output, combine_tables, describe_summary, example_galaxies,
+        predict_files, write_cubes)
     folder = out.with_suffix("") if out.suffix else out
     if out.suffix: check_output(out)
     if profile: predictor = Predictor.of_run(get_paths(get_profile(profile), data_dir), model)
@@ -178,11 +178,12 @@ def predict(
     survey = predictor.model.survey
     if images: cutouts = write_cubes(images, folder/"cubes", bands, pixel_scale, survey)
     stated = Stated() if images else Stated(pixel_scale, zero_point, unit)
+    failure = None
     try: predict_files(cutouts, predictor, folder, resample=resample, stated=stated, plot=plot)
-    finally:
-        if (folder/"summary.csv").is_file():
-            print(f"{folder}: {describe_summary(folder/'summary.csv')}")
-            if out.suffix: combine_tables(folder, out)
+    except GalaxiesFailed as error: failure = error
+    print(f"{folder}: {describe_summary(folder/'summary.csv')}")
+    if out.suffix and list(folder.glob("*.ecsv")): combine_tables(folder, out)
+    if failure: raise failure
 
 def _fetch(positions, table, predictor, overrides):
     "Cutouts of positions or of a table, kept in the user's cache."

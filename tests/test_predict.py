@@ -447,6 +447,9 @@ def test_the_command_makes_one_table_of_an_array(paths, tmp_path, kind):
             "--bands", "girzy", *more, "--out", str(out), "--profile", "demo",
             "--data-dir", str(paths.root.parent)])
     assert run().exit_code == 2  # no pixel scale
+    elsewhere = run("--pixel-scale", "0.4")
+    assert isinstance(elsewhere.exception, GalaxiesFailed) and not out.exists()
+    assert "3 failed" in elsewhere.output and "pixels of 0.4" in str(elsewhere.exception)
     done = run("--pixel-scale", "0.25")
     assert isinstance(done.exception, GalaxiesFailed) and "000002" in str(done.exception)
     assert "2 predicted, 1 failed" in done.output
