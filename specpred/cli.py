@@ -131,7 +131,8 @@ def predict(
         help="Download those of a table: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
     images: Annotated[Path | None, typer.Option("--images",
         help="A .npy file with (N, bands, height, width) nJy; needs --pixel-scale.")] = None,
-    bands: Annotated[str, typer.Option("--bands", help="Of --images, in their order.")] = "grizy",
+    bands: Annotated[str | None, typer.Option("--bands",
+        help="Of --images, in their order, where it is not that of the model's survey.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw image and spectrum.")] = False,
     model: Annotated[str | None, typer.Option("--model",
         help="A folder that Predictor.save wrote; the default is mock-sky, which is installed. "
@@ -176,7 +177,8 @@ def predict(
     if example: cutouts = example_galaxies()
     if position or table: cutouts = _fetch(position, table, predictor, overrides)
     survey = predictor.model.survey
-    if images: cutouts = write_cubes(images, folder/"cubes", bands, pixel_scale, survey)
+    if images: cutouts = write_cubes(images, folder/"cubes", bands or survey.bands,
+        pixel_scale, survey)
     stated = Stated() if images else Stated(pixel_scale, zero_point, unit)
     failure = None
     try: predict_files(cutouts, predictor, folder, resample=resample, stated=stated, plot=plot)
@@ -275,8 +277,10 @@ def main():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try: app()
     except (SpecpredError, OSError) as error:
+        code = getattr(error, "exit_code", 1)
+        if code == 1: sys.exit(f"error: {error}")
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
+        sys.exit(code)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
             print("\ninterrupted; what is complete stays, and the same command goes on from there",

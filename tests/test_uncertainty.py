@@ -1040,7 +1040,7 @@ def test_a_flagged_file_is_predicted_and_says_why(trained, tmp_path):
     flux = example_flux(size=60)
     good = write_bands(tmp_path/"good", flux[:, 10:50, 10:50])
     moved = write_bands(tmp_path/"moved", flux[:, 10:50, 2:42])  # 2 arcsec
-    written, texts = quietly([good, moved], trained, tmp_path/"out", model="conv3")
+    written, texts = quietly([good, moved], Predictor.of_run(trained, "conv3"), tmp_path/"out")
     said = "the source is 2.0 arcsec off centre"
     table = pd.read_csv(written[-1], keep_default_na=False).set_index("galaxy")
     assert "off centre" not in table.reason["good"] and said in table.reason["moved"]
