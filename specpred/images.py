@@ -26,9 +26,10 @@ from .surveys import PS1, ImagingSurvey, survey_named
 
 # %% auto #0
 __all__ = ['central_crop', 'Galaxy', 'check_bands', 'combine_bands', 'read_galaxy', 'composite', 'GalaxyImage', 'sky_statistics',
-           'aperture_weights', 'asinh_magnitude', 'aperture_magnitudes', 'signal_to_noise', 'masked_fraction',
-           'storage_scale', 'pack_images', 'pack_arrays', 'find_rows', 'ImageStore', 'open_images', 'check_images',
-           'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Draws', 'Augmentation', 'augment']
+           'aperture_weights', 'asinh_magnitude', 'aperture_flux', 'aperture_magnitudes', 'signal_to_noise',
+           'masked_fraction', 'storage_scale', 'pack_images', 'pack_arrays', 'find_rows', 'ImageStore', 'open_images',
+           'check_images', 'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Draws', 'Augmentation',
+           'augment']
 
 # %% ../nbs/15_images.ipynb #1f0339ea
 def central_crop(
@@ -187,15 +188,23 @@ def asinh_magnitude(
     (26.4 mag) and exists for negative fluxes."""
     return 31.4 - 2.5/np.log(10)*(np.arcsinh(flux/200) + np.log(100))
 
+def aperture_flux(
+    flux:np.ndarray,  # (..., height, width) nJy
+    pixel_scale:float,  # arcsec
+    radius:float = 5.,  # of the aperture, arcsec
+) -> np.ndarray:
+    "nJy (...) in a circular aperture at the image's centre."
+    weights = aperture_weights(flux.shape, radius/pixel_scale)
+    inside = weights > 0
+    return (flux[..., inside]*weights[inside]).sum(-1, dtype=np.float64)
+
 def aperture_magnitudes(
     flux:np.ndarray,  # (..., height, width) nJy
     pixel_scale:float,  # arcsec
     radius:float = 5.,  # of the aperture, arcsec
 ) -> np.ndarray:
-    "AB magnitudes (...) of `asinh_magnitude` in a circular aperture at the image's centre."
-    weights = aperture_weights(flux.shape, radius/pixel_scale)
-    inside = weights > 0
-    return asinh_magnitude((flux[..., inside]*weights[inside]).sum(-1, dtype=np.float64))
+    "AB magnitudes (...) of `asinh_magnitude` in the aperture of `aperture_flux`."
+    return asinh_magnitude(aperture_flux(flux, pixel_scale, radius))
 
 def signal_to_noise(
     flux:np.ndarray,  # (..., height, width) nJy

@@ -38,10 +38,12 @@ from .domain import (
     Domain, band_fluxes, colour_mismatch, constant_bands, has_source, image_faults)
 from .formats import damage_reported
 from .images import (
-    Galaxy, aperture_magnitudes, aperture_weights, central_crop, combine_bands, composite,
+    Galaxy, aperture_flux, aperture_magnitudes, central_crop, combine_bands, composite,
     masked_fraction, sky_statistics)
 from .lines import LINES
+from .photometry import FIBRE
 from .plotting import RED, mark_lines
+from .populations import LIGHT_SPEED
 from .posterior import (
     GaussianErrors, SpectrumPosterior, SpectrumResidual, find_weights, with_features)
 from .resample import resample_galaxy
@@ -51,11 +53,10 @@ from .vae import SpectrumModel
 from .weights import halve_weights, read_weights
 
 # %% auto #0
-__all__ = ['LIMITS', 'PRETRAINED', 'PredictedSpectra', 'Predictor', 'fibre_light', 'tabulate_quantities', 'ObservedSpectra',
-           'normalise', 'recalibrate', 'write_cube', 'name_galaxies', 'ReadImage', 'read_image', 'write_cubes',
-           'read_position', 'coordinate_names', 'fetch_cutouts', 'write_table', 'plot_prediction', 'example_galaxies',
-           'combine_tables', 'check_output', 'predict_files', 'write_predictions', 'describe_summary', 'read_summary',
-           'GalaxiesFailed']
+__all__ = ['LIMITS', 'PRETRAINED', 'PredictedSpectra', 'Predictor', 'tabulate_quantities', 'ObservedSpectra', 'normalise',
+           'recalibrate', 'write_cube', 'name_galaxies', 'ReadImage', 'read_image', 'write_cubes', 'read_position',
+           'coordinate_names', 'fetch_cutouts', 'write_table', 'plot_prediction', 'example_galaxies', 'combine_tables',
+           'check_output', 'predict_files', 'write_predictions', 'describe_summary', 'read_summary', 'GalaxiesFailed']
 
 # %% ../nbs/31_predict.ipynb #40e98df2
 @dataclass
@@ -155,17 +156,10 @@ def predict(self:Predictor,
     lower, upper = spectra.ends()
     whole_lower, whole_upper = (None, None) if whole is None else (e[-1] for e in whole.ends())
     table = tabulate_quantities(bands, draws, n_bins) if quantities else None
+    survey = self.model.survey
     return PredictedSpectra(targets, reasons, self.decoder.wavelength, spectra.median,
         lower[WHOLE], upper[WHOLE], lower[-1], upper[-1], whole_lower, whole_upper, table, draws,
-        fibre_light(flux, self.model.survey), self.model.survey, self.about)
-
-def fibre_light(
-    flux:np.ndarray,  # (N, bands, height, width) nJy
-    survey:ImagingSurvey,
-) -> np.ndarray:
-    "(N, bands) nJy inside the 3 arcsec of SDSS's fibres, around the middle of images."
-    inside = aperture_weights(flux.shape[-2:], 1.5/survey.pixel_scale)
-    return np.einsum("nbhw,hw->nb", flux, inside)
+        aperture_flux(flux, survey.pixel_scale, FIBRE), survey, self.about)
 
 @patch
 def crop(self:Predictor, flux) -> np.ndarray:
@@ -233,19 +227,17 @@ def save(self:Predictor,
     if None in (self.decoder, self.calibration, self.domain):
         raise InvalidInputError("a predictor is saved with decoder, calibration and domain")
     files = {part: Path(folder)/f"{part}.safetensors" for part in _PARTS}
-    facts = ("name", "arguments", "image_stats", "target_stats", "survey", "channels", "provenance")
-    models.save(self.model.model, files["network"],
-        **{name: getattr(self.model, name) for name in facts})
+    facts = dict(vars(self.model))
+    models.save(facts.pop("model"), files["network"], **facts)
     self.decoder.without_encoder().save(files["decoder"], about=self.about)
-    self.calibration.save(files["calibration"], about=self.about)
-    self.domain.save(files["domain"], about=self.about)
-    for file in files.values():
-        if file != files["posterior"]: halve_weights(file)
+    for part in ("network", "decoder"): halve_weights(files[part])
     # the posterior notes which weights it belongs to: those that have been rounded
     rounded = Predictor.of_files(files["network"], files["decoder"])
     posterior = replace(self.posterior, decoder=rounded.decoder)
     posterior.save(files["posterior"], rounded.model, about=self.about)
-    halve_weights(files["posterior"])
+    self.calibration.save(files["calibration"], about=self.about)
+    self.domain.save(files["domain"], about=self.about)
+    for part in ("posterior", "calibration", "domain"): halve_weights(files[part])
     with atomic_path(Path(folder)/"about.json") as part: part.write_text(json.dumps(self.about))
 
 # %% ../nbs/31_predict.ipynb #31load01
@@ -614,7 +606,6 @@ def lines(self:PredictedSpectra) -> QTable:
 
 # %% ../nbs/31_predict.ipynb #26870cc6
 _CGS = 1e-17*u.erg/u.s/u.cm**2/u.AA
-_SPEED = 2.99792458e18  # of light, Angstrom/s
 
 @patch
 def observed(self:PredictedSpectra,
@@ -632,7 +623,8 @@ def observed(self:PredictedSpectra,
     if not synthetic > 0:
         raise InvalidInputError(f"at a redshift of {redshift} the spectrum misses the band "
             f"{self.survey.bands[1]}, by which it is scaled")
-    flux *= 1e-32*self.light[row, 1]*_SPEED/synthetic/1e-17  # nJy are 1e-32 erg/s/cm2/Hz
+    speed = 1e13*LIGHT_SPEED  # Angstrom/s
+    flux *= 1e-32*self.light[row, 1]*speed/synthetic/1e-17  # nJy are 1e-32 erg/s/cm2/Hz
     wavelength = self.wavelength*(1 + redshift)*u.AA
     if medium == "air":
         from specutils.utils.wcs_utils import vac_to_air
@@ -720,10 +712,9 @@ def _write_rows(result:QTable, wavelength, facts:dict, out:Path):
             pq.write_table(pa.table(columns).replace_schema_metadata(facts), part)
             return
         header = fits.Header([("COMMENT", f"{name}: {text}") for name, text in facts.items()])
-        grid = fits.table_to_hdu(QTable(dict(wavelength=wavelength)))
-        grid.name, rows = "WAVELENGTH", fits.table_to_hdu(result)
-        rows.name = "SPECTRA"
-        fits.HDUList([fits.PrimaryHDU(header=header), rows, grid]).writeto(part)
+        tables = dict(SPECTRA=result, WAVELENGTH=QTable(dict(wavelength=wavelength)))
+        hdus = [fits.BinTableHDU(table, name=name) for name, table in tables.items()]
+        fits.HDUList([fits.PrimaryHDU(header=header), *hdus]).writeto(part)
 
 # %% ../nbs/31_predict.ipynb #1612d422
 def predict_files(
@@ -738,9 +729,8 @@ def predict_files(
     """Predicts the spectra of some galaxies; writes `<name>.ecsv` for each and `summary.csv` with a
     row for each, and returns their paths. Raises, after all others are done, `GalaxiesFailed` for
     those that could not be read."""
-    galaxies = cutouts
-    if not isinstance(cutouts, dict):
-        galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
+    if isinstance(cutouts, dict): galaxies = cutouts
+    else: galaxies = name_galaxies(cutouts, predictor.model.survey.bands)
     if not galaxies: raise InvalidInputError("No cutouts were given.")
     out, names = Path(out), list(galaxies)
     earlier = read_summary(out/"summary.csv")
