@@ -345,7 +345,10 @@ class _SmoothLoss(AvgSmoothLoss):
 @patch
 def after_epoch(self:EpochCheckpoint):
     self.recorder.losses = [loss.cpu() for loss in self.recorder.losses]  # for fastai's plots
-    if self.epoch < len(self.history): return  # skipped on the way to where training goes on
+    if self.epoch < len(self.history):  # skipped on the way to where training goes on
+        self.recorder.values.pop()  # it is empty, and fastai's graph would read losses in it
+        self.recorder.iters.pop()
+        return
     losses, sizes = zip(*self.losses, strict=True)
     losses = torch.stack(losses).cpu()
     metrics = {metric.name: float(metric.value) for metric in self.recorder.metrics}

@@ -158,6 +158,9 @@ def test_an_interrupted_training_ends_with_the_same_weights(sample, tmp_path, na
         patched.setattr(defaults, "callbacks", [*defaults.callbacks, Interrupt])
         with pytest.raises(KeyboardInterrupt): train("cut")
     resumed = train("cut")
+    recorded = resumed.learn.recorder  # what fastai's graph of losses shows in a notebook
+    assert len(recorded.values) == len(recorded.iters) > 0
+    assert all(len(losses) > 1 for losses in recorded.values)
     assert same_weights(whole.learn.model.state_dict(), resumed.learn.model.state_dict())
     pd.testing.assert_frame_equal(
         whole.history.drop(columns="seconds"), resumed.history.drop(columns="seconds"))
