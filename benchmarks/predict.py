@@ -70,7 +70,7 @@ WAYS = {f"published way: `{NETWORK}`, pickle, one image at a time": published,
 
 def main():
     print("# How fast a spectrum is predicted\n")
-    print(f"{runner.describe_device()}, {torch.get_num_threads()} threads. Made by "
+    print(f"{runner.describe_device()}. Made by "
         "`benchmarks/predict.py`. Loading of files is included.\n")
     print("| image, pixels | way | galaxies/s | against the published way |\n|---|---|---|---|")
     for size, n in N_GALAXIES.items():
