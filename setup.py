@@ -7,6 +7,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here/"settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
+extras = {extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "onnx", "survey")}
 
 setup(
     name=settings["lib_name"],
@@ -22,8 +23,7 @@ setup(
     package_dir={"specpred.data": "data"},  # line fits need the stellar library
     package_data={"specpred": ["pretrained/*/*", "examples/*/*"], "specpred.data": ["stellar_library.h5", "README.md", "COPYING"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": [*settings["dev_requirements"].split(), *settings["onnx_requirements"].split()],
-        "onnx": settings["onnx_requirements"].split()},
+    extras_require=extras | {"dev": sum(extras.values(), [])},
     entry_points={"console_scripts": [settings["console_scripts"]], "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"]},
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
         "License :: OSI Approved :: BSD License", "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12",
