@@ -20,9 +20,9 @@ from galaxies import galaxies
 from interleaved import medians, setting, write
 from memory import OwnMemory
 
-from specpred.images import (
-    Augmentation, GalaxyImage, augment, fit_transform, open_images, pack_arrays)
-from specpred.training import Sample, batch_loaders, target_columns
+from specpred.images import Augmentation, augment, fit_transform, open_images, pack_arrays
+from specpred.training import GalaxyImage, Sample, batch_loaders
+from specpred.vae import target_columns
 
 FILES = "fastai, .npy, its best number of workers"
 NONE, TURNS, ALL = "none", "flips and turns", "flips, turns, rotations"

@@ -22,13 +22,11 @@ from .config import InvalidInputError, Paths, WeightsError, random_generator
 from .eigenspectra import load_store
 from .images import aperture_magnitudes, find_rows
 from .lines import LINES, measure_spectra
-from .mock_survey import true_spectra
 from .plotting import RED
 from .posterior import SpectrumPosterior
 from .spectra import LogGrid, rebin
 from .surveys import ImagingSurvey
-from .training import target_columns
-from .vae import SpectrumModel, one_thread
+from .vae import SpectrumModel, one_thread, target_columns
 from .weights import read_weights, write_weights
 
 # %% auto #0
@@ -456,6 +454,7 @@ def load_reference(
 
 def _true_rest_frame(store, rows, norm, paths:Paths) -> np.ndarray | None:
     "Noiseless spectra of these rows of the store on its grid, normalised; None for a real survey."
+    from specpred.mock_survey import true_spectra
     truth = true_spectra(paths.mock, store.specobjid[rows])
     if truth is None: return None
     loglam, flux = truth

@@ -31,8 +31,7 @@ from .populations import FineBasis
 from .spectrograph import LOGLAM, TRUTH_LINES
 from .spectra import LogGrid, galactic_ebv, prepare, rebin
 from .surveys import ImagingSurvey
-from .training import target_columns
-from .vae import SpectrumModel
+from .vae import SpectrumModel, target_columns
 
 # %% auto #0
 __all__ = ['LINE_QUANTITIES', 'LADDER_QUANTITIES', 'RUNGS', 'rmse_per_target', 'pooled_rmse', 'core_rmse', 'bootstrap_error',

@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from pydantic import Field, model_validator
 from torch.nn.functional import affine_grid, grid_sample, pad
@@ -25,7 +24,7 @@ from .stages import atomic_path, only_one
 from .surveys import PS1, ImagingSurvey, survey_named
 
 # %% auto #0
-__all__ = ['central_crop', 'Galaxy', 'check_bands', 'combine_bands', 'read_galaxy', 'composite', 'GalaxyImage', 'sky_statistics',
+__all__ = ['central_crop', 'Galaxy', 'check_bands', 'combine_bands', 'read_galaxy', 'composite', 'sky_statistics',
            'aperture_weights', 'asinh_magnitude', 'aperture_flux', 'aperture_magnitudes', 'signal_to_noise',
            'masked_fraction', 'storage_scale', 'pack_images', 'pack_arrays', 'find_rows', 'ImageStore', 'open_images',
            'check_images', 'ImageTransform', 'fit_transform', 'turn', 'shift', 'rotate', 'Draws', 'Augmentation',
@@ -123,21 +122,6 @@ def composite(
     red, green, blue = (flux[list(bands).index(band)] for band in chosen)
     # in nJy; linear up to about 400, then logarithmic
     return make_lupton_rgb(red*.75, green, blue*1.6, minimum=-80., stretch=400., Q=8.)
-
-# %% ../nbs/15_images.ipynb #d453de88
-class GalaxyImage(TensorImage):
-    """A fastai image tensor (bands, height, width) in nJy that shows itself as a composite.
-
-    `GalaxyImage(flux, bands=survey.bands)` for a survey other than Pan-STARRS1."""
-    bands = PS1.bands
-
-    def show(self, ctx=None, title=None, **kwargs):
-        "Draws the composite into the axes `ctx`, or into a new figure; returns the axes."
-        import matplotlib.pyplot as plt
-        ax = ctx or plt.subplots(figsize=(2, 2))[1]
-        ax.imshow(composite(self.detach().cpu().numpy(), self.bands), origin="lower")
-        ax.set(title=title or "", xticks=[], yticks=[])
-        return ax
 
 # %% ../nbs/15_images.ipynb #d79242d4
 def sky_statistics(

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from fastai.layers import ConvLayer, Mish, ProdLayer, ResBlock, SequentialEx
-from fastai.vision.models.xresnet import XResNet
 from torch import nn, Tensor
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -35,7 +33,7 @@ __all__ = ['ACTIVATIONS', 'MODELS', 'conv3', 'deconv3', 'photometry', 'xresnet18
            'load_published']
 
 # %% ../nbs/23_models.ipynb #30d667b8
-def _deconvolved(layer:ConvLayer) -> nn.Sequential:
+def _deconvolved(layer:nn.Sequential) -> nn.Sequential:
     "`FastDeconv` and the activation, in place of convolution, batch norm and activation."
     conv, *rest = layer
     deconv = FastDeconv(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
@@ -46,13 +44,14 @@ def _deconvolved(layer:ConvLayer) -> nn.Sequential:
 
 def _deconvolve(module:nn.Module):
     "Replaces every `ConvLayer` with a batch norm inside `module`."
+    from fastai.layers import ConvLayer
     for name, child in module.named_children():
         normed = isinstance(child, ConvLayer) and any(isinstance(m, nn.BatchNorm2d) for m in child)
         if normed: setattr(module, name, _deconvolved(child))
         else: _deconvolve(child)
 
 # %% ../nbs/23_models.ipynb #32a9cd4d
-ACTIVATIONS = {"Mish": Mish, "ReLU": nn.ReLU, "GELU": nn.GELU, "SiLU": nn.SiLU}
+ACTIVATIONS = {"Mish": nn.Mish, "ReLU": nn.ReLU, "GELU": nn.GELU, "SiLU": nn.SiLU}
 
 def xresnet(
     expansion:int,  # 1: two 3 × 3 convolutions in a block; 4: a bottleneck of three
@@ -72,6 +71,8 @@ def xresnet(
     """fastai's `XResNet`, with batch-normalised convolutions replaced by deconvolutions in the stem
     or everywhere. Takes (N, c_in, H, W) to (N, n_out). Source: He et al. (2018); Wu & Peek (2020),
     section 3."""
+    from fastai.layers import ResBlock
+    from fastai.vision.models.xresnet import XResNet
     model = XResNet(ResBlock, expansion, layers, c_in=c_in, n_out=n_out, sa=sa,
         groups=int(64*width) if groups is None else groups, act_cls=ACTIVATIONS[act_cls],
         reduction=reduction, p=p, stem_szs=(32, 32, 64), widen=width)
@@ -91,6 +92,10 @@ def three_layers(
     (N, c_in, H, W) to (N, n_out). Source: Wu & Peek (2020), section 5."""
     layers = layer(c_in, 32, stride=2), layer(32, 32, stride=2), layer(32, 64)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, n_out))
+
+def _conv_relu(c_in, c_out, stride=1):
+    from fastai.layers import ConvLayer
+    return ConvLayer(c_in, c_out, stride=stride)
 
 def _deconv_relu(c_in, c_out, stride=1):
     return nn.Sequential(FastDeconv(c_in, c_out, 3, stride=stride), nn.ReLU())
@@ -120,8 +125,11 @@ class PhotometryBranch(nn.Module):
         "(N, n_features) of network input."
         return self.rings(self.transform.inverse(x.float()) if self.transform else x)
 
-    def forward(self, x:Tensor) -> Tensor:
-        return self.perceptron(((self.features(x) - self.mean)/self.std).clamp(-5, 5))
+    def standardised(self, x:Tensor) -> Tensor:
+        "What the perceptron sees, (N, n_features)."
+        return ((self.features(x) - self.mean)/self.std).clamp(-5, 5)
+
+    def forward(self, x:Tensor) -> Tensor: return self.perceptron(self.standardised(x))
 
     @torch.no_grad()
     def standardise(self,
@@ -160,7 +168,7 @@ def _model(name:str, doc:str, network, *fixed):
     return build
 
 # %% ../nbs/23_models.ipynb #a1e8a41e
-conv3 = _model("conv3", "Three convolutions with batch norm.", three_layers, ConvLayer)
+conv3 = _model("conv3", "Three convolutions with batch norm.", three_layers, _conv_relu)
 deconv3 = _model("deconv3", "Three deconvolutions.", three_layers, _deconv_relu)
 photometry = _model("photometry", "Measured photometry alone.", PhotometryBranch)
 
@@ -215,6 +223,7 @@ class _SqueezeExcite(nn.Module):
 
 def _plain(module:nn.Module) -> nn.Module:
     "`module`, if it is a deconvolution or a squeeze-and-excitation, as plain layers."
+    from fastai.layers import ProdLayer, SequentialEx
     if isinstance(module, FastDeconv):
         conv = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride,
             module.padding, module.dilation, module.groups)

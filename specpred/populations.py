@@ -13,7 +13,6 @@ from typing import NamedTuple
 import astropy.units as u
 import h5py
 import numpy as np
-from dust_extinction.parameter_averages import CCM89
 from scipy import interpolate
 
 from .config import DamagedFileError, MissingInputError, data_file
@@ -260,6 +259,7 @@ def milky_way_curve(
     wavelength,  # observed, Angstrom, 1000 to 33000
 ) -> np.ndarray:
     "Extinction in magnitudes for E(B-V) = 1 (Cardelli et al. 1989)."
+    from dust_extinction.parameter_averages import CCM89
     return R_V*CCM89(R_V)(1e4/np.asarray(wavelength)/u.micron)
 
 # %% ../nbs/06_populations.ipynb #7c42025c

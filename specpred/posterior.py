@@ -29,19 +29,20 @@ from .vae import DECODER_ARRAYS, SpectrumModel, one_thread
 from .weights import fingerprint, load_state, read_weights, write_weights
 
 # %% auto #0
-__all__ = ['last_layers', 'WithFeatures', 'with_features', 'TargetPosterior', 'even_normal', 'FittedPosterior', 'fit_posterior',
-           'energy_score', 'GaussianErrors', 'SpectrumResidual', 'fit_residual', 'Draws', 'SpectrumPosterior',
-           'find_weights']
+__all__ = ['WithFeatures', 'with_features', 'TargetPosterior', 'even_normal', 'FittedPosterior', 'fit_posterior', 'energy_score',
+           'GaussianErrors', 'SpectrumResidual', 'fit_residual', 'Draws', 'SpectrumPosterior', 'find_weights']
 
 # %% ../nbs/25_posterior.ipynb #61ac1777
-def last_layers(
-    model:nn.Module,  # of 23_models
-) -> list[nn.Linear]:
-    "The linear layers whose sum is the output of a network."
+def _features_and_output(model:nn.Module, x:Tensor) -> tuple[list[Tensor], Tensor]:
+    "Inputs of the last linear layers of a network, and its output."
     if isinstance(model, WithPhotometry):
-        return [*last_layers(model.network), *last_layers(model.branch)]
-    if isinstance(model, PhotometryBranch): return [model.perceptron[-1]]
-    return [model[-1]]
+        features, output = _features_and_output(model.network, x)
+        of_branch, more = _features_and_output(model.branch, x)
+        return features + of_branch, output + more
+    if isinstance(model, PhotometryBranch): x, model = model.standardised(x), model.perceptron
+    *layers, last = model
+    for layer in layers: x = layer(x)
+    return [x], last(x)
 
 class WithFeatures(nn.Module):
     "A network that gives targets and, behind them, its features: (N, n_targets + n_features)."
@@ -50,12 +51,8 @@ class WithFeatures(nn.Module):
         self.model = model
 
     def forward(self, x:Tensor) -> Tensor:
-        features = []
-        hooks = [layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-            for layer in last_layers(self.model)]
-        try: return torch.cat([self.model(x), *features], 1)
-        finally:
-            for hook in hooks: hook.remove()
+        features, output = _features_and_output(self.model, x)
+        return torch.cat([output, *features], 1)
 
 # %% ../nbs/25_posterior.ipynb #e12e907f
 def with_features(

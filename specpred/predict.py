@@ -22,7 +22,6 @@ from astropy import units as u
 from astropy.coordinates import SkyCoord
 from astropy.table import QTable
 from fastcore.basics import patch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from . import models
@@ -556,8 +555,9 @@ def plot_prediction(
     spectra:PredictedSpectra,
     row:int = 0,  # which galaxy
     title:str = "",
-) -> Figure:
-    "Composite image beside the predicted spectrum and its 68 % band."
+):
+    "A figure: composite image beside the predicted spectrum and its 68 and 95 % bands."
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 3))
     left.imshow(composite(flux, bands), origin="lower")
@@ -651,8 +651,9 @@ def to_specutils(self:PredictedSpectra,
 def plot_sed(self:PredictedSpectra,
     redshift:float,
     row:int = 0,  # which galaxy
-) -> Figure:
-    "The observed spectrum and its 68 % band under the fluxes measured on the image."
+):
+    "A figure: the observed spectrum and its 68 % band, and the fluxes measured on the image."
+    from matplotlib.figure import Figure
     from speclite.filters import load_filter
     table, figure = self.observed(redshift, row), Figure(figsize=(6, 2.8), layout="constrained")
     ax, x = figure.subplots(), table["wavelength"].value

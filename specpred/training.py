@@ -25,6 +25,7 @@ from fastai.basics import (
     AccumMetric, Adam, AvgSmoothLoss, Callback, DataLoader, DataLoaders, Learner, Lookahead,
     Optimizer, RAdam, default_device, to_device)
 from fastai.optimizer import debias, radam_step
+from fastai.torch_core import TensorImage
 from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import *  # noqa: F403  adds fit_one_cycle to Learner
 from fastai.vision.data import get_grid
@@ -37,25 +38,20 @@ from .config import (
     TrainingParameters, find_training)
 from .config import random_generator, seed_everything
 from .images import (
-    Augmentation, Draws, GalaxyImage, ImageStore, ImageTransform, augment, fit_transform,
+    Augmentation, Draws, ImageStore, ImageTransform, augment, composite, fit_transform,
     open_images, pack_arrays)
 from .models import (
     MODELS, PhotometryBranch, TrainedModel, load, model_arguments, predict_batches, save)
 from .stages import atomic_path, versions
-from .surveys import ImagingSurvey
+from .surveys import PS1, ImagingSurvey
+from .vae import target_columns
 from .weights import load_checkpoint, save_checkpoint
 
 # %% auto #0
-__all__ = ['target_columns', 'Sample', 'make_sample', 'published_protocol', 'memory_for', 'GalaxySet', 'BatchLoader',
+__all__ = ['Sample', 'make_sample', 'published_protocol', 'memory_for', 'GalaxyImage', 'GalaxySet', 'BatchLoader',
            'batch_loaders', 'rmse', 'pooled_metrics', 'EpochCheckpoint', 'plain', 'grouped_adam', 'grouped_ranger',
            'learning_rate', 'make_learner', 'TrainedLearner', 'train_model', 'train_models', 'calib_errors',
            'save_trained', 'fit']
-
-# %% ../nbs/24_training.ipynb #27268159
-def target_columns(table:pd.DataFrame) -> list[str]:
-    "Names of the target columns, `target_1` and on, in order."
-    columns = [c for c in table.columns if c.startswith("target_")]
-    return sorted(columns, key=lambda c: int(c.removeprefix("target_")))
 
 # %% ../nbs/24_training.ipynb #99f359c1
 @dataclass(frozen=True)
@@ -119,6 +115,21 @@ def memory_for(
     if device.type == "cuda" and n_bytes < torch.cuda.mem_get_info(device)[0]/2: return device
     if keep or n_bytes < psutil.virtual_memory().available/2: return torch.device("cpu")
     return None
+
+# %% ../nbs/24_training.ipynb #d453de88
+class GalaxyImage(TensorImage):
+    """A fastai image tensor (bands, height, width) in nJy that shows itself as a composite.
+
+    `GalaxyImage(flux, bands=survey.bands)` for a survey other than Pan-STARRS1."""
+    bands = PS1.bands
+
+    def show(self, ctx=None, title=None, **kwargs):
+        "Draws the composite into the axes `ctx`, or into a new figure; returns the axes."
+        import matplotlib.pyplot as plt
+        ax = ctx or plt.subplots(figsize=(2, 2))[1]
+        ax.imshow(composite(self.detach().cpu().numpy(), self.bands), origin="lower")
+        ax.set(title=title or "", xticks=[], yticks=[])
+        return ax
 
 # %% ../nbs/24_training.ipynb #eaec458d
 class GalaxySet:

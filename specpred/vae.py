@@ -28,7 +28,7 @@ from .weights import (LatentAxes, Stats, fingerprint, load_checkpoint, load_stat
 # %% auto #0
 __all__ = ['DECODER_ARRAYS', 'InfoVAE', 'mmd', 'kld', 'InfoVAELoss', 'infovae_loss', 'bin_weights', 'one_thread', 'new_vae',
            'Training', 'fit', 'random_configurations', 'Trial', 'search', 'latent_pca', 'SpectrumModel',
-           'load_published', 'target_stats', 'plot_traversals']
+           'target_columns', 'load_published', 'target_stats', 'plot_traversals']
 
 # %% ../nbs/21_vae.ipynb #f924770e
 class InfoVAE(nn.Module):
@@ -445,6 +445,12 @@ def fit(cls:SpectrumModel,
     targets = (mu - axes.centre) @ axes.components.T
     scale = targets.mean(0), targets.std(0)
     return cls(vae, wavelength, mean, axes.components, axes.centre, *scale), axes.fraction
+
+# %% ../nbs/21_vae.ipynb #27268159
+def target_columns(table:pd.DataFrame) -> list[str]:
+    "Names of the target columns, `target_1` and on, in order."
+    columns = [c for c in table.columns if c.startswith("target_")]
+    return sorted(columns, key=lambda c: int(c.removeprefix("target_")))
 
 # %% ../nbs/21_vae.ipynb #fd20eaf4
 DECODER_ARRAYS = ("wavelength", "mean", "components", "centre", "target_mean", "target_std")

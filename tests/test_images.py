@@ -12,6 +12,7 @@ from specpred import images
 from specpred.config import DamagedFileError, InvalidInputError, MissingInputError, SpecpredError
 from specpred.images import check_images, open_images, pack_arrays, pack_images
 from specpred.surveys import LEGACY, PS1, RUBIN, SDSS
+from specpred.training import GalaxyImage
 
 TWO_BANDS = LEGACY.__class__("two bands", ("F115W", "F200W"), 0.03, 31.4, "nJy", (28., 28.),
     (.04, .06), "jwst")
@@ -246,7 +247,7 @@ def test_light_in_one_band_shows_in_its_colour(survey):
     for band, channel in colours.items():
         one_band = torch.zeros(len(survey.bands), 8, 8)
         one_band[survey.bands.index(band)] = 1e4
-        image = images.GalaxyImage(one_band, bands=survey.bands)
+        image = GalaxyImage(one_band, bands=survey.bands)
         assert images.composite(image, image.bands)[4, 4].argmax() == channel
     with pytest.raises(InvalidInputError, match="needs an image"):
         images.composite(one_band[:-1], survey.bands)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,8 @@ try: specpred.config.repo_root()
 except specpred.config.MissingInputError: pass
 else: raise AssertionError("this is a checkout")
 from specpred.predict import Predictor, example_galaxies, predict_files
+slow_to_import = {"fastai", "galsim", "papermill", "sklearn"} & set(sys.modules)
+assert not slow_to_import, slow_to_import
 predict_files(example_galaxies(), Predictor.load(), sys.argv[2], plot=False)
 """
 
@@ -323,6 +326,16 @@ def test_the_package_alone_predicts_its_examples(tmp_path):
         np.testing.assert_allclose(there["flux"], here["flux"], rtol=1e-4)
         assert "mock sky" in here.meta["sample"] and here.meta["flag"] == ""
         assert {"model", "limits", "specpred", "date", "wavelengths", "band"} <= set(here.meta)
+
+
+def test_threads_do_not_mix_galaxies():
+    predictor = Predictor.load()
+    flux = np.stack([read_image(sorted(folder.iterdir()), predictor.model).flux
+        for folder in example_galaxies()])
+    alone = predictor.predict(flux, n_draws=16)
+    with ThreadPoolExecutor(4) as threads:
+        predicted = threads.map(lambda _: predictor.predict(flux, n_draws=16), range(24))
+        for spectra in predicted: np.testing.assert_array_equal(spectra.flux, alone.flux)
 
 
 def test_the_examples_are_told_apart():
