@@ -21,7 +21,7 @@ setup(
     python_requires=">=" + settings["min_python"],
     packages=[*find_packages(include=["specpred", "specpred.*"]), "specpred.data"],
     package_dir={"specpred.data": "data"},  # line fits need the stellar library
-    package_data={"specpred": ["pretrained/*/*", "examples/*/*"], "specpred.data": ["stellar_library.h5", "README.md", "COPYING"]},
+    package_data={"specpred": ["pretrained/*/*", "examples/*/*"], "specpred.data": ["stellar_library.h5", "README.md", "COPYING", "acknowledgements.txt"]},
     install_requires=settings["requirements"].split(),
     extras_require=extras | {"dev": sum(extras.values(), [])},
     entry_points={"console_scripts": [settings["console_scripts"]], "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"]},

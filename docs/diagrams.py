@@ -26,7 +26,7 @@ TITLES = {
     "24_training": ("training", 0), "25_posterior": ("posterior", 0),
     "26_calibration": ("calibration", 0), "27_domain": ("domain", 1),
     "28_evaluation": ("evaluation", -1), "29_figures": ("figures", -1),
-    "31_predict": ("prediction", 0.5)}
+    "32_predict": ("prediction", 0.5)}
 
 
 def box(ax, x, y, width, height, text, color, **kwargs):

@@ -99,7 +99,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("28_evaluation", ("evaluation", "training", "spectra", "mock"), (*_TRAINED, "lines"),
         ("predictions", "results")),
     Stage("29_figures", ("training", "vae"), (*_TRAINED, "predictions", "results"), ("figures",)),
-    Stage("31_predict", (), (*_TRAINED, "raw_cutouts", "posterior", "calibration_tables",
+    Stage("32_predict", (), (*_TRAINED, "raw_cutouts", "posterior", "calibration_tables",
         "domain_tables"), ("predicted_spectra",)))}
 
 # %% ../nbs/01_stages.ipynb #b10fd08b

@@ -104,16 +104,16 @@ def test_predictions_belong_to_held_out_galaxies(smoke_run):
 def test_failing_cell_is_named_and_next_call_makes_only_what_is_missing(copied_run):
     away = copied_run.latents.rename(copied_run.root/"away")
     failed = specpred("reproduce", "--profile", "smoke", "--data-dir", copied_run.root.parent,
-        "--only", "31_predict")
-    assert_refused(failed, "31_predict failed", "start_stage(", ".unfinished.ipynb",
-        "MissingInputError: 31_predict reads latents", "specpred reproduce --profile smoke")
+        "--only", "32_predict")
+    assert_refused(failed, "32_predict failed", "start_stage(", ".unfinished.ipynb",
+        "MissingInputError: 32_predict reads latents", "specpred reproduce --profile smoke")
 
     away.rename(copied_run.latents)
     (lost,) = copied_run.runs.glob("*/18_eigenspectra.ipynb")  # as when its saving was interrupted
     lost.rename(lost.with_suffix(".unfinished.ipynb"))
     (page,) = copied_run.runs.glob("*/11_mock_survey.html")
     page.unlink()
-    assert reproduce(copied_run) == ["18_eigenspectra", "31_predict"]
+    assert reproduce(copied_run) == ["18_eigenspectra", "32_predict"]
     assert page.exists()
     assert reproduce(copied_run) == []
 
@@ -211,7 +211,7 @@ def test_predict_from_cutouts(smoke_run, tmp_path):
 def test_info(smoke_run):
     done = specpred("info", "--data-dir", smoke_run.root.parent)
     assert done.returncode == 0
-    for name in ("torch", "smoke", "demo", "mock", "paper", "31_predict"):
+    for name in ("torch", "smoke", "demo", "mock", "paper", "32_predict"):
         assert name in done.stdout
 
 

@@ -10,22 +10,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
 from typer.testing import CliRunner
 
 import specpred
-from specpred import models
+from specpred import cli, models
+from specpred.calibration import Bands, bands_of_draws
 from specpred.cli import app
 from specpred.config import (
     ArchiveParameters, DamagedFileError, InvalidInputError, MissingInputError, Paths, SpecpredError,
     WeightsError, data_file)
 from specpred.cutouts import Stated, skycell_wcs
-from specpred.predict import (
-    PRETRAINED, GalaxiesFailed, Predictor, coordinate_names, example_galaxies, fetch_cutouts,
-    predict_files, read_image, write_cube, write_cubes)
+from specpred.formats import SDSSSpectrum, sdss_spectrum_bytes
+from specpred.images import open_images, pack_arrays
+from specpred.inputs import (
+    coordinate_names, fetch_cutouts, find_galaxies, name_galaxies, read_image, write_cube,
+    write_cubes)
 from specpred.local_archive import serve
-from specpred.surveys import PS1
+from specpred.predict import (
+    PRETRAINED, GalaxiesFailed, Predictor, compare, example_galaxies, follow_bands, predict_files)
+from specpred.surveys import PS1, SDSS
 from specpred.vae import InfoVAE, SpectrumModel
 from specpred.weights import read_weights
 
@@ -510,3 +516,190 @@ def test_the_command_says_what_it_does_not_know(paths, tmp_path):
     assert "says pixel scale 0.25, you say 0.4" in str(contradicted.exception)
     unclear = CliRunner().invoke(app, ["predict", str(sound), "--example"])
     assert unclear.exit_code == 2 and "--example" in unclear.output
+
+
+def test_names_or_headers_say_the_band(predictor, tmp_path):
+    "Two galaxies in one folder by their names; files without names are one galaxy of their folder."
+    named, numbered = tmp_path/"named", tmp_path/"numbered"
+    numbered.mkdir()
+    for k, name in enumerate(("ngc1", "ngc2")):
+        bands = write_bands(tmp_path/f"bands{k}", (k + 1)*example_flux())
+        named.mkdir(exist_ok=True)
+        for number, band in enumerate("grizy"):
+            shutil.copy(bands/f"{band}.fits", named/f"{name}_{band}.fits")
+            if k == 0: shutil.copy(bands/f"{band}.fits", numbered/f"image {number}.fits")
+    loose = name_galaxies(sorted(named.iterdir()), PS1.bands)
+    assert {name: len(files) for name, files in loose.items()} == dict(ngc1=5, ngc2=5)
+    expected = read_image(sorted((tmp_path/"bands0").iterdir()), predictor.model).flux
+    for given in ([numbered], sorted(numbered.iterdir()), sorted(named.glob("ngc1*"))):
+        (files,) = name_galaxies(given, PS1.bands).values()
+        np.testing.assert_array_equal(read_image(files, predictor.model).flux, expected)
+    with pytest.raises(InvalidInputError, match="two images of the band 'g'"):
+        read_image(name_galaxies([named], PS1.bands)["named"], predictor.model)
+    silent = write_bands(tmp_path/"silent", example_flux(), **{"FPA.FILTERID": None})
+    for number, path in enumerate(sorted(silent.iterdir())): path.rename(silent/f"{number}.fits")
+    with pytest.raises(InvalidInputError, match="neither name nor header"):
+        read_image(name_galaxies([silent], PS1.bands)["silent"], predictor.model)
+
+
+def test_a_file_that_unpacks_to_too_much_is_an_error(predictor, tmp_path):
+    with gzip.open(tmp_path/"bomb.fits.gz", "wb", 1) as file:
+        file.write(b"SIMPLE  =                    T".ljust(2880))
+        for _ in range(300): file.write(bytes(1 << 20))
+    assert (tmp_path/"bomb.fits.gz").stat().st_size < 3e6
+    with pytest.raises(GalaxiesFailed, match="unpacks to more than 256 MB"):
+        predict_files([tmp_path/"bomb.fits.gz"], predictor, tmp_path/"out")
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(paths, tmp_path, monkeypatch, capsys):
+    (tmp_path/"file").write_text("")
+    galaxy = write_bands(tmp_path/"ngc", example_flux())
+    monkeypatch.setattr(sys, "argv", ["specpred", "predict", str(galaxy), "--profile", "demo",
+        "--data-dir", str(paths.root.parent), "--out", str(tmp_path/"file/out")])
+    with pytest.raises(SystemExit) as end: cli.main()
+    assert str(end.value).startswith("error: ") and "Not a directory" in str(end.value)
+
+
+def stamps(folder): return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.ecsv")}
+
+
+def test_an_interrupted_run_goes_on(predictor, tmp_path, monkeypatch):
+    "Ctrl-C after the first of three batches; the second call predicts the other two."
+    galaxies = [write_bands(tmp_path/f"galaxy{k}", (k + 1)*example_flux()) for k in range(3)]
+    predict, calls = Predictor.predict, []
+    def interrupted(self, flux, **options):
+        calls.append(len(flux))
+        if len(calls) == 2: raise KeyboardInterrupt
+        return predict(self, flux, **options)
+    monkeypatch.setattr(Predictor, "predict", interrupted)
+    def run(): return predict_files(galaxies, predictor, tmp_path/"out", batch_size=1, plot=False)
+    with pytest.raises(KeyboardInterrupt): run()
+    first = stamps(tmp_path/"out")
+    assert list(first) == ["galaxy0.ecsv"]
+    run()
+    assert len(calls) == 4
+    assert len(stamps(tmp_path/"out")) == 3 and stamps(tmp_path/"out").items() >= first.items()
+    assert list(pd.read_csv(tmp_path/"out/summary.csv").galaxy) == ["galaxy0", "galaxy1", "galaxy2"]
+
+
+def test_what_has_changed_is_predicted_again(predictor, tmp_path):
+    galaxies = [write_bands(tmp_path/f"galaxy{k}", (k + 1)*example_flux()) for k in range(2)]
+    out = tmp_path/"out"
+    def again(who, **options):
+        before = stamps(out) if out.exists() else {}
+        predict_files(galaxies, who, out, **dict(plot=False) | options)
+        return {name for name, stamp in stamps(out).items() if before.get(name) != stamp}
+    both = {"galaxy0.ecsv", "galaxy1.ecsv"}
+    assert again(predictor) == both
+    assert again(predictor) == set()
+    write_bands(galaxies[1], 3*example_flux())
+    assert again(predictor) == {"galaxy1.ecsv"}
+    assert again(predictor, n_samples=2) == both
+    (out/"galaxy0.ecsv").unlink()
+    assert again(predictor, n_samples=2) == {"galaxy0.ecsv"}
+    assert again(predictor, n_samples=2, plot=True) == both  # the plots were missing
+    other = Predictor(predictor.model, predictor.decoder, about=predictor.about)
+    assert again(other, n_samples=2, plot=True) == set()
+    moved = predictor.model.model.state_dict()
+    changed = models.TrainedModel(models.MODELS["conv3"](c_in=5, n_out=6), "conv3",
+        predictor.model.arguments, predictor.model.image_stats, predictor.model.target_stats,
+        provenance=predictor.model.provenance)
+    assert not all(moved[name].equal(t) for name, t in changed.model.state_dict().items())
+    assert again(Predictor(changed, predictor.decoder), n_samples=2, plot=True) == both
+
+
+def test_moved_draws_have_the_bands_and_keep_their_ranks():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(2, 8000, 3)).astype(np.float32)
+    drawn = bands_of_draws(draws)
+    wanted = Bands(drawn.median + 5, 2*drawn.below, np.maximum.accumulate(
+        drawn.above*np.array([1, 3, 2, 4])[:, None, None], 0))
+    moved = follow_bands(draws, drawn, wanted)
+    for found, expected in zip(bands_of_draws(moved), wanted, strict=True):
+        np.testing.assert_allclose(found, expected, atol=0.05)
+    in_order = np.take_along_axis(moved, draws.argsort(1), 1)
+    assert (np.diff(in_order, axis=1) > -1e-5).all()
+    np.testing.assert_allclose(follow_bands(draws, drawn, drawn), draws, atol=1e-5)
+
+
+def test_samples_are_written(paths, tmp_path):
+    sound = write_bands(tmp_path/"sound", example_flux())
+    done = CliRunner().invoke(app, ["predict", str(sound), "--samples", "16", "--profile", "demo",
+        "--data-dir", str(paths.root.parent), "--out", str(tmp_path/"all.fits")])
+    assert done.exit_code == 0, done.output
+    samples = fits.getdata(tmp_path/"all.fits")["samples"]
+    assert samples.shape == (1, 60, 16)
+    table = Table.read(tmp_path/"all/sound.ecsv")
+    np.testing.assert_allclose(samples[0], table["samples"], rtol=1e-5)
+    spectra = Predictor.of_run(paths).predict(sound, n_samples=512)
+    np.testing.assert_allclose(spectra.samples[0, :16].T, samples[0], rtol=1e-4, atol=1e-5)
+    lower, upper = spectra.lower[:, None], spectra.upper[:, None]
+    inside = (spectra.samples >= lower) & (spectra.samples <= upper)
+    assert inside.mean() == pytest.approx(0.68, abs=0.03)
+
+
+def test_one_call_takes_positions_tables_and_stores(mock, predictor, tmp_path):
+    galaxies = pd.read_parquet(next(mock.glob("skyserver/*.parquet")))[["ra", "dec"]].head(2)
+    wanted = pd.concat([galaxies, pd.DataFrame(dict(ra=[10.], dec=[-60.])), galaxies.tail(1)],
+        ignore_index=True)
+    options = dict(folder=tmp_path, archives=ArchiveParameters(), mock=mock, n_draws=8)
+    of_frame = predictor.predict(wanted, **options)
+    assert of_frame.names == coordinate_names(wanted.ra, wanted.dec)
+    assert of_frame.reasons[2].startswith("failed: ") and np.isnan(of_frame.flux[2]).all()
+    np.testing.assert_array_equal(of_frame.flux[1], of_frame.flux[3])
+    assert np.isfinite(of_frame.flux[[0, 1, 3]]).all()
+    others = SkyCoord(wanted.ra, wanted.dec, unit="deg"), Table.from_pandas(wanted)
+    for what in others:
+        np.testing.assert_array_equal(predictor.predict(what, **options).flux, of_frame.flux)
+    files = find_galaxies(galaxies, predictor.model, **{k: options[k] for k in
+        ("folder", "archives", "mock")})
+    flux = np.stack([read_image(one, predictor.model).flux for one in files.values()])
+    pack_arrays([7, 5], flux, tmp_path/"store", PS1, dtype="float32")
+    store = open_images(tmp_path/"store")
+    of_store = predictor.predict(store, n_draws=8)
+    assert of_store.names == [str(s) for s in store.specobjid]
+    np.testing.assert_allclose(of_store.flux[list(store.specobjid).index(7)], of_frame.flux[0],
+        rtol=1e-3, atol=1e-4)
+    pack_arrays([7, 5], flux, tmp_path/"other", SDSS, dtype="float32")
+    with pytest.raises(InvalidInputError, match="images of SDSS, 0.396 arcsec"):
+        predictor.predict(open_images(tmp_path/"other"))
+    with pytest.raises(InvalidInputError, match="needs ra and dec"):
+        predictor.predict(pd.DataFrame(dict(x=[1.])))
+    with pytest.raises(SpecpredError, match="images outside PS1"):
+        predictor.predict(wanted.iloc[[2]], **options)
+
+
+def test_a_prediction_is_compared_with_a_spectrum(tmp_path):
+    predict_files(example_galaxies()[:1], Predictor.load(), tmp_path, plot=False)
+    table = Table.read(tmp_path/"quiescent.ecsv")
+    loglam = np.arange(3.58, 3.92, 1e-4)
+    own = np.interp(loglam, np.log10(table["wavelength"]*1.0502), table["flux"])
+    noise = 0.1*np.median(own)
+    flux = own + np.random.default_rng(0).normal(0, noise, len(own))
+    spectrum = SDSSSpectrum(np.float32(flux*100), np.full(len(own), (noise*100)**-2, np.float32),
+        np.zeros(len(own), np.int32), loglam[0], 0.0502, object_class="GALAXY", plate=266,
+        mjd=51602, fiberid=1, or_mask=np.zeros(len(own), np.int32), model=np.float32(own*100))
+    (tmp_path/"spec.fits").write_bytes(sdss_spectrum_bytes(spectrum))
+    numbers = compare(tmp_path/"quiescent.ecsv", spectrum).numbers()
+    assert 0.8 < numbers["chi2 a bin, noise alone"] < 1.3
+    assert numbers["chi2 a bin, noise and 68 % band"] < numbers["chi2 a bin, noise alone"]
+    assert numbers["inside the 95 % band"] > 0.93
+    done = CliRunner().invoke(app, ["compare", str(tmp_path/"quiescent.ecsv"),
+        str(tmp_path/"spec.fits")])
+    assert done.exit_code == 0 and "noise alone" in done.output, (done.output, done.exception)
+    assert (tmp_path/"quiescent-compared.png").is_file()
+    shifted = compare(tmp_path/"quiescent.ecsv", spectrum, redshift=0.03).numbers()
+    assert shifted["chi2 a bin, noise alone"] > 1.5*numbers["chi2 a bin, noise alone"]
+    with pytest.raises(InvalidInputError, match="at a redshift of 5"):
+        compare(tmp_path/"quiescent.ecsv", spectrum, redshift=5.)
+    (tmp_path/"none.ecsv").write_text("a,b\n1,2\n")
+    with pytest.raises(DamagedFileError, match="none.ecsv"): compare(tmp_path/"none.ecsv", spectrum)
+    wrong = CliRunner().invoke(app, ["compare", str(tmp_path/"no.ecsv"), str(tmp_path/"spec.fits")])
+    assert isinstance(wrong.exception, MissingInputError)
+
+
+def test_acknowledgements_are_printed_on_request():
+    done = CliRunner().invoke(app, ["info", "--acknowledgements"])
+    assert done.exit_code == 0
+    for words in ("Alfred P. Sloan Foundation", "Gordon and Betty Moore Foundation"):
+        assert words in done.output
