@@ -1077,6 +1077,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'specpred.predict._digest_of': ('predict.html#_digest_of', 'specpred/predict.py'),
                                   'specpred.predict._done': ('predict.html#_done', 'specpred/predict.py'),
                                   'specpred.predict._joined': ('predict.html#_joined', 'specpred/predict.py'),
+                                  'specpred.predict._kept_summary': ('predict.html#_kept_summary', 'specpred/predict.py'),
                                   'specpred.predict._names_galaxies': ('predict.html#_names_galaxies', 'specpred/predict.py'),
                                   'specpred.predict._raise_errors': ('predict.html#_raise_errors', 'specpred/predict.py'),
                                   'specpred.predict._rowwise': ('predict.html#_rowwise', 'specpred/predict.py'),

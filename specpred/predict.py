@@ -5,9 +5,11 @@
 # %% ../nbs/32_predict.ipynb #9db180ad
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
+import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -662,7 +664,8 @@ def predict_files(
     earlier = read_summary(out/"summary.csv").set_index("galaxy")
     options = repr((predictor.about, resample, stated, n_samples))
     rows = {}
-    with tqdm(total=len(galaxies), unit="galaxy", disable=None) as bar:
+    with _kept_summary(out/"summary.csv", earlier, rows) as keep, \
+            tqdm(total=len(galaxies), unit="galaxy", disable=None) as bar:
         for batch in _blocks(list(galaxies), batch_size):
             sources = {name: _digest_of(galaxies[name], options) for name in batch}
             done = _done(earlier, sources, out, plot)
@@ -672,9 +675,7 @@ def predict_files(
             images = {name: one for name, one in read.items() if isinstance(one, ReadImage)}
             if images: write_predictions(predictor, images, out, plot, n_samples)
             rows |= {name: _summary(one) | dict(source=sources[name]) for name, one in read.items()}
-            others = earlier.drop(index=list(rows), errors="ignore")
-            table = pd.concat([others, pd.DataFrame.from_dict(rows, orient="index")])
-            with atomic_path(out/"summary.csv") as part: table.to_csv(part, index_label="galaxy")
+            keep()
             bar.update(len(batch))
     _warn_of_notes(rows)
     _raise_errors(rows, out)
@@ -708,6 +709,22 @@ def _summary(image:ReadImage | SpecpredError) -> dict:
         return dict(status="failed", mask_fraction=np.nan, reason=str(image))
     return dict(status="flagged" if image.notes else "predicted",
         mask_fraction=round(image.mask_fraction, 4), reason="; ".join(image.notes))
+
+@contextlib.contextmanager
+def _kept_summary(path:Path, earlier:pd.DataFrame, rows:dict[str, dict]):
+    """Context that writes the rows when it ends, however it does, and gives a function that writes
+    them now and then: every five seconds, or more rarely where the file is long."""
+    started, took = time.monotonic(), 0.
+    def keep(always=False):
+        nonlocal started, took
+        if not rows or (not always and time.monotonic() - started < max(5, 20*took)): return
+        started = time.monotonic()
+        others = earlier.drop(index=list(rows), errors="ignore")
+        table = pd.concat([others, pd.DataFrame.from_dict(rows, orient="index")])
+        with atomic_path(path) as part: table.to_csv(part, index_label="galaxy")
+        took = time.monotonic() - started
+    try: yield keep
+    finally: keep(always=True)
 
 def _digest_of(files:list[Path] | SpecpredError, options:str) -> str:
     "Twelve digits that are others where the files of a galaxy or the options are."
