@@ -45,13 +45,18 @@ def published(folder, n):
         decoder.decode(network(image).numpy())
 
 
-def batches(folder, n):
+def batches(folder, n, bf16=False):
     network = models.load(folder/"network.safetensors")
     network.model = models.fuse(network.model)
     decoder = Predictor.load().decoder
     flux = np.load(folder/"all.npy", mmap_mode="r")
-    for start in range(0, n, 32):
-        decoder.decode(network.predict_targets(flux[start:start + 32]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for start in range(0, n, 32):
+            targets = network.predict_targets(flux[start:start + 32])
+            decoder.decode(targets)
+
+
+def batches_bf16(folder, n): batches(folder, n, bf16=True)
 
 
 def installed(folder, n, quantities=False):
@@ -64,6 +69,7 @@ def installed_with_lines(folder, n): installed(folder, n, quantities=True)
 
 WAYS = {f"published way: `{NETWORK}`, pickle, one image at a time": published,
     f"`{NETWORK}`, fused, in batches": batches,
+    f"`{NETWORK}`, fused, in batches, bfloat16": batches_bf16,
     "installed weights, with bands and flags": installed,
     "installed weights, with lines, too": installed_with_lines}
 

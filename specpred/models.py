@@ -384,7 +384,7 @@ def predict_batches(
     model.eval()
     inputs = (transform(torch.as_tensor(flux, device=device)) for flux in batches)
     outputs = [sum(model(turn(x, code)) for code in turns)/len(turns) for x in inputs]
-    return torch.cat(outputs).cpu().numpy()
+    return torch.cat(outputs).float().cpu().numpy()  # also within autocast
 
 # %% ../nbs/23_models.ipynb #70ce1c86
 @patch(as_prop=True)
