@@ -86,12 +86,12 @@ def _numbers(
     bands:tuple[str, ...],
 ) -> np.ndarray:
     "The numbers of an image, float32, of any shape."
-    if isinstance(value, pa.Scalar) and pa.types.is_struct(value.type):
-        value = {name: value[name].values for name in bands}  # KeyError for a band that lacks
-    elif hasattr(value, "to_numpy"): value = value.to_numpy()  # a tensor
+    if hasattr(value, "to_numpy"): value = value.to_numpy()  # a tensor
     elif isinstance(value, pa.Scalar):
         value = value.values
-        while pa.types.is_nested(value.type): value = value.flatten()
+        if pa.types.is_struct(value.type): value = {band: value.field(band) for band in bands}
+        else:
+            while pa.types.is_nested(value.type): value = value.flatten()
     if isinstance(value, dict): value = np.stack([np.asarray(value[band]) for band in bands])
     return np.asarray(value, dtype=np.float32)
 
@@ -193,11 +193,11 @@ def read_images(
         except SpecpredError as error: images.append(error)
     return images
 
-# %% ../nbs/34_survey.ipynb #34511cf5
+# %% ../nbs/34_survey.ipynb #34d87151
 def _read(source, model:TrainedModel) -> ReadImage:
     if isinstance(source, SpecpredError): raise source
-    if isinstance(source, list) and source and isinstance(source[0], Path):
-        with damage_reported(source[0]): return read_image(source, model)
+    if isinstance(source, list) and isinstance(next(iter(source), None), Path):
+        return read_image(source, model)
     if not isinstance(source, tuple): return check_array(to_image(source, model.survey), model)
     flux, fraction = source
     notes = [*_no_data(fraction), *check_array(flux, model).notes]
@@ -469,7 +469,8 @@ def predict_catalog(
                 include_pixel=True)
             with _stops_explained(out), _processes(scheduler, n_jobs):
                 predicted.write_catalog(out, as_collection=False, resume=True,
-                    catalog_name=out.name, progress_bar=progress)
+                    catalog_name=out.name, progress_bar=progress,
+                    create_per_partition_statistics=False)  # hats 0.11 has none above 2**63
         for notes in ("done", "hists"): shutil.rmtree(out/notes, ignore_errors=True)
         return _finish(out, sorted(out.glob("dataset/Norder=*/**/*.parquet")))
 
