@@ -1238,6 +1238,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specpred.survey.MissingExtraError': ('survey.html#missingextraerror', 'specpred/survey.py'),
                                  'specpred.survey.Outcome': ('survey.html#outcome', 'specpred/survey.py'),
                                  'specpred.survey.RunStopped': ('survey.html#runstopped', 'specpred/survey.py'),
+                                 'specpred.survey._absolute': ('survey.html#_absolute', 'specpred/survey.py'),
                                  'specpred.survey._another_survey': ('survey.html#_another_survey', 'specpred/survey.py'),
                                  'specpred.survey._claim': ('survey.html#_claim', 'specpred/survey.py'),
                                  'specpred.survey._digest': ('survey.html#_digest', 'specpred/survey.py'),

@@ -39,9 +39,9 @@ from .stages import _read_json, atomic_path, only_one, versions
 from .surveys import ImagingSurvey
 
 # %% auto #0
-__all__ = ['COLUMNS', 'MissingExtraError', 'load_predictor', 'Columns', 'to_image', 'check_array', 'Archive', 'read_images',
-           'check_cutouts', 'Outcome', 'predict_images', 'predict_partition', 'RunStopped', 'predict_catalog',
-           'predict_parquet']
+__all__ = ['COLUMNS', 'KEEP_MEMORY', 'MissingExtraError', 'load_predictor', 'Columns', 'to_image', 'check_array', 'Archive',
+           'read_images', 'check_cutouts', 'Outcome', 'predict_images', 'predict_partition', 'RunStopped',
+           'predict_catalog', 'predict_parquet']
 
 # %% ../nbs/34_survey.ipynb #3463df7b
 class MissingExtraError(SpecpredError):
@@ -67,7 +67,7 @@ def _load(folder:Path, written:int) -> Predictor: return Predictor.load(folder)
 def load_predictor(
     model:str | Path | None = None,  # a folder, or the name of installed weights; None: mock-sky
 ) -> Predictor:
-    "What `Predictor.load` returns, kept in this process. Raises as that."
+    "What `Predictor.load` returns, kept in this process. Raises as `Predictor.load`."
     folder = _weights_folder(model)
     about = folder/"about.json"  # is written last
     return _load(folder, about.stat().st_mtime_ns) if about.is_file() else Predictor.load(model)
@@ -95,6 +95,7 @@ def _numbers(
     if isinstance(value, dict): value = np.stack([np.asarray(value[band]) for band in bands])
     return np.asarray(value, dtype=np.float32)
 
+# %% ../nbs/34_survey.ipynb #34b79882
 def to_image(
     value,  # element of an image column: numbers, or a list of them for each band, nJy
     survey:ImagingSurvey,
@@ -140,6 +141,7 @@ class Archive:
 
     def __dask_tokenize__(self): return repr(self)
 
+# %% ../nbs/34_survey.ipynb #34456b8c
 def _from_archive(frame, archive:Archive, ra:str, dec:str, model) -> list:
     "The files of each row, or why there are none."
     positions = frame[[ra, dec]].astype(float).set_axis(["ra", "dec"], axis=1)
@@ -180,6 +182,7 @@ def _sources(frame, cutouts, columns:Columns, model) -> list:
     if _is_store(Path(cutouts)): return _from_store(identifiers, _open_store(str(cutouts)))
     return [[Path(cutouts)/f"{name}.fits"] for name in identifiers]
 
+# %% ../nbs/34_survey.ipynb #342f95a6
 def read_images(
     frame:pd.DataFrame,  # some rows of a catalogue
     cutouts:str | Path | Archive,  # a column of images, a folder, or the archive
@@ -223,6 +226,7 @@ def check_cutouts(
     if problem := _another_survey(folder, survey):
         raise InvalidInputError(f"the images in {folder} are none of {survey.name}: {problem}")
 
+# %% ../nbs/34_survey.ipynb #3414232b
 def _another_survey(folder:Path, survey:ImagingSurvey) -> str:
     "In what a store or the first file of a folder is of another survey."
     if _is_store(folder):
@@ -283,6 +287,7 @@ def _tabulate(outcomes:list[Outcome], predictor:Predictor, index) -> pd.DataFram
     frame["spectrum"] = _nest(outcomes, predictor.decoder.wavelength, index)
     return frame
 
+# %% ../nbs/34_survey.ipynb #34e8cf28
 def _nest(outcomes:list[Outcome], wavelength:np.ndarray, index) -> pd.Series:
     "The nested column of spectra."
     known = [np.vstack([wavelength, o.spectrum]) for o in outcomes if o.spectrum is not None]
@@ -298,9 +303,9 @@ def _nest(outcomes:list[Outcome], wavelength:np.ndarray, index) -> pd.Series:
 def predict_partition(
     frame:pd.DataFrame,  # rows of a catalogue, also none
     model:str | Path | None = None,  # as for `load_predictor`
-    cutouts:str | Path | Archive = "image",  # a column of images, a folder, or the archive
+    cutouts:str | Path | Archive = "image",  # a column of images, a folder, or an `Archive`
     columns:Columns = COLUMNS,
-    batch_size:int = 64,  # galaxies in memory at once, beside those of a column
+    batch_size:int = 64,  # galaxies predicted at once
 ) -> pd.DataFrame:
     """A row for each row, with its index, identifier and position: status (predicted, flagged,
     failed) and reason; mask_fraction; target_1 and so on, standardised; light_<band>, nJy in 3
@@ -393,8 +398,9 @@ def _predict_pixel(frame, pixel, out:str, options:dict) -> pd.DataFrame:
     written = _extra("nested_pandas").read_parquet(file).set_index(frame.index.name)
     return written.astype(predict_partition(frame.iloc[:0], **options).dtypes)
 
+# %% ../nbs/34_survey.ipynb #34e02be3
 class RunStopped(SpecpredError):
-    "A run over a survey that did not come to its end; the same call goes on from there."
+    "A run over a survey that did not end well; the same call goes on from there."
 
 @contextlib.contextmanager
 def _stops_explained(out:Path):
@@ -404,17 +410,22 @@ def _stops_explained(out:Path):
         died = type(error).__name__ == "KilledWorker"
         cause = " Was there too little memory? Fewer processes need less." if died else ""
         raise RunStopped(f"the predictions in {out} are not complete: {type(error).__name__}: "
-            f"{error}.{cause} What is done is kept; the same call goes on from there.") from error
+            f"{str(error).rstrip('.')}.{cause} What is done is kept; the same call goes on from "
+            "there.") from error
 
-# %% ../nbs/34_survey.ipynb #34ea7baf
+# %% ../nbs/34_survey.ipynb #341d9311
+KEEP_MEMORY = {"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}  # Dask's config
+
 @contextlib.contextmanager
 def _processes(scheduler:str | None, n_jobs:int | None):
     "A Dask client, or None where this process does the work."
+    import dask
+    import distributed  # noqa: F401, has the defaults of what is changed
     if scheduler == "synchronous":
-        import dask
         with dask.config.set(scheduler="synchronous"): yield None
     else:
-        with _dask(scheduler, n_jobs or os.cpu_count()) as client: yield client
+        with dask.config.set(KEEP_MEMORY), _dask(scheduler, n_jobs or os.cpu_count()) as client:
+            yield client
 
 def _options(model, cutouts, columns:Columns, batch_size:int, names) -> dict:
     "Arguments of `predict_partition` that mean the same to every process."
@@ -431,12 +442,15 @@ def _open_catalogue(path, **kwargs):
     except (OSError, ValueError) as error:
         raise MissingInputError(f"{path} is no HATS catalogue: {error}") from error
 
+def _absolute(path) -> str: return str(Path(path).resolve() if Path(path).exists() else path)
+
 def _is_complete(out:Path, n_rows:int) -> bool:
     "Whether a catalogue has its last file, which says that it has all rows."
     if not (out/"hats.properties").is_file(): return False
     try: return len(_open_catalogue(out)) == n_rows
     except SpecpredError: return False
 
+# %% ../nbs/34_survey.ipynb #349da3b3
 def predict_catalog(
     catalog:str | Path,  # a HATS catalogue
     out:str | Path,  # folder of the one to make, on a disk that all processes see
@@ -461,7 +475,7 @@ def predict_catalog(
     opened = _open_catalogue(catalog, columns=wanted)
     contents = hashlib.sha256(f"{facts} {opened.get_healpix_pixels()}".encode()).hexdigest()
     with only_one(out, "prediction"):
-        _claim(out, dict(catalogue=str(catalog), contents=contents), options)
+        _claim(out, dict(catalogue=_absolute(catalog), contents=contents), options)
         if not _is_complete(out, len(opened)):
             _forget_half_written(out)
             meta = predict_partition(opened.meta, **options)
@@ -492,6 +506,7 @@ def _is_made_of(target:Path, source:Path, n_rows:int) -> bool:
     except (OSError, pa.ArrowException): return False
     return n_made == n_rows and target.stat().st_mtime >= source.stat().st_mtime
 
+# %% ../nbs/34_survey.ipynb #34f1883b
 def _each(client, function, names):
     "Calls a function for each name, in processes or here; yields as they end."
     if client is None: yield from map(function, names)

@@ -75,6 +75,30 @@ def hats(frame, tmp_path_factory):
     return path
 
 
+KILLED = """
+import os, signal, sys
+from specpred import survey
+original, calls = survey.predict_partition, []
+def predict(frame, **options):
+    if len(frame): calls.append(len(frame))
+    if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)
+    return original(frame, **options)
+survey.predict_partition = predict
+survey.predict_catalog(*sys.argv[1:], scheduler="synchronous", progress=False)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed(hats):
+    "Where a run in a process of its own writes, and that process, which dies by itself."
+    out = hats.parent/"killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, hats, out], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
+    yield out, process
+    process.kill()
+    process.wait()
+
+
 @pytest.fixture(scope="module")
 def expected(frame): return survey.predict_partition(frame)
 
@@ -82,7 +106,7 @@ def expected(frame): return survey.predict_partition(frame)
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     "Two processes of one thread, which import while the first tests run."
-    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None,
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None,
             env=dict(OMP_NUM_THREADS="1")) as cluster, distributed.Client(cluster) as client:
         loading = [client.submit(load, name, workers=name) for name in cluster.scheduler.workers]
         yield cluster
@@ -160,6 +184,13 @@ def test_an_empty_partition_has_the_same_columns(frame, expected):
     assert len(empty) == 0 and empty.dtypes.to_dict() == expected.dtypes.to_dict()
     only_failed = survey.predict_partition(frame.iloc[3:4])
     assert only_failed.dtypes.to_dict() == expected.dtypes.to_dict()
+
+
+def test_two_galaxies_may_have_one_index(frame, expected):
+    some = frame.iloc[5:8].set_axis([9, 9, 8])
+    result = survey.predict_partition(some)
+    assert result.index.tolist() == [9, 9, 8]
+    assert_same(result, expected.iloc[5:8])
 
 
 def test_the_size_of_batches_changes_nothing(frame, expected):
@@ -306,24 +337,11 @@ def test_a_killed_process_costs_its_current_partition_only(hats, expected, clust
     assert predicted == dict.fromkeys(map(str, expected.id), 1)
 
 
-KILLED = """
-import os, signal, sys
-from specpred import survey
-original, calls = survey.predict_partition, []
-def predict(frame, **options):
-    if len(frame): calls.append(len(frame))
-    if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)
-    return original(frame, **options)
-survey.predict_partition = predict
-survey.predict_catalog(*sys.argv[1:], scheduler="synchronous", progress=False)
-"""
-
-
 def test_a_killed_run_goes_on_and_half_written_files_are_made_again(
-    hats, expected, cluster, tmp_path):
-    out = tmp_path/"out"
-    done = subprocess.run([sys.executable, "-c", KILLED, hats, out], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed, hats, expected, cluster):
+    out, process = killed
+    _, printed = process.communicate(timeout=400)
+    assert process.returncode == -signal.SIGKILL, printed
     notes = [path.name.split("_")[:2] for path in (out/"done").iterdir()]
     files = [survey._partition_file(out, int(order), int(pixel)) for order, pixel in notes]
     cut, without_note, without_count, empty, whole = files
