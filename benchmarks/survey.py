@@ -20,7 +20,8 @@ from astropy_healpix import HEALPix
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from specpred import runner, survey
-from specpred.predict import example_galaxies, name_galaxies, read_image
+from specpred.inputs import name_galaxies, read_image
+from specpred.predict import example_galaxies
 
 N_PARTITIONS, N_GALAXIES, PROCESSES = 50, 40, (1, 2)
 

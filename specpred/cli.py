@@ -140,6 +140,20 @@ def predict(
         help="Download those of a table: CSV, FITS, VOTable or Parquet with ra and dec.")] = None,
     images: Annotated[Path | None, typer.Option("--images",
         help="A .npy file with (N, bands, height, width) nJy; needs --pixel-scale.")] = None,
+    hats: Annotated[Path | None, typer.Option("--hats",
+        help="Predict the galaxies of a HATS catalogue on all cores; --out is the folder of the "
+            "one to make.")] = None,
+    parquet: Annotated[Path | None, typer.Option("--parquet",
+        help="Likewise those of a folder of Parquet files.")] = None,
+    source: Annotated[str, typer.Option("--cutouts",
+        help="Of --hats and --parquet: a column of images in nJy, a folder with <id>.fits, an "
+            "image store, or archive, to download them.")] = "image",
+    id_column: Annotated[str, typer.Option("--id-column", help="Of --hats and --parquet.")] = "id",
+    scheduler: Annotated[str | None, typer.Option("--scheduler",
+        help="Of --hats and --parquet: address of a Dask scheduler; default: this machine.")
+        ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1,
+        help="Of --hats and --parquet: processes on this machine; default: one a core.")] = None,
     bands: Annotated[str | None, typer.Option("--bands",
         help="Of --images, in their order, where it is not that of the model's survey.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw image and spectrum.")] = False,
@@ -171,9 +185,15 @@ def predict(
     Images must be those of the survey that the model learned from; what their headers say is
     checked. The exit code is 3 when some galaxies failed and the others are written. Galaxies that
     are in the output folder, from the same files and weights, are not predicted again."""
-    if sum(map(bool, (cutouts, example, position, table, images))) != 1:
-        raise typer.BadParameter("give cutouts, --position, --table, --images, or --example for "
-            "two galaxies that are installed")
+    if sum(map(bool, (cutouts, example, position, table, images, hats, parquet))) != 1:
+        raise typer.BadParameter("give cutouts, --position, --table, --images, --hats, --parquet, "
+            "or --example for two galaxies that are installed")
+    if hats or parquet:
+        if profile or plot or samples or resample:
+            raise typer.BadParameter("--hats and --parquet are predicted by installed weights or "
+                "those of --model, without plots, samples or resampling")
+        _predict_survey(hats, parquet, out, model, source, id_column, scheduler, jobs)
+        return
     if images and not pixel_scale: raise typer.BadParameter("--images needs --pixel-scale")
     if data_dir and not profile: raise typer.BadParameter("--data-dir needs --profile")
     from specpred.config import get_paths, get_profile
@@ -200,6 +220,16 @@ def predict(
     print(f"{folder}: {describe_summary(folder/'summary.csv')}")
     if out.suffix and list(folder.glob("*.ecsv")): combine_tables(folder, out)
     if failure: raise failure
+
+def _predict_survey(hats, parquet, out, model, source, id_column, scheduler, jobs):
+    from specpred.predict import GalaxiesFailed
+    from specpred.survey import Columns, predict_catalog, predict_parquet
+    if hats: counts = predict_catalog(hats, out, model, source, id_column, scheduler, jobs)
+    else:
+        counts = predict_parquet(parquet, out, model, source, Columns(id_column), scheduler, jobs)
+    print(f"{out}: " + ", ".join(f"{n} {status}" for status, n in counts.items() if n))
+    if n := counts["failed"]: raise GalaxiesFailed(f"{n} of {sum(counts.values())} galaxies could "
+        f"not be predicted; the column reason of {out} says why.")
 
 def _fetch(positions, table, predictor, overrides):
     "Cutouts of positions or of a table, kept in the user's cache."

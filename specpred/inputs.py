@@ -32,8 +32,9 @@ from .stages import atomic_path
 from .surveys import ImagingSurvey
 
 # %% auto #0
-__all__ = ['write_cube', 'band_in_name', 'name_galaxies', 'ReadImage', 'read_image', 'read_images', 'write_cubes',
-           'read_position', 'coordinate_names', 'cache_folder', 'fetch_cutouts', 'positions_of', 'find_galaxies']
+__all__ = ['write_cube', 'band_in_name', 'name_galaxies', 'ReadImage', 'read_image', 'implausible', 'check_image', 'read_images',
+           'write_cubes', 'read_position', 'coordinate_names', 'cache_folder', 'fetch_cutouts', 'positions_of',
+           'find_galaxies']
 
 # %% ../nbs/31_inputs.ipynb #9c0e94f9
 def write_cube(
@@ -142,9 +143,9 @@ def read_image(
     else: galaxy, notes = combine_bands(cutouts, size, survey), _unstated(cutouts, survey)
     notes += _repeated_values(cutouts, survey)
     fraction = masked_fraction(galaxy.mask, survey.pixel_scale).max()
-    _check_image(galaxy, fraction, model)
+    check_image(galaxy, fraction, model)
     if fraction: notes = [*notes, "some pixels have no data, see mask_fraction"]
-    return ReadImage(galaxy.flux, float(fraction), notes + _implausible(galaxy, survey))
+    return ReadImage(galaxy.flux, float(fraction), notes + implausible(galaxy, survey))
 
 # %% ../nbs/31_inputs.ipynb #1cdb5f80
 def _unstated(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
@@ -166,7 +167,7 @@ def _repeated_values(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[st
                 f"{values[counts.argmax()]:g}: are these data?")
     return notes
 
-def _implausible(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
+def implausible(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
     "Notes on a sky that is not subtracted, and on magnitudes that galaxies do not have."
     notes, (level, noise) = [], sky_statistics(*galaxy[:2])
     magnitudes = aperture_magnitudes(galaxy.flux - level[:, None, None], survey.pixel_scale)
@@ -178,7 +179,7 @@ def _implausible(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
             notes.append(f"the magnitude in {band} is {magnitudes[k]:.1f}: is it calibrated?")
     return notes
 
-def _check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
+def check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
     "Raises `InvalidInputError` for an image that lacks data or shows nothing."
     limit = model.provenance.get("max_mask_fraction", ImageParameters().max_mask_fraction)
     if fraction > limit:

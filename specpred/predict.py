@@ -105,6 +105,7 @@ class Predictor:
         states = [part.state_dict() for part in modules if isinstance(part, torch.nn.Module)]
         arrays = [value.cpu().numpy() for state in states for value in state.values()]
         if self.calibration: arrays += [self.calibration.factors, self.calibration.shift]
+        if self.domain: arrays += [self.domain.axes, self.domain.points]
         return fingerprint({}, *arrays)[:12]
 
     @classmethod

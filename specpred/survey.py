@@ -31,16 +31,16 @@ from .cutouts import differences, read_cutouts
 from .formats import damage_reported
 from .images import Galaxy, ImageStore, central_crop, masked_fraction, open_images
 from .models import TrainedModel
-from specpred.predict import (
-    PRETRAINED, Predictor, ReadImage, _check_image, _implausible, coordinate_names, fetch_cutouts,
-    read_image)
+from .inputs import (
+    ReadImage, cache_folder, check_image, coordinate_names, fetch_cutouts, implausible, read_image)
+from .predict import PRETRAINED, Predictor
 from .runner import _dask
 from .stages import _read_json, atomic_path, only_one, versions
 from .surveys import ImagingSurvey
 
 # %% auto #0
 __all__ = ['COLUMNS', 'KEEP_MEMORY', 'MissingExtraError', 'load_predictor', 'Columns', 'to_image', 'check_array', 'Archive',
-           'read_images', 'check_cutouts', 'Outcome', 'predict_images', 'predict_partition', 'RunStopped',
+           'images_of', 'check_cutouts', 'Outcome', 'predict_images', 'predict_partition', 'RunStopped',
            'predict_catalog', 'predict_parquet']
 
 # %% ../nbs/34_survey.ipynb #3463df7b
@@ -125,8 +125,8 @@ def check_array(
     flux, mask = (central_crop(part, model.provenance["image_size"]) for part in (flux, mask))
     galaxy = Galaxy(flux, mask, np.full(len(flux), np.nan))
     fraction = float(masked_fraction(mask, model.survey.pixel_scale).max())
-    _check_image(galaxy, fraction, model)
-    return ReadImage(flux, fraction, _no_data(fraction) + _implausible(galaxy, model.survey))
+    check_image(galaxy, fraction, model)
+    return ReadImage(flux, fraction, _no_data(fraction) + implausible(galaxy, model.survey))
 
 def _no_data(fraction) -> list[str]:
     return ["some pixels have no data, see mask_fraction"] if fraction else []
@@ -135,7 +135,7 @@ def _no_data(fraction) -> list[str]:
 @dataclass(frozen=True)
 class Archive:
     "Cutouts by position from Pan-STARRS1's archive, see `fetch_cutouts`."
-    cache: str | Path = "~/.cache/specpred"  # folder for what arrives
+    cache: str | Path | None = None  # folder for what arrives; None: `cache_folder`
     parameters: ArchiveParameters | None = None  # None: as in the profile paper
     mock: str | Path | None = None  # folder of a mock survey, which is served instead
 
@@ -146,7 +146,7 @@ def _from_archive(frame, archive:Archive, ra:str, dec:str, model) -> list:
     "The files of each row, or why there are none."
     positions = frame[[ra, dec]].astype(float).set_axis(["ra", "dec"], axis=1)
     known = np.isfinite(positions).all(axis=1) & positions.dec.between(-90, 90)
-    files, folder = {}, Path(archive.cache).expanduser()
+    files, folder = {}, Path(archive.cache or cache_folder()).expanduser()
     if known.any():  # a folder for these positions, which no other process uses
         digest = hashlib.sha256(positions[known].to_numpy().tobytes()).hexdigest()[:16]
         files = fetch_cutouts(positions[known], model, folder/"surveys"/digest,
@@ -183,7 +183,7 @@ def _sources(frame, cutouts, columns:Columns, model) -> list:
     return [[Path(cutouts)/f"{name}.fits"] for name in identifiers]
 
 # %% ../nbs/34_survey.ipynb #342f95a6
-def read_images(
+def images_of(
     frame:pd.DataFrame,  # some rows of a catalogue
     cutouts:str | Path | Archive,  # a column of images, a folder, or the archive
     columns:Columns,
@@ -316,7 +316,7 @@ def predict_partition(
     check_cutouts(cutouts, frame.columns, columns, predictor.model.survey)
     for start in range(0, len(frame), batch_size):
         batch = frame.iloc[start:start + batch_size]
-        images = read_images(batch, cutouts, columns, predictor.model)
+        images = images_of(batch, cutouts, columns, predictor.model)
         outcomes += predict_images(predictor, images)
     added = _tabulate(outcomes, predictor, frame.index)
     kept = frame[[name for name in columns if name in frame.columns]]
@@ -329,16 +329,10 @@ _MEANING = dict(status="predicted, flagged or failed", target="standardised",
     mask_fraction="largest of the bands", spectrum="wavelength: vacuum Angstrom, rest frame; "
     "flux: F_lambda, L2 norm 1; lower, upper: ends of its 68 % band")
 
-def _digest(folder:Path) -> str:
-    "sha256 of the weights in a folder."
-    digests = [path.name + hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
 def _claim(out:Path, source:dict, options:dict):
     "Writes what a folder is made of, or compares it. Raises `InvalidInputError`."
-    weights = _weights_folder(options["model"])
-    made_of = source | dict(weights=_digest(weights), cutouts=str(options["cutouts"]),
+    about = load_predictor(options["model"]).about
+    made_of = source | dict(weights=about["weights"], cutouts=str(options["cutouts"]),
         columns=list(options["columns"]))
     if record := _read_json(out/_RECORD):
         different = [name for name in made_of if record["made_of"].get(name) != made_of[name]]
@@ -347,7 +341,7 @@ def _claim(out:Path, source:dict, options:dict):
             f"{', '.join(str(record['made_of'].get(n)) for n in different)}. Choose another folder")
     if out.is_dir() and any(out.iterdir()):
         raise InvalidInputError(f"{out} holds other files; choose another folder")
-    about = load_predictor(options["model"]).about | dict(folder=str(weights))
+    about = about | dict(folder=str(_weights_folder(options["model"])))
     record = dict(made_of=made_of, predictor=about, columns=_MEANING,
         started=time.strftime("%Y-%m-%d %H:%M:%S"), versions=versions())
     with atomic_path(out/_RECORD) as part: part.write_text(json.dumps(record, indent=1))

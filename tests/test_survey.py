@@ -16,13 +16,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from specpred import survey
+from specpred.cli import app
 from specpred.config import (
     ArchiveError, InvalidInputError, MissingInputError, SpecpredError)
 from specpred.images import pack_arrays
-from specpred.predict import PRETRAINED, Predictor, example_galaxies, name_galaxies, read_image
-from specpred.predict import write_cube
+from specpred.inputs import name_galaxies, read_image, write_cube
+from specpred.predict import PRETRAINED, GalaxiesFailed, Predictor, example_galaxies
 from specpred.surveys import PS1
 
 lsdb = pytest.importorskip("lsdb")
@@ -462,3 +464,19 @@ def test_plain_parquet_refuses_what_cannot_be(frame, tmp_path):
         survey.predict_parquet(tmp_path, tmp_path/"out")
     with pytest.raises(InvalidInputError, match="no column ra, dec; it has id, image"):
         survey.predict_parquet(tmp_path, tmp_path.parent/"out", cutouts="archive")
+
+
+def test_the_command_predicts_catalogues_and_folders(frame, hats, tmp_path):
+    (tmp_path/"in").mkdir()
+    frame.iloc[:4].to_parquet(tmp_path/"in/a.parquet")
+    def run(*words):
+        words = ["predict", *map(str, words), "--scheduler", "synchronous"]
+        return CliRunner().invoke(app, words)
+    of_folder = run("--parquet", tmp_path/"in", "--out", tmp_path/"out")
+    assert isinstance(of_folder.exception, GalaxiesFailed), of_folder.output
+    assert "3 predicted, 1 failed" in of_folder.output
+    of_catalogue = run("--hats", hats, "--out", tmp_path/"spectra")
+    assert "5 failed" in of_catalogue.output
+    assert len(lsdb.open_catalog(tmp_path/"spectra")) == 36
+    assert run("--hats", hats, "--plot").exit_code == 2
+    assert isinstance(run("--hats", tmp_path/"in").exception, MissingInputError)
