@@ -144,7 +144,9 @@ def damage_reported(
     try: yield
     except FileNotFoundError as error:
         raise MissingInputError(f"There is no file {source}.") from error
-    except DamagedFileError as error: raise DamagedFileError(f"{before}{error}") from error
+    except DamagedFileError as error:
+        if before and str(error).startswith(before): raise  # the file is named already
+        raise DamagedFileError(f"{before}{error}") from error
     except SpecpredError: raise
     except Exception as error:
         cause = f"{type(error).__name__} {str(error)[:200]}"

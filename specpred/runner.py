@@ -228,8 +228,9 @@ def _dask(scheduler, n_jobs):
     cores = os.cpu_count() or 1
     n_jobs = n_jobs or max(1, cores//4)
     threads = dict(OMP_NUM_THREADS=str(max(1, cores//n_jobs)))
-    with LocalCluster(n_jobs, threads_per_worker=1, dashboard_address=None, env=threads) as cluster:
-        with Client(cluster) as client: yield client
+    one_each = dict(threads_per_worker=1, dashboard_address=None, env=threads)
+    with LocalCluster(n_workers=n_jobs, **one_each) as cluster, Client(cluster) as client:
+        yield client
 
 # %% ../nbs/33_runner.ipynb #9c0d1f08
 def _row(combination:Combination, own:Paths, seed:int, error:str) -> dict:

@@ -494,7 +494,8 @@ def test_some_that_fail_are_exit_code_3(predictor, tmp_path):
     assert failed.value.exit_code == 3
     table = pd.read_csv(tmp_path/"out/summary.csv").set_index("galaxy")
     assert table.status.to_dict() == dict(bad="failed", empty="failed", sound="predicted")
-    assert "no image in" in table.reason["bad"] and table.reason["empty"]
+    assert "no image in" in table.reason["bad"]
+    assert table.reason["empty"].count("empty.fits") == 1
     assert not (tmp_path/"out/sound.png").exists() and (tmp_path/"out/sound.ecsv").exists()
 
 

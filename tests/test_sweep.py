@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from specpred.config import MissingInputError, ProfileError, SpecpredError, get_paths, get_profile
-from specpred.runner import combinations, sweep
+from specpred.runner import _dask, combinations, sweep
 
 
 def test_combinations_are_checked_before_anything_is_trained():
@@ -57,3 +57,7 @@ def test_every_combination_is_trained_once(smoke_run, tmp_path):
     assert again.finished[0] == table.finished[0]  # was not done twice
     kept = pd.read_parquet(get_paths("smoke", data_dir).sweep/"results.parquet")
     pd.testing.assert_frame_equal(kept.set_index("seed"), again)
+
+
+def test_processes_are_as_many_as_asked_for():
+    with _dask(None, 3) as client: assert len(client.scheduler_info()["workers"]) == 3
