@@ -26,15 +26,15 @@ from .cutouts import NOTHING_STATED, Cutout, Stated, read_cutout, read_cutouts
 from .domain import constant_bands, has_source
 from .formats import damage_reported
 from .images import (
-    Galaxy, aperture_magnitudes, central_crop, combine_bands, masked_fraction, sky_statistics)
+    Galaxy, ImageStore, aperture_magnitudes, combine_bands, masked_fraction, sky_statistics)
 from .resample import resample_galaxy
 from .stages import atomic_path
 from .surveys import ImagingSurvey
 
 # %% auto #0
-__all__ = ['write_cube', 'band_in_name', 'name_galaxies', 'ReadImage', 'read_image', 'implausible', 'check_image', 'read_images',
-           'write_cubes', 'read_position', 'coordinate_names', 'cache_folder', 'fetch_cutouts', 'positions_of',
-           'find_galaxies']
+__all__ = ['write_cube', 'band_in_name', 'name_galaxies', 'ReadImage', 'read_image', 'checked_image', 'check_store',
+           'read_images', 'write_cubes', 'read_position', 'coordinate_names', 'cache_folder', 'fetch_cutouts',
+           'positions_of', 'find_galaxies']
 
 # %% ../nbs/31_inputs.ipynb #9c0e94f9
 def write_cube(
@@ -141,11 +141,7 @@ def read_image(
     cutouts = _read_bands(files, survey.bands, stated)
     if resample: galaxy, notes = resample_galaxy(cutouts, size, survey)
     else: galaxy, notes = combine_bands(cutouts, size, survey), _unstated(cutouts, survey)
-    notes += _repeated_values(cutouts, survey)
-    fraction = masked_fraction(galaxy.mask, survey.pixel_scale).max()
-    check_image(galaxy, fraction, model)
-    if fraction: notes = [*notes, "some pixels have no data, see mask_fraction"]
-    return ReadImage(galaxy.flux, float(fraction), notes + implausible(galaxy, survey))
+    return checked_image(galaxy, model, [*notes, *_repeated_values(cutouts, survey)])
 
 # %% ../nbs/31_inputs.ipynb #1cdb5f80
 def _unstated(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[str]:
@@ -167,7 +163,7 @@ def _repeated_values(cutouts:dict[str, Cutout], survey:ImagingSurvey) -> list[st
                 f"{values[counts.argmax()]:g}: are these data?")
     return notes
 
-def implausible(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
+def _implausible(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
     "Notes on a sky that is not subtracted, and on magnitudes that galaxies do not have."
     notes, (level, noise) = [], sky_statistics(*galaxy[:2])
     magnitudes = aperture_magnitudes(galaxy.flux - level[:, None, None], survey.pixel_scale)
@@ -179,17 +175,37 @@ def implausible(galaxy:Galaxy, survey:ImagingSurvey) -> list[str]:
             notes.append(f"the magnitude in {band} is {magnitudes[k]:.1f}: is it calibrated?")
     return notes
 
-def check_image(galaxy:Galaxy, fraction:float, model:models.TrainedModel):
-    "Raises `InvalidInputError` for an image that lacks data or shows nothing."
+# %% ../nbs/31_inputs.ipynb #31inp015
+def checked_image(
+    galaxy:Galaxy,
+    model:models.TrainedModel,
+    notes = (),  # what is known of it already
+    mask_fraction:float | None = None,  # None: that of its mask
+) -> ReadImage:
+    "An image with notes. Raises `InvalidInputError` for one that lacks data or shows nothing."
+    survey, fraction = model.survey, mask_fraction
+    if fraction is None: fraction = masked_fraction(galaxy.mask, survey.pixel_scale).max()
     limit = model.provenance.get("max_mask_fraction", ImageParameters().max_mask_fraction)
     if fraction > limit:
         raise InvalidInputError(
             f"{fraction:.0%} of a band or of its core has no data; the model takes {limit:.0%}"
         )
-    for band, is_constant in zip(model.survey.bands, constant_bands(*galaxy[:2]), strict=True):
+    for band, is_constant in zip(survey.bands, constant_bands(*galaxy[:2]), strict=True):
         if is_constant: raise InvalidInputError(f"the image in {band} is constant")
-    if not has_source(galaxy.flux, model.survey, galaxy.mask):
+    if not has_source(galaxy.flux, survey, galaxy.mask):
         raise InvalidInputError("no source in the middle of the image")
+    if fraction: notes = [*notes, "some pixels have no data, see mask_fraction"]
+    return ReadImage(galaxy.flux, float(fraction), [*notes, *_implausible(galaxy, survey)])
+
+def check_store(
+    store:ImageStore,
+    survey:ImagingSurvey,  # of the model
+):
+    "Raises `InvalidInputError` for a store of another survey."
+    own = store.survey
+    if (own.bands, own.pixel_scale) != (survey.bands, survey.pixel_scale):
+        raise InvalidInputError(f"{store.path} has images of {own.name}, {own.pixel_scale} arcsec "
+            f"a pixel; the model's are of {survey.name}, {survey.pixel_scale} arcsec")
 
 # %% ../nbs/31_inputs.ipynb #31inp014
 def read_images(

@@ -37,7 +37,7 @@ from .domain import Domain, band_fluxes, colour_mismatch, image_faults
 from .formats import SDSSSpectrum, damage_reported
 from .images import ImageStore, aperture_flux, central_crop, composite
 from .inputs import (
-    ReadImage, coordinate_names, find_galaxies, positions_of, read_image, read_images)
+    ReadImage, check_store, coordinate_names, find_galaxies, positions_of, read_image, read_images)
 from .lines import LINES
 from .photometry import FIBRE
 from .plotting import RED, mark_lines
@@ -310,16 +310,16 @@ def _predict_galaxies(self:Predictor, galaxies, resample, stated, **options) -> 
         parts.append(self._predict_images(np.stack([i.flux for i in images.values()]), **options))
         for (name, image), reason in zip(images.items(), parts[-1].reasons, strict=True):
             reasons[name] = "; ".join([*image.notes, *filter(None, [reason])])
-    if not parts: raise GalaxiesFailed("; ".join(f"{name}: {reasons[name]}" for name in names))
+    if not parts:
+        listed = [f"{name}: {reasons[name]}" for name in names]
+        others = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        raise GalaxiesFailed("; ".join(listed[:5]) + others)
     rows = [k for k, name in enumerate(names) if not reasons[name].startswith("failed: ")]
     return _spread(_joined(parts), rows, names, [reasons[name] for name in names])
 
 @patch
 def _predict_store(self:Predictor, store:ImageStore, **options) -> PredictedSpectra:
-    survey, own = self.model.survey, store.survey
-    if (own.name, own.bands, own.pixel_scale) != (survey.name, survey.bands, survey.pixel_scale):
-        raise InvalidInputError(f"{store.path} has images of {own.name}, {own.pixel_scale} arcsec "
-            f"a pixel; the model's are of {survey.name}, {survey.pixel_scale} arcsec")
+    check_store(store, self.model.survey)
     rows = np.flatnonzero(store.usable)
     if not len(rows): raise GalaxiesFailed(f"{store.path} has no usable images")
     blocks = tqdm(_blocks(rows), unit="block", disable=len(rows) <= _BLOCK)
@@ -620,8 +620,8 @@ def combine_tables(
     kept = {name: str(first.meta[name]) for name in _SHARED_FACTS if name in first.meta}
     _write_rows(result, first["wavelength"], kept, out)
 
-_SHARED_FACTS = ("model", "network", "sample", "limits", "specpred", "date", "wavelengths", "flux",
-    "band")
+_SHARED_FACTS = ("model", "network", "weights", "sample", "limits", "specpred", "date",
+    "wavelengths", "flux", "band")
 
 def check_output(out):
     "Raises `InvalidInputError` for a file that is there, or no FITS or Parquet."

@@ -29,10 +29,11 @@ from .config import (
     ArchiveParameters, InvalidInputError, MissingInputError, SpecpredError)
 from .cutouts import differences, read_cutouts
 from .formats import damage_reported
-from .images import Galaxy, ImageStore, central_crop, masked_fraction, open_images
+from .images import Galaxy, ImageStore, central_crop, open_images
 from .models import TrainedModel
-from .inputs import (
-    ReadImage, cache_folder, check_image, coordinate_names, fetch_cutouts, implausible, read_image)
+from specpred.inputs import (
+    ReadImage, cache_folder, check_store, checked_image, coordinate_names, fetch_cutouts,
+    read_image)
 from .predict import PRETRAINED, Predictor
 from .runner import _dask
 from .stages import _read_json, atomic_path, only_one, versions
@@ -118,18 +119,14 @@ def to_image(
 def check_array(
     flux:np.ndarray,  # (bands, height, width) nJy, NaN where there are no data
     model:TrainedModel,  # whose survey and image size are wanted
+    mask_fraction:float | None = None,  # None: that of the NaN
 ) -> ReadImage:
     "An image for a prediction. Raises `InvalidInputError` for one that lacks data or a source."
     mask = ~np.isfinite(flux)
     flux = np.where(mask, 0, flux).astype(np.float32)
     flux, mask = (central_crop(part, model.provenance["image_size"]) for part in (flux, mask))
     galaxy = Galaxy(flux, mask, np.full(len(flux), np.nan))
-    fraction = float(masked_fraction(mask, model.survey.pixel_scale).max())
-    check_image(galaxy, fraction, model)
-    return ReadImage(flux, fraction, _no_data(fraction) + implausible(galaxy, model.survey))
-
-def _no_data(fraction) -> list[str]:
-    return ["some pixels have no data, see mask_fraction"] if fraction else []
+    return checked_image(galaxy, model, mask_fraction=mask_fraction)
 
 # %% ../nbs/34_survey.ipynb #34013cbe
 @dataclass(frozen=True)
@@ -203,8 +200,7 @@ def _read(source, model:TrainedModel) -> ReadImage:
         return read_image(source, model)
     if not isinstance(source, tuple): return check_array(to_image(source, model.survey), model)
     flux, fraction = source
-    notes = [*_no_data(fraction), *check_array(flux, model).notes]
-    return ReadImage(central_crop(flux, model.provenance["image_size"]), fraction, notes)
+    return check_array(flux, model, fraction)
 
 # %% ../nbs/34_survey.ipynb #3410cfcd
 def check_cutouts(
@@ -223,16 +219,13 @@ def check_cutouts(
     folder = Path(cutouts)
     if not folder.is_dir(): raise MissingInputError(f"the cutouts {str(cutouts)!r} are neither a "
         f"folder nor one of the columns {', '.join(map(str, names))}")
-    if problem := _another_survey(folder, survey):
+    if _is_store(folder): check_store(_open_store(str(folder)), survey)
+    elif problem := _another_survey(folder, survey):
         raise InvalidInputError(f"the images in {folder} are none of {survey.name}: {problem}")
 
 # %% ../nbs/34_survey.ipynb #3414232b
 def _another_survey(folder:Path, survey:ImagingSurvey) -> str:
-    "In what a store or the first file of a folder is of another survey."
-    if _is_store(folder):
-        found = _open_store(str(folder)).survey
-        if (found.bands, found.pixel_scale) == (survey.bands, survey.pixel_scale): return ""
-        return f"{found.name}, {''.join(found.bands)}, {found.pixel_scale} arcsec a pixel"
+    "In what the first file of a folder is of another survey."
     first = next(folder.glob("*.fits"), None)
     if first is None: return "no file is called <id>.fits"
     try: images = read_cutouts(first)
