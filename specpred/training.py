@@ -25,7 +25,7 @@ from fastai.basics import (
     AccumMetric, Adam, AvgSmoothLoss, Callback, DataLoader, DataLoaders, Learner, Lookahead,
     Optimizer, RAdam, default_device, to_device)
 from fastai.optimizer import debias, radam_step
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, to_detach
 from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import *  # noqa: F403  adds fit_one_cycle to Learner
 from fastai.vision.data import get_grid
@@ -34,7 +34,7 @@ from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 
 from .config import (
-    SPECPRED, InvalidInputError, Paths, Recipe, Training, TrainingError,
+    SPECPRED, InvalidInputError, Paths, Profile, Recipe, Training, TrainingError,
     TrainingParameters, find_training)
 from .config import random_generator, seed_everything
 from .images import (
@@ -42,16 +42,18 @@ from .images import (
     open_images, pack_arrays)
 from .models import (
     MODELS, PhotometryBranch, TrainedModel, load, model_arguments, predict_batches, save)
+from .parallel import (
+    in_parallel, mean_over_processes, processes, wait_for_all, without_wrapper)
 from .stages import atomic_path, versions
 from .surveys import PS1, ImagingSurvey
-from .vae import target_columns
+from .vae import SpectrumModel, target_columns
 from .weights import load_checkpoint, save_checkpoint
 
 # %% auto #0
 __all__ = ['Sample', 'make_sample', 'published_protocol', 'memory_for', 'GalaxyImage', 'GalaxySet', 'BatchLoader',
            'batch_loaders', 'rmse', 'pooled_metrics', 'EpochCheckpoint', 'plain', 'grouped_adam', 'grouped_ranger',
            'learning_rate', 'make_learner', 'TrainedLearner', 'train_model', 'train_models', 'calib_errors',
-           'save_trained', 'fit']
+           'save_trained', 'fit', 'profile_sample', 'train_profile']
 
 # %% ../nbs/24_training.ipynb #99f359c1
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def memory_for(
     if keep is False: return None
     n_bytes = n_galaxies*int(np.prod(images.shape[1:]))*images.pixels.itemsize
     if device.type == "cuda" and n_bytes < torch.cuda.mem_get_info(device)[0]/2: return device
+    n_bytes *= processes().n_here  # each of them keeps all images
     if keep or n_bytes < psutil.virtual_memory().available/2: return torch.device("cpu")
     return None
 
@@ -201,6 +204,7 @@ def batch(self:GalaxySet, positions, epoch:int=0) -> tuple[GalaxyImage, torch.Te
 class BatchLoader(DataLoader):
     "fastai `DataLoader` over a `GalaxySet` that makes a batch at once."
     n_inp, epoch = 1, 0
+    share = slice(None)  # of each batch, that this process takes; see `parallel.in_parallel`
 
     def __init__(self,
         dataset:GalaxySet,
@@ -213,7 +217,7 @@ class BatchLoader(DataLoader):
 
     def create_item(self, position): return position
 
-    def create_batch(self, positions): return self.dataset.batch(positions, self.epoch)
+    def create_batch(self, positions): return self.dataset.batch(positions[self.share], self.epoch)
 
     def order(self, epoch):
         "Galaxies of an epoch, which go on where the last one's ended."
@@ -231,6 +235,9 @@ class BatchLoader(DataLoader):
         return self.dataset.images.specobjid[self.dataset.rows[positions]]
 
     def after_iter(self): self.epoch += 1
+
+    def to_detach(self, values, cpu=True, gather=True):
+        return to_detach(values, cpu, gather=False)  # fastai asks: each process sees all galaxies
 
 # %% ../nbs/24_training.ipynb #8c35b4c4
 @patch
@@ -258,6 +265,7 @@ def batch_loaders(
     empty split or batch."""
     if batch_size < 1 or int(batch_size) != batch_size:
         raise InvalidInputError(f"A batch is a whole number of galaxies from 1, not {batch_size}.")
+    processes()  # which GPU is the default depends on them
     device = torch.device(device or default_device())
     memory = memory_for(sample.images, len(sample.table), device, keep)
     train = GalaxySet(sample, "train", augmentation or Augmentation(), seed, memory)
@@ -312,7 +320,8 @@ class EpochCheckpoint(Callback):
         return len(self.history)
 
     def before_epoch(self):
-        seed_everything(self.seed, "epoch", self.epoch)
+        own = [rank] if (rank := processes().rank) else []  # dropout differs between processes
+        seed_everything(self.seed, "epoch", self.epoch, *own)
         self.dls.train.epoch = self.epoch
         self.started, self.losses = time.time(), []
 
@@ -320,7 +329,7 @@ class EpochCheckpoint(Callback):
         if not self.training: return
         self.losses.append((self.loss.detach(), len(self.xb[0])))  # a number would wait for the GPU
         if bar := getattr(getattr(self.learn, "progress", None), "pbar", None):
-            rate = sum(n for _, n in self.losses)/(time.time() - self.started)
+            rate = processes().n*sum(n for _, n in self.losses)/(time.time() - self.started)
             bar.comment = f"{bar.comment.split(',')[0]}, {rate:.0f} images/s"
         if len(self.losses) % 100 == 0: self.check_losses()
 
@@ -328,8 +337,9 @@ class EpochCheckpoint(Callback):
 
     def check_losses(self):
         "Raises `TrainingError` where a loss of this epoch is no number."
-        losses = [loss for loss, _ in self.losses]
-        bad = ~torch.stack(losses).isfinite().cpu().numpy() if losses else np.zeros(0, bool)
+        if not self.losses: return
+        losses = mean_over_processes(torch.stack([loss for loss, _ in self.losses])).cpu()
+        bad = ~losses.isfinite().numpy()
         if not bad.any(): return
         batch, loader = int(bad.argmax()), self.dls.train
         galaxies = ""
@@ -361,14 +371,15 @@ def after_epoch(self:EpochCheckpoint):
         self.recorder.iters.pop()
         return
     losses, sizes = zip(*self.losses, strict=True)
-    losses = torch.stack(losses).cpu()
+    losses = mean_over_processes(torch.stack(losses)).cpu()
     metrics = {metric.name: float(metric.value) for metric in self.recorder.metrics}
     self.history.append(dict(
         epoch=self.epoch + 1, train_loss=float(np.average(losses, weights=sizes)), **metrics,
         seconds=time.time() - self.started))
-    state = dict(
-        model=self.model.state_dict(), optimizer=plain(self.opt.state_dict()), history=self.history)
-    save_checkpoint(self.path, self.fingerprint, state)
+    state = dict(model=without_wrapper(self.model).state_dict(),
+        optimizer=plain(self.opt.state_dict()), history=self.history)
+    with wait_for_all():
+        if not processes().rank: save_checkpoint(self.path, self.fingerprint, state)
 
 # %% ../nbs/24_training.ipynb #5c20aa02
 class _Grouped(Optimizer):
@@ -482,13 +493,15 @@ def train_model(
 ) -> TrainedLearner:
     """Trains one model from its last checkpoint, or from the start. Raises `TrainingError` for a
     loss that is no number, and for a batch too large for the GPU."""
-    training = find_training(name)
+    training, (rank, n, _) = find_training(name), processes()
+    progress = progress and rank == 0
     seed = seed_everything(seed, "training", name)
     if isinstance(dls.train, BatchLoader): dls.train.dataset.seed = seed
     learn = make_learner(training, dls)
     learn.recorder.smooth_loss = _SmoothLoss()
     if progress and IN_NOTEBOOK: cbs = [ShowGraphCallback(), *cbs]
-    saver = EpochCheckpoint(checkpoint, f"{training} {seed} {parameters!r}", seed)
+    together = f" {n} processes" if n > 1 else ""
+    saver = EpochCheckpoint(checkpoint, f"{training} {seed} {parameters!r}{together}", seed)
     start = saver.resume(learn)
     with contextlib.ExitStack() as contexts:
         if not progress: contexts.enter_context(learn.no_bar())
@@ -501,21 +514,22 @@ def train_model(
 
 def _fits(learn, *arguments, **options) -> bool:
     "Trains; whether the memory was enough. The exception would keep what it was filled with."
-    try: learn.fit_one_cycle(*arguments, **options)
+    try:
+        with in_parallel(learn): learn.fit_one_cycle(*arguments, **options)
     except torch.OutOfMemoryError: return False
     return True
 
 def _too_large(learn, batch_size):
     "What to do about a batch that is too large, after steps of smaller ones."
-    x, y = learn.dls.one_batch()
+    (x, y), n_processes = learn.dls.one_batch(), processes().n
     learn.model.train()
-    n = len(x)//2
+    n = len(x)//n_processes//2
     while n:
         torch.cuda.empty_cache()
         try:
             learn.loss_func(learn.model(x[:n]), y[:n]).backward()
             return (f"a batch of {batch_size} galaxies is too large for the memory of {x.device}; "
-                f"one of {n} fits: set training.batch_size={n}.")
+                f"one of {n*n_processes} fits: set training.batch_size={n*n_processes}.")
         except torch.OutOfMemoryError: n //= 2
     return f"not one galaxy fits into the memory of {x.device}: set training.keep=False."
 
@@ -547,11 +561,13 @@ def _train_and_save(sample, name, target_stats, parameters, seed, weights, histo
     dls = batch_loaders(sample, parameters.batch_size, augmentation, keep=parameters.keep,
         epoch_size=parameters.epoch_size)
     learn, history = train_model(name, dls, parameters, seed, checkpoint, progress)
-    with atomic_path(history_path) as part: history.to_csv(part, index=False)
-    save_trained(
-        learn.model, sample, name, target_stats, weights, seed=seed, epochs=parameters.epochs
-    )
-    checkpoint.unlink(missing_ok=True)
+    rank, n, _ = processes()
+    facts = dict(seed=seed, epochs=parameters.epochs) | (dict(processes=n) if n > 1 else {})
+    with wait_for_all():
+        if rank: return
+        with atomic_path(history_path) as part: history.to_csv(part, index=False)
+        save_trained(learn.model, sample, name, target_stats, weights, **facts)
+        checkpoint.unlink(missing_ok=True)
 
 # %% ../nbs/24_training.ipynb #faf633c7
 def calib_errors(
@@ -634,6 +650,8 @@ def fit(
     """A trained model, whose `predict` gives targets in their own units. Raises `InvalidInputError`
     for arrays that do not fit together, targets that are not finite, too few galaxies, and an
     unknown model."""
+    if folder is None and processes().n > 1:
+        raise InvalidInputError("several processes need a folder, which all of them see")
     images, targets = _own_arrays(images, targets)
     training = find_training(model)._replace(recipe=recipe)
     split = _own_split(len(images), split, seed)
@@ -662,3 +680,15 @@ def fit(
         _train_and_save(sample, training, (mean, std), parameters, seed, weights,
             folder/"history.csv", folder/f"{data:08x}.checkpoint", progress)
         return load(weights)
+
+# %% ../nbs/24_training.ipynb #9d3a0024
+def profile_sample(profile:Profile, paths:Paths) -> Sample:
+    "The sample of what the stages before this one have made."
+    images, latents = open_images(paths.images), pd.read_parquet(paths.latents)
+    return make_sample(images, latents, profile.training.stretch, profile.seed)
+
+def train_profile(sample:Sample, profile:Profile, paths:Paths) -> pd.DataFrame:
+    "Trains the models of a profile; returns the last row of each history."
+    decoder = SpectrumModel.load(paths.vae)
+    stats = decoder.target_mean, decoder.target_std
+    return train_models(sample, stats, profile.training, profile.seed, paths)
