@@ -47,13 +47,15 @@ def processes() -> Processes:
 @contextlib.contextmanager
 def wait_for_all():
     "Context that ends when it has ended in all processes, with the first one's error, if any."
-    error, (_, n, _) = None, processes()
+    error, (rank, n, _) = None, processes()
     try: yield
     except (SpecpredError, OSError) as problem: error = problem
     errors = [error]*n
     if n > 1: dist.all_gather_object(errors, error)
-    for error in errors:
-        if error: raise error
+    for k, error in enumerate(errors):
+        if error is None: continue
+        error.of_another = k != rank  # so that a program can say it once
+        raise error
 
 def mean_over_processes(
     values:torch.Tensor,  # of the same shape in all processes

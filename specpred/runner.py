@@ -18,11 +18,11 @@ from typing import NamedTuple
 from .config import (PROFILES, MissingInputError, Paths, Profile, ProfileError,
     SpecpredError, _nearest, get_paths, get_profile, repo_root)
 from .stages import (
-    STAGES, Stage, atomic_path, only_one, read_manifest, versions, why_outdated)
+    STAGES, Stage, atomic_path, only_one, read_manifest, start_stage, versions, why_outdated)
 
 # %% auto #0
 __all__ = ['find_stage', 'choose_stages', 'NotebookFailed', 'execute_notebook', 'last_executed', 'reproduce', 'Combination',
-           'combinations', 'sweep', 'summary', 'describe_device', 'describe_profiles', 'results_with_errors',
+           'combinations', 'sweep', 'train', 'summary', 'describe_device', 'describe_profiles', 'results_with_errors',
            'record_path', 'write_record', 'NotReproduced', 'compare_with_record']
 
 # %% ../nbs/33_runner.ipynb #760bd181
@@ -279,6 +279,28 @@ def sweep(
             table = pd.DataFrame([rows[e.label] for e in wanted if e.label in rows])
             with atomic_path(paths.sweep/"results.parquet") as part: table.to_parquet(part)
     return table
+
+# %% ../nbs/33_runner.ipynb #9d3a0032
+def train(
+    profile:str = "demo",  # name of a profile, whose stages before 24_training have run
+    overrides = (),  # changes to it
+    data_dir = None,  # folder that holds <profile>/, on a disk that all processes see
+):
+    """Trains the models of a profile in all processes that `torchrun` has started; returns the last
+    row of each history. Raises `ProfileError`, `MissingInputError`, and `SpecpredError` during
+    another run."""
+    from specpred.parallel import processes, wait_for_all
+    with contextlib.ExitStack() as held:
+        with wait_for_all():
+            chosen = get_profile(profile, overrides)
+            paths = get_paths(chosen, data_dir)
+            # the modules that the notebook imports belong to what its weights depend on
+            from specpred import plotting, training  # noqa: F401
+            if processes().rank == 0:
+                held.enter_context(only_one(paths.root, "run of this profile"))
+                start_stage("24_training", profile, overrides, data_dir)
+        sample = training.profile_sample(chosen, paths)
+        return training.train_profile(sample, chosen, paths)
 
 # %% ../nbs/33_runner.ipynb #a8160732
 def summary(

@@ -345,9 +345,10 @@ class EpochCheckpoint(Callback):
         galaxies = ""
         if isinstance(loader, BatchLoader):
             galaxies = f" (specobjid {', '.join(map(str, loader.specobjids(self.epoch, batch)))})"
-        raise TrainingError(f"the loss of batch {batch + 1} of epoch {self.epoch + 1} is "
-            f"{losses[batch].item()}. Look at its galaxies{galaxies}, or lower training.lr. "
-            f"What was learned in {len(self.history)} epochs is kept in {self.path}.")
+        with wait_for_all():
+            raise TrainingError(f"the loss of batch {batch + 1} of epoch {self.epoch + 1} is "
+                f"{losses[batch].item()}. Look at its galaxies{galaxies}, or lower training.lr. "
+                f"What was learned in {len(self.history)} epochs is kept in {self.path}.")
 
 # %% ../nbs/24_training.ipynb #eee93efa
 def plain(value):
