@@ -3,7 +3,13 @@ gradients of the same shares; killed trainings go on; errors end all processes; 
 once. One start of two processes makes what most tests look at, since each takes seconds to
 import."""
 import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +19,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fastai.basics import Callback
 
-from specpred.config import InvalidInputError, Paths, SpecpredError, TrainingParameters
+from specpred.config import (
+    InvalidInputError,
+    Paths,
+    SpecpredError,
+    TrainingParameters,
+    get_paths,
+    repo_root,
+)
 from specpred.images import Augmentation, open_images, pack_arrays
 from specpred.models import load, predict_batches
 from specpred.parallel import in_parallel, processes, wait_for_all
@@ -213,3 +226,34 @@ def test_errors_end_both_processes(ranks):
         "among 2 processes: set training.batch_size to a multiple of 2.")
     assert first["alone"] == ("InvalidInputError", "the first process cannot write")
     assert "need a folder" in first["fit"][1]
+
+
+def torchrun(*arguments):
+    "`specpred train` in two processes, whatever GPUs there are."
+    bin = Path(sys.executable).parent
+    no_gpu = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    command = [bin/"torchrun", "--standalone", "--nproc_per_node=2", "--no-python"]
+    return subprocess.run([*command, bin/"specpred", "train", *arguments], env=no_gpu,
+        capture_output=True, text=True, timeout=300)
+
+
+def test_what_torchrun_has_trained_is_kept_by_the_stage(smoke_run, tmp_path):
+    paths = get_paths("smoke", tmp_path)
+    paths.root.mkdir()
+    for name in ("images", "vae", "latents"):
+        getattr(paths, name).symlink_to(getattr(smoke_run, name))
+    done = torchrun("--profile", "smoke", "--data-dir", str(tmp_path),
+        "--set", "training.models=conv3", "--set", "training.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("conv3 12345", done.stdout)) == 1
+    assert load(paths.weights("conv3", 12345)).provenance["processes"] == 2
+    # the stage keeps weights while no module that its notebook imports has changed
+    notebook = repo_root()/"nbs"/"24_training.ipynb"
+    imported = re.findall(r"from specpred\.(\w+)", notebook.read_text())
+    started = json.loads((paths.manifests/"24_training.started.json").read_text())
+    assert {*imported} - {"config", "stages"} <= {*started["code"]}
+
+
+def test_an_error_of_all_processes_is_said_once():
+    done = torchrun("--profile", "nowhere")
+    assert done.returncode == 1 and done.stderr.count("There is no profile 'nowhere'") == 1
