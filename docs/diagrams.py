@@ -11,6 +11,7 @@ import torch
 from fastai.layers import ResBlock
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from PIL import Image
 
 from specpred.config import get_paths, repo_root
 from specpred.deconv import FastDeconv
@@ -178,7 +179,9 @@ def draw(folder:Path):
     "Writes all three."
     pictures = dict(pipeline=draw_pipeline, network=draw_network, modules=draw_modules)
     for name, picture in pictures.items():
-        with atomic_path(folder/f"{name}.png") as part: picture().savefig(part, dpi=110)
+        with atomic_path(folder/f"{name}.png") as part:
+            picture().savefig(part, dpi=110)
+            Image.open(part).convert("RGB").quantize(64).save(part, optimize=True)  # a third
 
 
 if __name__ == "__main__": draw(repo_root()/"figures")
