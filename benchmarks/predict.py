@@ -50,10 +50,10 @@ def batches(folder, n, bf16=False):
     network.model = models.fuse(network.model)
     decoder = Predictor.load().decoder
     flux = np.load(folder/"all.npy", mmap_mode="r")
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for start in range(0, n, 32):
+    for start in range(0, n, 32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             targets = network.predict_targets(flux[start:start + 32])
-            decoder.decode(targets)
+        decoder.decode(targets)
 
 
 def batches_bf16(folder, n): batches(folder, n, bf16=True)
