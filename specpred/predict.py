@@ -51,10 +51,10 @@ from .vae import SpectrumModel
 from .weights import fingerprint, halve_weights, read_weights
 
 # %% auto #0
-__all__ = ['LIMITS', 'PRETRAINED', 'PredictedSpectra', 'Predictor', 'tabulate_quantities', 'GalaxiesFailed', 'example_galaxies',
-           'follow_bands', 'ObservedSpectra', 'normalise', 'recalibrate', 'write_table', 'plot_prediction',
-           'combine_tables', 'check_output', 'predict_files', 'write_predictions', 'describe_summary', 'read_summary',
-           'Comparison', 'compare', 'plot_comparison']
+__all__ = ['LIMITS', 'PRETRAINED', 'PredictedSpectra', 'Predictor', 'tabulate_quantities', 'weights_folder', 'GalaxiesFailed',
+           'example_galaxies', 'follow_bands', 'ObservedSpectra', 'normalise', 'recalibrate', 'write_table',
+           'plot_prediction', 'combine_tables', 'check_output', 'predict_files', 'write_predictions',
+           'describe_summary', 'read_summary', 'Comparison', 'compare', 'plot_comparison']
 
 # %% ../nbs/32_predict.ipynb #40e98df2
 @dataclass
@@ -278,17 +278,25 @@ def save(self:Predictor,
     with atomic_path(Path(folder)/"about.json") as part: part.write_text(json.dumps(self.about))
 
 # %% ../nbs/32_predict.ipynb #31load01
+def weights_folder(
+    where:str | Path | None = None,  # a folder, or the name of installed weights; None: mock-sky
+) -> Path:
+    "The folder of a predictor's files, whether it exists or not."
+    installed = PRETRAINED/str(where or "mock-sky")
+    return installed if installed.is_dir() else Path(where or installed).expanduser().resolve()
+
 @patch(cls_method=True)
 def load(cls:Predictor,
     where:str | Path | None = None,  # a folder, or the name of installed weights; None: these
 ) -> Predictor:
     """What `Predictor.save` wrote. Raises `MissingInputError`, and `DamagedFileError` or
     `WeightsError` for files that are cut short or do not belong together."""
-    installed = sorted(path.name for path in PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
-    folder = PRETRAINED/(where or "mock-sky") if where in (None, *installed) else Path(where)
+    folder = weights_folder(where)
     if not (folder/"about.json").is_file():
-        raise MissingInputError(f"there is no predictor {str(folder)!r}: name a folder that "
-            f"Predictor.save wrote, or one of {', '.join(installed)}")
+        is_there = PRETRAINED.is_dir()
+        installed = sorted(path.name for path in PRETRAINED.iterdir()) if is_there else []
+        raise MissingInputError(f"there is no predictor {str(where or folder)!r}: name a folder "
+            f"that Predictor.save wrote, or one of {', '.join(installed)}")
     try: about = dict(json.loads((folder/"about.json").read_text()))
     except (ValueError, TypeError) as error:
         raise DamagedFileError(f"{folder}/about.json is damaged ({error})") from error

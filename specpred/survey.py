@@ -34,7 +34,7 @@ from .models import TrainedModel
 from specpred.inputs import (
     ReadImage, cache_folder, check_store, checked_image, coordinate_names, fetch_cutouts,
     read_image)
-from .predict import PRETRAINED, Predictor
+from .predict import Predictor, weights_folder
 from .runner import _dask
 from .stages import _read_json, atomic_path, only_one, versions
 from .surveys import ImagingSurvey
@@ -56,12 +56,6 @@ def _extra(name:str):
             'pip install "specpred[survey]"') from error
 
 # %% ../nbs/34_survey.ipynb #34296783
-def _weights_folder(model) -> Path:
-    "The folder of a model, whether it exists or not."
-    if model is None: return PRETRAINED/"mock-sky"
-    installed = PRETRAINED/str(model)
-    return installed if installed.is_dir() else Path(model).expanduser().resolve()
-
 @functools.lru_cache(maxsize=2)
 def _load(folder:Path, written:int) -> Predictor: return Predictor.load(folder)
 
@@ -69,7 +63,7 @@ def load_predictor(
     model:str | Path | None = None,  # a folder, or the name of installed weights; None: mock-sky
 ) -> Predictor:
     "What `Predictor.load` returns, kept in this process. Raises as `Predictor.load`."
-    folder = _weights_folder(model)
+    folder = weights_folder(model)
     about = folder/"about.json"  # is written last
     return _load(folder, about.stat().st_mtime_ns) if about.is_file() else Predictor.load(model)
 
@@ -334,7 +328,7 @@ def _claim(out:Path, source:dict, options:dict):
             f"{', '.join(str(record['made_of'].get(n)) for n in different)}. Choose another folder")
     if out.is_dir() and any(out.iterdir()):
         raise InvalidInputError(f"{out} holds other files; choose another folder")
-    about = about | dict(folder=str(_weights_folder(options["model"])))
+    about = about | dict(folder=str(weights_folder(options["model"])))
     record = dict(made_of=made_of, predictor=about, columns=_MEANING,
         started=time.strftime("%Y-%m-%d %H:%M:%S"), versions=versions())
     with atomic_path(out/_RECORD) as part: part.write_text(json.dumps(record, indent=1))
@@ -419,7 +413,7 @@ def _options(model, cutouts, columns:Columns, batch_size:int, names) -> dict:
     if cutouts == "archive": cutouts = Archive()
     if not isinstance(cutouts, Archive) and cutouts not in names:
         cutouts = str(Path(cutouts).expanduser().resolve())
-    if model is not None: model = str(_weights_folder(model))
+    if model is not None: model = str(weights_folder(model))
     check_cutouts(cutouts, names, columns, load_predictor(model).model.survey)
     return dict(model=model, cutouts=cutouts, columns=columns, batch_size=batch_size)
 
