@@ -6,6 +6,7 @@
 from __future__ import annotations
 import ast
 import difflib
+import importlib
 import os
 import zlib
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fi
 
 # %% auto #0
 __all__ = ['IMAGE_MODELS', 'PUBLISHED', 'SPECPRED', 'RECIPES', 'PROFILES', 'SpecpredError', 'ProfileError', 'MissingInputError',
-           'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError', 'TrainingError', 'Settings',
-           'replace', 'MockParameters', 'ArchiveParameters', 'ImageParameters', 'SpectraParameters', 'VAEParameters',
-           'Recipe', 'Training', 'find_training', 'TrainingParameters', 'PosteriorParameters', 'EvaluationParameters',
-           'Profile', 'get_profile', 'random_generator', 'seed_everything', 'repo_root', 'data_file', 'Paths',
-           'get_paths']
+           'InvalidInputError', 'DamagedFileError', 'ArchiveError', 'WeightsError', 'TrainingError',
+           'MissingExtraError', 'import_extra', 'Settings', 'replace', 'MockParameters', 'ArchiveParameters',
+           'ImageParameters', 'SpectraParameters', 'VAEParameters', 'Recipe', 'Training', 'find_training',
+           'TrainingParameters', 'PosteriorParameters', 'EvaluationParameters', 'Profile', 'get_profile',
+           'random_generator', 'seed_everything', 'repo_root', 'data_file', 'Paths', 'get_paths']
 
 # %% ../nbs/00_config.ipynb #a9c4e1dd
 class SpecpredError(Exception):
@@ -47,6 +48,20 @@ class WeightsError(SpecpredError):
 
 class TrainingError(SpecpredError):
     "A training that cannot go on: its loss is no number, or the device has too little memory."
+
+class MissingExtraError(SpecpredError):
+    "A package that is installed only with an extra of specpred."
+
+# %% ../nbs/00_config.ipynb #a9c4e1df
+def import_extra(
+    module:str,  # e.g. "lsdb"
+    extra:str,  # that installs it, e.g. "survey"
+):
+    "The module. Raises `MissingExtraError` where it is not installed."
+    try: return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"The package {error.name} is not installed: "
+            f'pip install "specpred[{extra}]"') from error
 
 # %% ../nbs/00_config.ipynb #82398d5c
 class Settings(BaseModel):

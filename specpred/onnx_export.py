@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .config import InvalidInputError, SpecpredError
+from .config import InvalidInputError, import_extra
 from .images import turn
 from .models import PhotometryBranch, TrainedModel, WithPhotometry, fuse
 from .photometry import RingPhotometry, _centroids
@@ -80,13 +80,6 @@ class _FluxToTargets(nn.Module):
         return targets if self.branch is None else targets + self.branch(x)
 
 # %% ../nbs/appendix_onnx.ipynb #79f35eac
-def _check_packages():
-    "Raises `SpecpredError` where ONNX files cannot be written."
-    try: import onnx, onnxscript  # noqa: E401, F401
-    except ImportError as error:
-        raise SpecpredError(f"Writing ONNX files needs the package {error.name}: "
-            "pip install 'specpred[onnx]'.") from error
-
 @torch.no_grad()
 def _write(network, example, path, names, metadata):
     "Writes a network as one file, complete or not at all; `names` are those of input and output."
@@ -109,7 +102,7 @@ def export_network(
     survey's order, in the unit of the training images, without NaN, to standardised `targets`
     (N, n_out) float32: those of `predict_targets`. Raises `SpecpredError` without the packages
     of ONNX, `InvalidInputError` where the size is unknown."""
-    _check_packages()
+    for package in ("onnx", "onnxscript"): import_extra(package, "onnx")
     size = size or trained.provenance.get("image_size")
     if not size: raise InvalidInputError(f"{trained.name} does not know its size of images: give "
         "export_network a size.")
@@ -144,7 +137,7 @@ def export_decoder(
     """Writes the decoder as a function of standardised `targets` (N, n_targets) float32 to
     normalised `spectrum` (N, n_bins) float32, that of `decode`. Raises `SpecpredError` without the
     packages of ONNX."""
-    _check_packages()
+    for package in ("onnx", "onnxscript"): import_extra(package, "onnx")
     metadata = dict(kind="decoder", n_targets=model.n_targets, provenance=facts,
         wavelength=model.wavelength.tolist(), wavelength_unit="vacuum Angstrom, rest frame")
     example = torch.zeros(2, model.n_targets)

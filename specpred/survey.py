@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .config import (
-    ArchiveParameters, InvalidInputError, MissingInputError, SpecpredError)
+    ArchiveParameters, InvalidInputError, MissingInputError, SpecpredError, import_extra)
 from .cutouts import differences, read_cutouts
 from .formats import damage_reported
 from .images import Galaxy, ImageStore, central_crop, open_images
@@ -40,20 +39,9 @@ from .stages import _read_json, atomic_path, only_one, versions
 from .surveys import ImagingSurvey
 
 # %% auto #0
-__all__ = ['COLUMNS', 'KEEP_MEMORY', 'MissingExtraError', 'load_predictor', 'Columns', 'to_image', 'check_array', 'Archive',
-           'images_of', 'check_cutouts', 'Outcome', 'predict_images', 'predict_partition', 'RunStopped',
-           'predict_catalog', 'predict_parquet']
-
-# %% ../nbs/34_survey.ipynb #3463df7b
-class MissingExtraError(SpecpredError):
-    "A package of an extra that is not installed."
-
-def _extra(name:str):
-    "The module of that name, which is of the extra `survey`."
-    try: return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(f"Whole surveys need the package {error.name}: "
-            'pip install "specpred[survey]"') from error
+__all__ = ['COLUMNS', 'KEEP_MEMORY', 'load_predictor', 'Columns', 'to_image', 'check_array', 'Archive', 'images_of',
+           'check_cutouts', 'Outcome', 'predict_images', 'predict_partition', 'RunStopped', 'predict_catalog',
+           'predict_parquet']
 
 # %% ../nbs/34_survey.ipynb #34296783
 @functools.lru_cache(maxsize=2)
@@ -283,7 +271,7 @@ def _nest(outcomes:list[Outcome], wavelength:np.ndarray, index) -> pd.Series:
     ends = pa.array(np.cumsum(lengths), pa.int32())
     lists = [pa.ListArray.from_arrays(ends, pa.array(row)) for row in values]
     spectra = pa.StructArray.from_arrays(lists, ["wavelength", "flux", "lower", "upper"])
-    dtype = _extra("nested_pandas").NestedDtype(spectra.type)
+    dtype = import_extra("nested_pandas", "survey").NestedDtype(spectra.type)
     return pd.Series(spectra, dtype=dtype, index=index)
 
 # %% ../nbs/34_survey.ipynb #34f8cb94
@@ -307,7 +295,7 @@ def predict_partition(
         outcomes += predict_images(predictor, images)
     added = _tabulate(outcomes, predictor, frame.index)
     kept = frame[[name for name in columns if name in frame.columns]]
-    return _extra("nested_pandas").NestedFrame(pd.concat([kept, added], axis=1))
+    return import_extra("nested_pandas", "survey").NestedFrame(pd.concat([kept, added], axis=1))
 
 # %% ../nbs/34_survey.ipynb #34430e9f
 _RECORD = "specpred.json"
@@ -376,7 +364,7 @@ def _predict_pixel(frame, pixel, out:str, options:dict) -> pd.DataFrame:
     if not _is_written(Path(out), pixel.order, pixel.pixel):
         return predict_partition(frame, **options)
     file = _partition_file(Path(out), pixel.order, pixel.pixel)
-    written = _extra("nested_pandas").read_parquet(file).set_index(frame.index.name)
+    written = import_extra("nested_pandas", "survey").read_parquet(file).set_index(frame.index.name)
     return written.astype(predict_partition(frame.iloc[:0], **options).dtypes)
 
 # %% ../nbs/34_survey.ipynb #34e02be3
@@ -419,7 +407,7 @@ def _options(model, cutouts, columns:Columns, batch_size:int, names) -> dict:
 
 # %% ../nbs/34_survey.ipynb #343b6785
 def _open_catalogue(path, **kwargs):
-    try: return _extra("lsdb").open_catalog(path, **kwargs)
+    try: return import_extra("lsdb", "survey").open_catalog(path, **kwargs)
     except (OSError, ValueError) as error:
         raise MissingInputError(f"{path} is no HATS catalogue: {error}") from error
 
@@ -478,7 +466,7 @@ def _predict_file(name:str, folder:str, out:str, options:dict):
         if _is_made_of(target, source, schema.num_rows): return
         names = schema.schema.to_arrow_schema().names
         wanted = {*options["columns"], options["cutouts"]} & set(names)
-        frame = _extra("nested_pandas").read_parquet(source, columns=sorted(wanted))
+        frame = import_extra("nested_pandas", "survey").read_parquet(source, columns=sorted(wanted))
     predicted = predict_partition(frame, **options)
     with atomic_path(target) as part: predicted.to_parquet(part)
 
