@@ -39,7 +39,9 @@ def processes() -> Processes:
     """The processes that `torchrun` has started. The first call connects them. Raises
     `InvalidInputError` for more processes than GPUs."""
     n, n_here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if n > 1 and not dist.is_initialized(): _join(n_here)
+    # a batch system may set the same variables for a program that runs alone
+    started = dist.is_torchelastic_launched() and n > 1
+    if started and not dist.is_initialized(): _join(n_here)
     if not dist.is_initialized(): return Processes(0, 1, 1)
     return Processes(dist.get_rank(), dist.get_world_size(), n_here)
 
