@@ -35,8 +35,7 @@ from fastcore.imports import IN_NOTEBOOK
 
 from .config import (
     SPECPRED, InvalidInputError, Paths, Profile, Recipe, Training, TrainingError,
-    TrainingParameters, find_training)
-from .config import random_generator, seed_everything
+    TrainingParameters, find_training, random_generator, seed_everything)
 from .images import (
     Augmentation, Draws, ImageStore, ImageTransform, augment, composite, fit_transform,
     open_images, pack_arrays)
@@ -47,7 +46,7 @@ from .parallel import (
 from .stages import atomic_path, versions
 from .surveys import PS1, ImagingSurvey
 from .vae import SpectrumModel, target_columns
-from .weights import load_checkpoint, save_checkpoint
+from .weights import load_checkpoint, load_state, save_checkpoint
 
 # %% auto #0
 __all__ = ['Sample', 'make_sample', 'published_protocol', 'memory_for', 'GalaxyImage', 'GalaxySet', 'BatchLoader',
@@ -303,21 +302,39 @@ def pooled_metrics(
     return [AccumMetric(rmse, name="rmse", flatten=False), *map(of_target, range(n_targets))]
 
 # %% ../nbs/24_training.ipynb #2994c838
+_IMAGE_MODEL = "training of an image model"  # tells its checkpoints from those of autoencoders
+
 class EpochCheckpoint(Callback):
     "Records losses and metrics of each epoch, and writes what the next epoch depends on to `path`."
     order = 60  # after the recorder
-    def __init__(self, path:Path, fingerprint:str, seed:int):
-        self.path, self.fingerprint, self.seed, self.history = Path(path), fingerprint, seed, []
+    def __init__(self,
+        path:Path,
+        settings:dict,  # all that the training depends on: names, numbers and text
+        seed:int,
+    ):
+        self.path, self.settings, self.seed, self.history = Path(path), settings, seed, []
 
     def resume(self, learn:Learner) -> int:
-        "Restores an interrupted training into `learn`; returns the epoch to go on from."
-        state = load_checkpoint(self.path, self.fingerprint)
-        if state is None: return 0
-        learn.model.to(learn.dls.device).load_state_dict(state["model"])
+        """Restores an interrupted training into `learn`; returns the epoch to go on from. Raises
+        `TrainingError` for a file that is no checkpoint of this training."""
+        state = load_checkpoint(self.path, _IMAGE_MODEL)
+        if state is None and not self.path.exists(): return 0
+        if problem := self.problem(state):
+            raise TrainingError(f"{self.path} {problem}. Name another file for the checkpoint, or "
+                "remove this one to begin anew.")
+        load_state(learn.model.to(learn.dls.device), state["model"], str(self.path))
         learn.create_opt()
         learn.opt.load_state_dict(to_device(state["optimizer"], learn.dls.device))
         self.history = state["history"]
         return len(self.history)
+
+    def problem(self, state:dict | None) -> str:
+        "Why a training does not go on from the content of a file; empty where it does."
+        if state is None: return "is no checkpoint of an image model, or damaged"
+        before, now = state["settings"], self.settings
+        changed = [f"{name} is {now.get(name)} and was {before.get(name)}"
+            for name in before | now if before.get(name) != now.get(name)]
+        return f"belongs to another training: {', '.join(changed)}" if changed else ""
 
     def before_epoch(self):
         own = [rank] if (rank := processes().rank) else []  # dropout differs between processes
@@ -377,10 +394,10 @@ def after_epoch(self:EpochCheckpoint):
     self.history.append(dict(
         epoch=self.epoch + 1, train_loss=float(np.average(losses, weights=sizes)), **metrics,
         seconds=time.time() - self.started))
-    state = dict(model=without_wrapper(self.model).state_dict(),
+    state = dict(settings=self.settings, model=without_wrapper(self.model).state_dict(),
         optimizer=plain(self.opt.state_dict()), history=self.history)
     with wait_for_all():
-        if not processes().rank: save_checkpoint(self.path, self.fingerprint, state)
+        if not processes().rank: save_checkpoint(self.path, _IMAGE_MODEL, state)
 
 # %% ../nbs/24_training.ipynb #5c20aa02
 class _Grouped(Optimizer):
@@ -488,21 +505,21 @@ def train_model(
     dls:DataLoaders,  # from `batch_loaders`, or any other of fastai
     parameters:TrainingParameters,
     seed:int,  # for weights, order and augmentation
-    checkpoint:Path,  # where the state after each epoch goes
+    checkpoint:Path,  # where the state after each epoch goes, for these images and targets only
     progress:bool = True,
     cbs = (),  # fastai callbacks besides the recipe's
 ) -> TrainedLearner:
     """Trains one model from its last checkpoint, or from the start. Raises `TrainingError` for a
-    loss that is no number, and for a batch too large for the GPU."""
-    training, (rank, n, _) = find_training(name), processes()
-    progress = progress and rank == 0
+    checkpoint of another training, for a loss that is no number, and for a batch too large for the
+    GPU."""
+    training = find_training(name)
+    progress = progress and processes().rank == 0
     seed = seed_everything(seed, "training", name)
     if isinstance(dls.train, BatchLoader): dls.train.dataset.seed = seed
     learn = make_learner(training, dls)
     learn.recorder.smooth_loss = _SmoothLoss()
     if progress and IN_NOTEBOOK: cbs = [ShowGraphCallback(), *cbs]
-    together = f" {n} processes" if n > 1 else ""
-    saver = EpochCheckpoint(checkpoint, f"{training} {seed} {parameters!r}{together}", seed)
+    saver = EpochCheckpoint(checkpoint, _settings(training, dls, parameters, seed), seed)
     start = saver.resume(learn)
     with contextlib.ExitStack() as contexts:
         if not progress: contexts.enter_context(learn.no_bar())
@@ -512,6 +529,14 @@ def train_model(
             learning_rate(training, parameters), start_epoch=start, cbs=[saver, *cbs])
         if not fits: raise TrainingError(_too_large(learn, parameters.batch_size))
     return TrainedLearner(learn, pd.DataFrame(saver.history))
+
+def _settings(training, dls, parameters, seed) -> dict:
+    "All that the weights after an epoch depend on, to tell one training from another."
+    recipe = training.recipe.model_dump()
+    of_one = parameters.model_dump(exclude={"models", "seeds", "keep"})
+    return dict(model=training.model, recipe=recipe.pop("name")) | recipe | of_one | dict(
+        lr=learning_rate(training, parameters), seed=seed, galaxies=len(dls.train_ds),
+        processes=processes().n)
 
 def _fits(learn, *arguments, **options) -> bool:
     "Trains; whether the memory was enough. The exception would keep what it was filled with."

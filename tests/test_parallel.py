@@ -23,6 +23,7 @@ from specpred.config import (
     InvalidInputError,
     Paths,
     SpecpredError,
+    TrainingError,
     TrainingParameters,
     get_paths,
     repo_root,
@@ -169,7 +170,7 @@ def difference(a, b):
 
 @pytest.mark.parametrize("name", ["deconv3", "conv3"])
 def test_steps_are_those_of_one_process_that_averages_gradients(folder, ranks, name):
-    learn, history = train(read_sample(folder), folder/"alone", name, cbs=[SharesInTurn()])
+    learn, history = train(read_sample(folder), folder/f"{name}.alone", name, cbs=[SharesInTurn()])
     state, recorded = ranks[0][name]
     apart = difference(state, learn.model.state_dict())
     print(f"{name}: parameters and buffers differ by at most {apart:.1e}")
@@ -212,8 +213,8 @@ def test_the_first_process_alone_writes(folder, ranks):
 
 
 def test_a_checkpoint_of_two_processes_is_not_gone_on_with_alone(folder, ranks):
-    _, history = train(read_sample(folder), folder/"conv3.state", "conv3")
-    assert history.train_loss[0] != ranks[0]["conv3"][1]["train_loss"][0]
+    with pytest.raises(TrainingError, match="another training: processes is 1 and was 2"):
+        train(read_sample(folder), folder/"conv3.state", "conv3")
 
 
 def test_errors_end_both_processes(ranks):
@@ -226,6 +227,11 @@ def test_errors_end_both_processes(ranks):
         "among 2 processes: set training.batch_size to a multiple of 2.")
     assert first["alone"] == ("InvalidInputError", "the first process cannot write")
     assert "need a folder" in first["fit"][1]
+
+
+def test_a_batch_system_that_counts_processes_starts_none(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"): monkeypatch.setenv(name, "4")
+    assert processes() == (0, 1, 1)
 
 
 def torchrun(*arguments):

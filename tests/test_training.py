@@ -229,15 +229,29 @@ def test_a_batch_that_is_too_large_says_which_one_fits(sample, tmp_path, monkeyp
             progress=False)
 
 
-def test_a_checkpoint_of_another_training_is_not_taken_up(sample, tmp_path):
-    def train(lr, checkpoint):
-        parameters = TrainingParameters(epochs=1, batch_size=7, lr=lr)
-        return train_model(
-            "conv3", loaders(sample), parameters, 0, tmp_path/checkpoint, progress=False
-        )
-    train(1e-2, "shared")
-    after, alone = train(1e-3, "shared"), train(1e-3, "alone")
-    assert same_weights(after.learn.model.state_dict(), alone.learn.model.state_dict())
+@pytest.mark.parametrize("other, problem", [
+    (dict(lr=1e-3), "another training: lr is 0.001 and was 0.01"),
+    (dict(name="deconv3"), "another training: model is deconv3 and was conv3"),
+    (dict(name="conv3-specpred"), "recipe is specpred and was published, optimizer is"),
+    (dict(seed=1), "another training: seed is")])
+def test_a_checkpoint_of_another_training_stays_as_it_is(sample, tmp_path, other, problem):
+    def train(name="conv3", seed=0, **settings):
+        parameters = TrainingParameters(**dict(epochs=1, batch_size=7, lr=1e-2) | settings)
+        train_model(name, loaders(sample), parameters, seed, tmp_path/"state", progress=False)
+    train()
+    before = (tmp_path/"state").read_bytes()
+    with pytest.raises(TrainingError, match=problem): train(**other)
+    assert (tmp_path/"state").read_bytes() == before
+    train(keep=True)  # where images are kept does not matter
+
+
+@pytest.mark.parametrize("content", [b"", b"my thesis"])
+def test_a_file_that_is_no_checkpoint_stays_as_it_is(sample, tmp_path, content):
+    (tmp_path/"state").write_bytes(content)
+    with pytest.raises(TrainingError, match="is no checkpoint of an image model, or damaged"):
+        train_model("conv3", loaders(sample), TrainingParameters(batch_size=7), 0,
+            tmp_path/"state", progress=False)
+    assert (tmp_path/"state").read_bytes() == content
 
 
 def test_the_order_of_models_does_not_matter(sample, tmp_path):
