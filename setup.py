@@ -7,7 +7,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here/"settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "onnx", "survey")}
+extras = {extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "onnx", "survey", "tensorboard")}
 
 setup(
     name=settings["lib_name"],

@@ -114,6 +114,9 @@ def train(
     profile: _Profile = "demo",
     overrides: _Overrides = None,
     data_dir: _DataDir = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard",
+        help="Write losses for TensorBoard, which shows them with "
+        "tensorboard --logdir data/PROFILE/tensorboard.")] = False,
 ):
     """Train a profile's models on several GPUs; specpred reproduce then finds the weights.
 
@@ -123,7 +126,7 @@ def train(
     import torch.distributed as dist
     from specpred import runner
     from specpred.parallel import processes
-    table = runner.train(profile, overrides or (), data_dir)
+    table = runner.train(profile, overrides or (), data_dir, tensorboard)
     if processes().rank == 0: print(table.to_string(index=False, float_format="{:.3f}".format))
     if dist.is_initialized(): dist.destroy_process_group()
 

@@ -449,6 +449,7 @@ _FILES = dict(
     predicted_spectra="predicted_spectra",  # what 32_predict makes of a few cutouts
     sweep="sweep",  # trainings of specpred sweep, a folder each
     manifests="manifests",
+    tensorboard="tensorboard",  # losses of specpred train --tensorboard, a folder each
     runs="runs")  # executed notebooks, one folder a run
 
 # %% ../nbs/00_config.ipynb #d45b9a20

@@ -285,10 +285,11 @@ def train(
     profile:str = "demo",  # name of a profile, whose stages before 24_training have run
     overrides = (),  # changes to it
     data_dir = None,  # folder that holds <profile>/, on a disk that all processes see
+    tensorboard:bool = False,  # losses also go to <profile>/tensorboard, for TensorBoard
 ):
     """Trains the models of a profile in all processes that `torchrun` has started; returns the last
-    row of each history. Raises `ProfileError`, `MissingInputError`, and `SpecpredError` during
-    another run."""
+    row of each history. Raises `ProfileError`, `MissingInputError`, `MissingExtraError`, and
+    `SpecpredError` during another run."""
     from specpred.parallel import processes, wait_for_all
     with contextlib.ExitStack() as held:
         with wait_for_all():
@@ -300,7 +301,7 @@ def train(
                 held.enter_context(only_one(paths.root, "run of this profile"))
                 start_stage("24_training", profile, overrides, data_dir)
         sample = training.profile_sample(chosen, paths)
-        return training.train_profile(sample, chosen, paths)
+        return training.train_profile(sample, chosen, paths, tensorboard)
 
 # %% ../nbs/33_runner.ipynb #a8160732
 def summary(

@@ -35,7 +35,7 @@ from fastcore.imports import IN_NOTEBOOK
 
 from .config import (
     SPECPRED, InvalidInputError, Paths, Profile, Recipe, Training, TrainingError,
-    TrainingParameters, find_training, random_generator, seed_everything)
+    TrainingParameters, find_training, import_extra, random_generator, seed_everything)
 from .images import (
     Augmentation, Draws, ImageStore, ImageTransform, augment, composite, fit_transform,
     open_images, pack_arrays)
@@ -50,9 +50,9 @@ from .weights import load_checkpoint, load_state, save_checkpoint
 
 # %% auto #0
 __all__ = ['Sample', 'make_sample', 'published_protocol', 'memory_for', 'GalaxyImage', 'GalaxySet', 'BatchLoader',
-           'batch_loaders', 'rmse', 'pooled_metrics', 'EpochCheckpoint', 'plain', 'grouped_adam', 'grouped_ranger',
-           'learning_rate', 'make_learner', 'TrainedLearner', 'train_model', 'train_models', 'calib_errors',
-           'save_trained', 'fit', 'profile_sample', 'train_profile']
+           'batch_loaders', 'rmse', 'pooled_metrics', 'EpochCheckpoint', 'plain', 'TensorBoardLog', 'grouped_adam',
+           'grouped_ranger', 'learning_rate', 'make_learner', 'TrainedLearner', 'train_model', 'train_models',
+           'calib_errors', 'save_trained', 'fit', 'profile_sample', 'train_profile']
 
 # %% ../nbs/24_training.ipynb #99f359c1
 @dataclass(frozen=True)
@@ -399,6 +399,38 @@ def after_epoch(self:EpochCheckpoint):
     with wait_for_all():
         if not processes().rank: save_checkpoint(self.path, _IMAGE_MODEL, state)
 
+# %% ../nbs/24_training.ipynb #eee93f01
+class TensorBoardLog(Callback):
+    """Losses and learning rates of all steps, and metrics of each epoch, for TensorBoard. Raises
+    `MissingExtraError`."""
+    order = EpochCheckpoint.order + 1
+    def __init__(self, folder:Path):
+        import_extra("tensorboard", "tensorboard")
+        self.folder = folder
+
+    def before_fit(self):
+        from torch.utils.tensorboard import SummaryWriter
+        if processes().rank: return
+        done = len(self.epoch_checkpoint.history)*len(self.dls.train)
+        # what an earlier training left there of the steps to come is not shown
+        self.writer = SummaryWriter(self.folder, purge_step=done + 1)
+
+    def after_epoch(self):
+        losses, metrics = self.epoch_checkpoint.losses, self.epoch_checkpoint.history[-1]
+        if processes().rank or not losses: return  # none in epochs that are skipped
+        losses = torch.stack([loss for loss, _ in losses]).tolist()
+        steps = self.epoch*len(losses) + 1 + np.arange(len(losses))
+        rates = self.recorder.lrs[-len(losses):]
+        for step, loss, rate in zip(steps, losses, rates, strict=True):
+            self.writer.add_scalar("loss", loss, step)
+            self.writer.add_scalar("learning_rate", rate, step)
+        for name in {*metrics} - {"epoch", "seconds"}:
+            self.writer.add_scalar(f"epoch/{name}", metrics[name], steps[-1])
+        self.writer.flush()
+
+    def after_fit(self):
+        if not processes().rank: self.writer.close()
+
 # %% ../nbs/24_training.ipynb #5c20aa02
 class _Grouped(Optimizer):
     "An `Adam` or `RAdam` of fastai on all parameters at once."
@@ -567,6 +599,7 @@ def train_models(
     seed:int,  # the profile's; training k of a model gets seed + k
     paths:Paths,
     progress:bool = True,
+    tensorboard:bool = False,  # losses also go to `paths.tensorboard`, see `TensorBoardLog`
 ) -> pd.DataFrame:
     "Trains all models and seeds that have no weights yet; returns the last row of each history."
     last = []
@@ -574,19 +607,20 @@ def train_models(
         for one in range(seed, seed + parameters.seeds):
             weights = paths.weights(name, one)
             if not weights.exists():
+                log = [TensorBoardLog(paths.tensorboard/weights.stem)] if tensorboard else []
                 _train_and_save(sample, name, target_stats, parameters, one, weights,
-                    paths.history(name, one), weights.with_suffix(".checkpoint"), progress)
+                    paths.history(name, one), weights.with_suffix(".checkpoint"), progress, log)
             history = pd.read_csv(paths.history(name, one))
             last.append(history.tail(1).assign(model=name, seed=one))
     return pd.concat(last, ignore_index=True)
 
 # %% ../nbs/24_training.ipynb #79f08309
 def _train_and_save(sample, name, target_stats, parameters, seed, weights, history_path, checkpoint,
-        progress):
+        progress, cbs=()):
     augmentation = Augmentation(max_shift=find_training(name).recipe.max_shift)
     dls = batch_loaders(sample, parameters.batch_size, augmentation, keep=parameters.keep,
         epoch_size=parameters.epoch_size)
-    learn, history = train_model(name, dls, parameters, seed, checkpoint, progress)
+    learn, history = train_model(name, dls, parameters, seed, checkpoint, progress, cbs)
     rank, n, _ = processes()
     facts = dict(seed=seed, epochs=parameters.epochs) | (dict(processes=n) if n > 1 else {})
     with wait_for_all():
@@ -713,8 +747,14 @@ def profile_sample(profile:Profile, paths:Paths) -> Sample:
     images, latents = open_images(paths.images), pd.read_parquet(paths.latents)
     return make_sample(images, latents, profile.training.stretch, profile.seed)
 
-def train_profile(sample:Sample, profile:Profile, paths:Paths) -> pd.DataFrame:
+def train_profile(
+    sample:Sample,
+    profile:Profile,
+    paths:Paths,
+    tensorboard:bool = False,  # as for `train_models`
+) -> pd.DataFrame:
     "Trains the models of a profile; returns the last row of each history."
     decoder = SpectrumModel.load(paths.vae)
     stats = decoder.target_mean, decoder.target_std
-    return train_models(sample, stats, profile.training, profile.seed, paths)
+    return train_models(sample, stats, profile.training, profile.seed, paths,
+        tensorboard=tensorboard)

@@ -249,10 +249,11 @@ def test_what_torchrun_has_trained_is_kept_by_the_stage(smoke_run, tmp_path):
     for name in ("images", "vae", "latents"):
         getattr(paths, name).symlink_to(getattr(smoke_run, name))
     done = torchrun("--profile", "smoke", "--data-dir", str(tmp_path),
-        "--set", "training.models=conv3", "--set", "training.epochs=1")
+        "--set", "training.models=conv3", "--set", "training.epochs=1", "--tensorboard")
     assert done.returncode == 0, done.stderr
     assert len(re.findall("conv3 12345", done.stdout)) == 1
     assert load(paths.weights("conv3", 12345)).provenance["processes"] == 2
+    assert len(list((paths.tensorboard/"conv3-12345").iterdir())) == 1  # of the first process
     # the stage keeps weights while no module that its notebook imports has changed
     notebook = repo_root()/"nbs"/"24_training.ipynb"
     imported = re.findall(r"from specpred\.(\w+)", notebook.read_text())

@@ -1,6 +1,8 @@
 """Loaders that make whole batches: the galaxies of the store, the same numbers from the same seed,
 and a fastai `Learner` that takes them as its own. Trainings that repeat and resume."""
+import contextlib
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -15,6 +17,7 @@ from specpred.config import (
     PUBLISHED,
     SPECPRED,
     InvalidInputError,
+    MissingExtraError,
     Paths,
     TrainingError,
     TrainingParameters,
@@ -26,6 +29,7 @@ from specpred.photometry import ring_table
 from specpred.surveys import SDSS
 from specpred.training import (
     GalaxySet,
+    TensorBoardLog,
     batch_loaders,
     fit,
     grouped_adam,
@@ -252,6 +256,34 @@ def test_a_file_that_is_no_checkpoint_stays_as_it_is(sample, tmp_path, content):
         train_model("conv3", loaders(sample), TrainingParameters(batch_size=7), 0,
             tmp_path/"state", progress=False)
     assert (tmp_path/"state").read_bytes() == content
+
+
+def test_tensorboard_has_each_step_once_also_after_an_interruption(sample, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    parameters = TrainingParameters(epochs=3, batch_size=7)
+    for interrupted in (True, False):
+        cbs = [TensorBoardLog(tmp_path/"log"), *([Interrupt()] if interrupted else [])]
+        with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+            learn, history = train_model("conv3", loaders(sample), parameters, 0, tmp_path/"state",
+                progress=False, cbs=cbs)
+    log = EventAccumulator(str(tmp_path/"log")).Reload()
+    n_steps = len(learn.dls.train)
+    assert [event.step for event in log.Scalars("loss")] == list(range(1, 3*n_steps + 1))
+    losses = np.reshape([event.value for event in log.Scalars("loss")], (3, n_steps))
+    np.testing.assert_allclose(losses.mean(1), history.train_loss, rtol=1e-6)
+    assert {*log.Tags()["scalars"]} == {"loss", "learning_rate", "epoch/train_loss", "epoch/rmse",
+        *(f"epoch/rmse_{k}" for k in range(1, 7))}
+    rmse_of_epochs = log.Scalars("epoch/rmse")
+    assert [event.step for event in rmse_of_epochs] == [n_steps, 2*n_steps, 3*n_steps]
+    np.testing.assert_allclose([event.value for event in rmse_of_epochs], history.rmse, rtol=1e-6)
+    rates = [event.value for event in log.Scalars("learning_rate")]
+    assert max(rates) == pytest.approx(3e-2, rel=0.1) and rates[-1] < 0.1*max(rates)
+
+
+def test_without_tensorboard_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "specpred\[tensorboard\]"'):
+        TensorBoardLog(tmp_path)
 
 
 def test_the_order_of_models_does_not_matter(sample, tmp_path):
