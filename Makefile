@@ -9,8 +9,8 @@ STAMP := $(VENV)/up-to-date
 .PHONY: help demo test docs figures lock clean
 
 help:
-	@echo "make demo     the whole pipeline on mock galaxies, no network needed after installation (about 15 minutes on 2 cores)"
-	@echo "make test     all checks (a quarter of an hour and more on 2 cores)"
+	@echo "make demo     the whole pipeline on mock galaxies, no network needed after installation (15 to 40 minutes on 2 cores)"
+	@echo "make test     all checks (15 to 35 minutes on 2 cores)"
 	@echo "make docs     the documentation site, from the last run, in docs/_build/html"
 	@echo "make figures  copy the last demo run's figures and numbers into figures/ and data/records/, draw the diagrams"
 	@echo "make lock     resolve requirements.lock anew from settings.ini"
