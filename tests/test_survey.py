@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from specpred import survey
 from specpred.cli import app
 from specpred.config import (
-    ArchiveError, InvalidInputError, MissingInputError, SpecpredError)
+    ArchiveError, InvalidInputError, MissingExtraError, MissingInputError, SpecpredError)
 from specpred.images import pack_arrays
 from specpred.inputs import name_galaxies, read_image, write_cube
 from specpred.predict import PRETRAINED, GalaxiesFailed, Predictor, example_galaxies
@@ -419,7 +419,7 @@ def test_what_is_missing_is_named(hats, tmp_path, monkeypatch):
         run(hats, out, cutouts="flux")
     with pytest.raises(MissingInputError, match="no predictor"): run(hats, out, model="none")
     monkeypatch.setitem(sys.modules, "lsdb", None)
-    with pytest.raises(survey.MissingExtraError, match=r'pip install "specpred\[survey\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "specpred\[survey\]"'):
         run(hats, out)
     assert not out.exists()
     tree = ast.parse(Path(survey.__file__).read_text())
