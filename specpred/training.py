@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import tempfile
 import time
 import warnings
@@ -628,6 +629,8 @@ def _train_and_save(sample, name, target_stats, parameters, seed, weights, histo
         with atomic_path(history_path) as part: history.to_csv(part, index=False)
         save_trained(learn.model, sample, name, target_stats, weights, **facts)
         checkpoint.unlink(missing_ok=True)
+        # and what runs left that were killed while they wrote it
+        for part in checkpoint.parent.glob(f".{checkpoint.name}.*.tmp"): shutil.rmtree(part)
 
 # %% ../nbs/24_training.ipynb #faf633c7
 def calib_errors(

@@ -258,6 +258,17 @@ def test_a_file_that_is_no_checkpoint_stays_as_it_is(sample, tmp_path, content):
     assert (tmp_path/"state").read_bytes() == content
 
 
+def test_what_killed_runs_left_goes_when_the_weights_are_written(sample, tmp_path):
+    paths = Paths(tmp_path)
+    left = paths.models/".conv3-0.checkpoint.fy3unm8y.tmp"
+    left.mkdir(parents=True)
+    (left/"conv3-0.checkpoint").write_bytes(b"half of it")
+    parameters = TrainingParameters(models=("conv3",), epochs=1, batch_size=7)
+    train_models(sample, STATS, parameters, 0, paths, progress=False)
+    made = paths.weights("conv3", 0), paths.history("conv3", 0)
+    assert sorted(paths.models.iterdir()) == sorted(made)
+
+
 def test_tensorboard_has_each_step_once_also_after_an_interruption(sample, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     parameters = TrainingParameters(epochs=3, batch_size=7)
