@@ -47,7 +47,7 @@ class WeightsError(SpecpredError):
     "A weights file that does not belong to the model it is loaded into."
 
 class TrainingError(SpecpredError):
-    "A training that cannot go on: its loss is no number, or the device has too little memory."
+    "A training that cannot go on: no number as loss, too little memory, another one's checkpoint."
 
 class MissingExtraError(SpecpredError):
     "A package that is installed only with an extra of specpred."

@@ -100,8 +100,8 @@ def export_network(
 ):
     """Writes the network as a function of `flux` (N, bands, size, size) float32, bands in the
     survey's order, in the unit of the training images, without NaN, to standardised `targets`
-    (N, n_out) float32: those of `predict_targets`. Raises `SpecpredError` without the packages
-    of ONNX, `InvalidInputError` where the size is unknown."""
+    (N, n_out) float32: those of `predict_targets`. Raises `MissingExtraError`, and
+    `InvalidInputError` where the size is unknown."""
     for package in ("onnx", "onnxscript"): import_extra(package, "onnx")
     size = size or trained.provenance.get("image_size")
     if not size: raise InvalidInputError(f"{trained.name} does not know its size of images: give "
@@ -135,8 +135,7 @@ def export_decoder(
     **facts,  # its provenance, e.g. sample="SDSS DR17", seed=0; what JSON can hold
 ):
     """Writes the decoder as a function of standardised `targets` (N, n_targets) float32 to
-    normalised `spectrum` (N, n_bins) float32, that of `decode`. Raises `SpecpredError` without the
-    packages of ONNX."""
+    normalised `spectrum` (N, n_bins) float32, that of `decode`. Raises `MissingExtraError`."""
     for package in ("onnx", "onnxscript"): import_extra(package, "onnx")
     metadata = dict(kind="decoder", n_targets=model.n_targets, provenance=facts,
         wavelength=model.wavelength.tolist(), wavelength_unit="vacuum Angstrom, rest frame")
