@@ -371,7 +371,7 @@ def prepared_learner(name, variant, batch, data, device, scale):
 
 def fit(learn, name, callback):
     "Trains as `train_model` does, until the callback ends it."
-    saver = EpochCheckpoint("never-written", {}, SEED)
+    saver = EpochCheckpoint("never-written", dict(seed=SEED))
     with learn.no_bar(), learn.no_logging():
         rate = learning_rate(find_training(name), TrainingParameters())
         learn.fit_one_cycle(1, rate, cbs=[saver, callback])

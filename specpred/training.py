@@ -310,10 +310,9 @@ class EpochCheckpoint(Callback):
     order = 60  # after the recorder
     def __init__(self,
         path:Path,
-        settings:dict,  # all that the training depends on: names, numbers and text
-        seed:int,
+        settings:dict,  # all that the training depends on, among it the seed
     ):
-        self.path, self.settings, self.seed, self.history = Path(path), settings, seed, []
+        self.path, self.settings, self.history = Path(path), settings, []
 
     def resume(self, learn:Learner) -> int:
         """Restores an interrupted training into `learn`; returns the epoch to go on from. Raises
@@ -339,7 +338,7 @@ class EpochCheckpoint(Callback):
 
     def before_epoch(self):
         own = [rank] if (rank := processes().rank) else []  # dropout differs between processes
-        seed_everything(self.seed, "epoch", self.epoch, *own)
+        seed_everything(self.settings["seed"], "epoch", self.epoch, *own)
         self.dls.train.epoch = self.epoch
         self.started, self.losses = time.time(), []
 
@@ -552,7 +551,7 @@ def train_model(
     learn = make_learner(training, dls)
     learn.recorder.smooth_loss = _SmoothLoss()
     if progress and IN_NOTEBOOK: cbs = [ShowGraphCallback(), *cbs]
-    saver = EpochCheckpoint(checkpoint, _settings(training, dls, parameters, seed), seed)
+    saver = EpochCheckpoint(checkpoint, _settings(training, dls, parameters, seed))
     start = saver.resume(learn)
     with contextlib.ExitStack() as contexts:
         if not progress: contexts.enter_context(learn.no_bar())
