@@ -83,6 +83,7 @@ class _FluxToTargets(nn.Module):
 @torch.no_grad()
 def _write(network, example, path, names, metadata):
     "Writes a network as one file, complete or not at all; `names` are those of input and output."
+    for package in ("onnx", "onnxscript"): import_extra(package, "onnx")
     network = network.eval()
     network(example)  # tensors that are made once and kept must not be part of the graph
     program = torch.onnx.export(network, (example,), dynamo=True, verbose=False,
@@ -102,7 +103,6 @@ def export_network(
     survey's order, in the unit of the training images, without NaN, to standardised `targets`
     (N, n_out) float32: those of `predict_targets`. Raises `MissingExtraError`, and
     `InvalidInputError` where the size is unknown."""
-    for package in ("onnx", "onnxscript"): import_extra(package, "onnx")
     size = size or trained.provenance.get("image_size")
     if not size: raise InvalidInputError(f"{trained.name} does not know its size of images: give "
         "export_network a size.")
@@ -136,7 +136,6 @@ def export_decoder(
 ):
     """Writes the decoder as a function of standardised `targets` (N, n_targets) float32 to
     normalised `spectrum` (N, n_bins) float32, that of `decode`. Raises `MissingExtraError`."""
-    for package in ("onnx", "onnxscript"): import_extra(package, "onnx")
     metadata = dict(kind="decoder", n_targets=model.n_targets, provenance=facts,
         wavelength=model.wavelength.tolist(), wavelength_unit="vacuum Angstrom, rest frame")
     example = torch.zeros(2, model.n_targets)
