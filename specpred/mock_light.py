@@ -231,7 +231,7 @@ def component_shares(
 # %% ../nbs/10_mock_light.ipynb #d59b6470
 FIBRE_RADIUS = 1.5  # arcsec
 FIBRE_SEEING = 1.5  # arcsec at Apache Point, full width at half maximum
-MOFFAT_BETA = 3  # of the seeing
+MOFFAT_BETA = 3  # of the seeing; its transform is written for this value
 
 def moffat_transform(
     k,  # wave number, 1/arcsec, above zero
